@@ -1,0 +1,319 @@
+"""The configuration of a run: frozen dataclasses, read from strict YAML with ``a.b=value`` overrides.
+
+Every field carries its meaning, unit and when to change it below it. An unknown key, a value of the wrong type or out of
+range ends in one line that names the key. The learning rate is what is written: it is never scaled by batch or ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dde_ds.errors import UserError, nearest
+
+
+def _require(condition: bool, key: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{key} is {value!r}: {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str
+    """Diffusers pipeline to align and to compare with: a folder, or a hub id such as ``stabilityai/stable-diffusion-xl-base-1.0``."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass. Costs a third of a step's time, saves most of its memory; turn it off where all fits."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "dde"
+    """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted`` or ``sft``."""
+
+    beta: float = 2000.0
+    """Strength of the preference, for errors that are means over a latent. Higher stays nearer to the reference and saturates earlier."""
+
+    correction_weight: float = 1.0
+    """η, weight of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""
+
+    correction_ema: float = 0.9
+    """ρ of the correction's moving average, per optimizer step in which a timestep was seen. Raise it for small batches."""
+
+    variance: str = "posterior"
+    """σ_t² in the stepwise weight: ``posterior`` or ``beta``."""
+
+    discount: float | None = None
+    """γ per training timestep of ``discounted``. Default 0.9^(50/T)."""
+
+    discount_mode: str = "weight"
+    """``weight`` puts the discount inside log σ; ``sample`` draws timesteps in proportion to it."""
+
+    timestep_range: tuple[int, int] | None = None
+    """[lo, hi) that timesteps are drawn from. Default all; narrow it to train one segment of the trajectory."""
+
+    shared_noise: bool = True
+    """Winner and loser of a pair get the same noise. Lowers the variance of their difference; the field's standard."""
+
+    def __post_init__(self):
+        _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
+        _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
+        _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str
+    """Folder of shards that ``tools/shard_pickapic.py`` wrote."""
+
+    caption_dropout: float = 0.0
+    """Share of pairs whose caption is replaced by the empty one, which keeps classifier-free guidance alive. 0.2 in Diffusion-DPO's recipe."""
+
+    block_shards: int = 8
+    """Shards that are shuffled into one another. More mixes better and opens more files."""
+
+    workers: int = 2
+    """Loader processes a rank. 0 reads in the training process. Changes nothing of what is trained on."""
+
+    def __post_init__(self):
+        _require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "must lie in [0, 1)")
+        _require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be 1 or more")
+        _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    pairs: int
+    """Preference pairs of one optimizer step, over all ranks. The paper: 2048."""
+
+    micro: int = 1
+    """Pairs of one forward and backward pass on one rank (2 latents each). As many as fit; changes speed and memory, not the result."""
+
+    def __post_init__(self):
+        _require(self.pairs >= 1, "batch.pairs", self.pairs, "must be 1 or more")
+        _require(self.micro >= 1, "batch.micro", self.micro, "must be 1 or more")
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches of one optimizer step on each of ``world`` ranks.
+
+        Raises:
+            UserError: the batch does not divide; the message lists micro-batches and batches that would.
+        """
+        if self.pairs % (world * self.micro) == 0:
+            return self.pairs // (world * self.micro)
+        unit = world * self.micro
+        near = sorted({max(1, self.pairs // unit) * unit, (self.pairs // unit + 1) * unit})
+        fits = f"batch.pairs {' or '.join(map(str, near))}"
+        if self.pairs % world == 0:
+            share = self.pairs // world
+            micros = [n for n in range(1, share + 1) if share % n == 0 and n <= 4 * self.micro]
+            fits += f", or batch.micro {', '.join(map(str, micros))}"
+        raise UserError(f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro {self.micro}; what fits: {fits}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    """AdamW's, after warm-up, exactly as written. Diffusion-DPO's code: 1e-8 × 2048 pairs = 2.048e-5 at β 2000."""
+
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up: step k of n runs at rate (k+1)/n; constant afterwards."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+
+    eps: float = 1e-8
+    """AdamW's ε."""
+
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm. 0 does not clip."""
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more")
+        _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be 0 or more")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant."""
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100
+    """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
+
+    keep: int = 2
+    """Newest checkpoints that are kept. Each takes about 14 bytes a parameter."""
+
+    def __post_init__(self):
+        _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw before the first step, during the run and at its end, always from the same noise. None draws nothing."""
+
+    every: int = 100
+    """Optimizer steps between drawings."""
+
+    inference_steps: int = 30
+    """DDIM steps of a drawing."""
+
+    guidance_scale: float = 7.5
+    """Classifier-free guidance of a drawing. SDXL: 5."""
+
+    seed: int = 0
+    """Seed of the drawings' noise."""
+
+    def __post_init__(self):
+        _require(self.every >= 1, "samples.every", self.every, "must be 1 or more")
+        _require(self.inference_steps >= 1, "samples.inference_steps", self.inference_steps, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 1
+    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. A row costs one host synchronisation."""
+
+    def __post_init__(self):
+        _require(self.every >= 1, "log.every", self.every, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Paths are relative to the working directory."""
+
+    output: str
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+
+    steps: int
+    """Optimizer steps. May be raised on ``--resume`` to train on."""
+
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    deepspeed: str = "ds_configs/zero2.json"
+    """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
+
+    precision: str = "bf16"
+    """``bf16`` or ``fp32``, of policy and reference alike."""
+
+    seed: int = 0
+    """Of data order, noise, timesteps and caption dropout, each a pure function of (seed, pairs consumed)."""
+
+    def __post_init__(self):
+        _require(self.steps >= 1, "steps", self.steps, "must be 1 or more")
+        _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``a.b=value`` overrides (values are YAML too), and check it.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown or missing key, a value of the wrong type or out of range.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror.lower()}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"--config {path}: expected keys and values, found {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return _build(RunConfig, data, "")
+
+
+def _override(data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, such as optimizer.learning_rate=1e-6")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
+    try:
+        data[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML; put it in quotes") from None
+
+
+def _build(cls: type, data: Any, prefix: str) -> Any:
+    """A dataclass from plain data, every key and type checked. ``prefix`` is the dotted key of ``data``, with its dot."""
+    if not isinstance(data, dict):
+        raise UserError(f"{prefix.rstrip('.')} is {data!r}: expected keys and values")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise UserError(f"unknown key {prefix}{key}{nearest(str(key), hints)}")
+    values = {}
+    for spec in dataclasses.fields(cls):
+        key = f"{prefix}{spec.name}"
+        if spec.name in data:
+            kind = hints[spec.name]
+            values[spec.name] = _build(kind, data[spec.name], key + ".") if dataclasses.is_dataclass(kind) else _convert(data[spec.name], kind, key)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UserError(f"missing key {key}: {spec.name} has no default")
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """``value`` as ``kind``; only conversions that lose nothing."""
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _convert(value, kind.__args__[0], key)
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        fixed = parts[-1] is not Ellipsis
+        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
+            raise UserError(f"{key} is {value!r}: expected a list" + (f" of {len(parts)}" if fixed else ""))
+        return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if kind is float and not isinstance(value, bool):
+        try:
+            number = float(value)  # also "1e-5", which YAML 1.1 reads as a string
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    names = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
+    raise UserError(f"{key} is {value!r}: expected {names[kind]}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that safe_dump writes plain YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

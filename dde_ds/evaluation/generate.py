@@ -1,0 +1,89 @@
+"""Images from a pipeline, each a pure function of (model, seed, prompt, image index)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dde_ds.models.unet import LOADING, family
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> Tensor:
+    """x_T of one image, (C,H,W) float32: the same for every model, batch and rank, so that models are compared on equal noise."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}\n{index}\n{prompt}".encode()).digest()[:16], "little")
+    random = np.random.Generator(np.random.Philox(key=key))
+    return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32))
+
+
+class PromptSet:
+    """Prompts of a diffusers pipeline, embedded once, to be drawn by any UNet of its kind.
+
+    Keeps the VAE and a DDIM sampler; the text encoders are let go after the embedding.
+    """
+
+    def __init__(self, model: str, revision: str | None, prompts: Sequence[str], device: torch.device, dtype: torch.dtype):
+        from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        self.prompts, self._device, self._dtype = list(prompts), device, dtype
+        xl = family(model, revision) == "sdxl"
+        kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+        unused = {"unet": None} if xl else {"unet": None, "safety_checker": None, "feature_extractor": None}
+        self._pipeline = pipeline = kind.from_pretrained(model, revision=revision, **LOADING, **unused)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        with torch.no_grad():
+            embedded = [_embed(pipeline, prompt, device, xl) for prompt in self.prompts]
+        self._embeddings = {key: torch.cat([item[key] for item in embedded]).to(dtype) for key in embedded[0]}
+        pipeline.register_modules(**{name: None for name in TEXT_PARTS if hasattr(pipeline, name)})
+
+    @torch.no_grad()
+    def draw(self, unet: Any, seed: int, inference_steps: int, guidance_scale: float, batch: int = 32, index: int = 0) -> Tensor:
+        """One image a prompt, (N,3,H,W) uint8 on the CPU.
+
+        Under ZeRO-3 every forward is a collective: all ranks must call this together, with the same arguments.
+        """
+        pipeline, config = self._pipeline, unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = config.sample_size * pipeline.vae_scale_factor
+        pipeline.unet = unet
+        images = []
+        for low in range(0, len(self.prompts), batch):
+            prompts = self.prompts[low : low + batch]
+            noise = torch.stack([initial_noise(seed, prompt, index, shape) for prompt in prompts])
+            latents = pipeline(
+                **{key: value[low : low + batch] for key, value in self._embeddings.items()},
+                latents=noise.to(self._device, self._dtype),
+                num_inference_steps=inference_steps,
+                guidance_scale=guidance_scale,
+                height=side,
+                width=side,
+                output_type="latent",
+            ).images
+            # Decoded by hand: the VAE stays in float32, where half-precision ones overflow.
+            decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
+            images.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+        pipeline.unet = None
+        return torch.cat(images)
+
+
+def save_row(images: Tensor, path: Path) -> None:
+    """Images (N,3,H,W) uint8 side by side in one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()).save(path)
+
+
+def _embed(pipeline: Any, prompt: str, device: torch.device, xl: bool) -> dict[str, Tensor]:
+    """Embeddings of a prompt and of the empty negative prompt, by the names that the pipeline takes them under."""
+    found = pipeline.encode_prompt(prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names[: 4 if xl else 2], found, strict=True))

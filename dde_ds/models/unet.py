@@ -1,0 +1,97 @@
+"""The policy and its frozen reference: UNets of a diffusers pipeline, and what conditions them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dde_ds.errors import UserError
+
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+}
+"""Pipelines that can be trained, and the family of conditioning that their UNet takes."""
+
+
+# float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
+# low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
+LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+
+
+def pipeline_index(path: str, revision: str | None = None) -> dict:
+    """``model_index.json`` of a diffusers folder or hub id.
+
+    Raises:
+        UserError: it cannot be had, or names a pipeline that this project does not train.
+    """
+    file = Path(path) / "model_index.json"
+    if not file.is_file():
+        if Path(path).exists() or path.startswith((".", "/")):
+            raise UserError(f"model.path {path}: no model_index.json in it; expected a diffusers pipeline folder or a hub id")
+        file = _from_hub(path, "model_index.json", revision)
+    index = json.loads(Path(file).read_text(encoding="utf-8"))
+    if index.get("_class_name") not in PIPELINES:
+        raise UserError(f"model.path {path}: is a {index.get('_class_name')}, expected one of {', '.join(PIPELINES)}")
+    return index
+
+
+def family(path: str, revision: str | None = None) -> str:
+    """``sd`` or ``sdxl``."""
+    return PIPELINES[pipeline_index(path, revision)["_class_name"]]
+
+
+def load_unet(path: str, revision: str | None = None):
+    """The pipeline's UNet2DConditionModel, float32, on the CPU."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline_index(path, revision)
+    try:
+        return UNet2DConditionModel.from_pretrained(path, subfolder="unet", revision=revision, **LOADING)
+    except OSError as error:
+        raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
+
+
+def load_unet_config(path: str, revision: str | None = None) -> dict:
+    """The UNet's ``config.json``, without its weights."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline_index(path, revision)
+    try:
+        return UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    except OSError as error:
+        raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
+
+
+def load_scheduler_config(path: str, revision: str | None = None) -> dict:
+    """``scheduler_config.json`` of the pipeline: the only source of the noise schedule."""
+    from diffusers import DDIMScheduler
+
+    try:
+        return DDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+    except OSError as error:
+        raise UserError(f"model.path {path}: scheduler not loadable: {' '.join(str(error).split())}") from None
+
+
+def predict(unet, noisy_latents: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,), conditioned by the batch's embeddings.
+
+    ``unet`` may be the model or a DeepSpeed engine around it.
+    """
+    conditions = None
+    if "pooled" in batch:
+        conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+    return unet(noisy_latents, timesteps, batch["prompt_embeds"], added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def _from_hub(path: str, name: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(path, name, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model.path {path}: neither a diffusers folder nor to be had from the hub: {' '.join(str(error).split())}") from None

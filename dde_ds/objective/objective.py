@@ -1,0 +1,217 @@
+"""The objective as a training loop sees it: predictions in, loss and metrics out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dde_ds.errors import UserError, nearest
+from dde_ds.objective import losses
+from dde_ds.objective.correction import ERROR_NAMES, CorrectionTable
+from dde_ds.objective.fused import squared_error
+from dde_ds.objective.schedule import NoiseSchedule
+
+SATURATED = 0.01
+
+
+@dataclass
+class ObjectiveOutput:
+    loss: Tensor
+    """Scalar, mean over the pairs of this call; carries the gradient."""
+
+    logits: Tensor
+    """z of each pair, (B,), detached. Empty for ``sft``."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
+
+
+class Objective:
+    """Build it with :func:`build_objective`. Call it once a micro-batch, :meth:`commit` once an optimizer step."""
+
+    def __init__(
+        self,
+        name: str,
+        schedule: NoiseSchedule,
+        beta: float,
+        correction_weight: float,
+        correction_ema: float,
+        discount: float,
+        discount_mode: str,
+        timestep_range: tuple[int, int],
+    ):
+        self.name, self.schedule, self.beta = name, schedule, beta
+        self.correction_weight = correction_weight if name in losses.CORRECTED else 0.0
+        self.timestep_range = timestep_range
+        self.timestep_probabilities = _timestep_probabilities(name, schedule.timesteps, discount, discount_mode, timestep_range)
+        """p(t), (T,) float64: what the trainer samples timesteps from."""
+        self.needs_reference = name != "sft"
+        self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
+        self._gain = losses.gain_table(name, schedule, discount, discount_mode)
+        self._implied = schedule.implied_noise_coefficients()
+
+    def to(self, device: torch.device | str) -> Objective:
+        """Move the tables; done by itself at the first call on another device."""
+        self._gain = self._gain.to(device)
+        self.table.to(device)
+        if self._implied is not None:
+            self._implied = tuple(table.to(device) for table in self._implied)
+        return self
+
+    def __call__(
+        self,
+        policy_pred: Tensor,
+        reference_pred: Tensor | None,
+        noise: Tensor,
+        timesteps: Tensor,
+        noisy_latents: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """Loss of B pairs.
+
+        Args:
+            policy_pred: the policy's output, (2B,C,H,W): B winners, then their B losers.
+            reference_pred: the reference's output, same shape, no gradient; None for ``sft``.
+            noise: ε, (B,C,H,W), shared by winner and loser; or (2B,C,H,W) where each has its own.
+            timesteps: (B,) int64, shared by winner and loser.
+            noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
+
+        Raises:
+            UserError: shapes that do not fit together.
+        """
+        self._check(policy_pred, reference_pred, noise, timesteps, noisy_latents)
+        if self._gain.device != policy_pred.device:
+            self.to(policy_pred.device)
+        scale, offset = self._implied_noise(timesteps, noisy_latents, policy_pred)
+        policy_error = squared_error(policy_pred, noise, scale, offset)
+        if not self.needs_reference:
+            return self._supervised(policy_error)
+        with torch.no_grad():
+            reference_error = squared_error(reference_pred, noise, scale, offset)
+
+        m = losses.margin(policy_error, reference_error)
+        gain = self._gain[timesteps].to(m.dtype)
+        z = losses.logits(m, gain, self.correction(timesteps).to(m.dtype), self.beta, self.correction_weight)
+        errors = torch.cat([policy_error.detach(), reference_error]).view(4, -1)
+        self.table.add(timesteps, m.detach(), errors)
+        return ObjectiveOutput(losses.preference_loss(z), z.detach(), self._metrics(z.detach(), gain, errors, timesteps))
+
+    def correction(self, timesteps: Tensor) -> Tensor:
+        """K_t of the given timesteps, (B,) float64, as the last :meth:`commit` left it."""
+        return self.table.correction[timesteps]
+
+    def commit(self) -> None:
+        """At the end of each optimizer step: all-reduce the step's sums and update the correction table. Collective."""
+        if self.needs_reference:
+            self.table.commit()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.table.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.table.load_state_dict(state)
+
+    def _implied_noise(self, timesteps, noisy_latents, like):
+        """(scale, offset) that turn the model's output into ε_θ, or (None, None)."""
+        if self._implied is None:
+            return None, None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        scale, offset = (table[timesteps].to(dtype).repeat(2) for table in self._implied)
+        return scale, offset.view(-1, 1, 1, 1) * noisy_latents.to(dtype)
+
+    def _supervised(self, policy_error: Tensor) -> ObjectiveOutput:
+        winner, loser = policy_error.chunk(2)
+        metrics = {"error/policy_chosen": winner.detach().mean(), "error/policy_rejected": loser.detach().mean()}
+        loss = winner.mean()
+        return ObjectiveOutput(loss, winner.new_empty(0), {"loss": loss.detach(), **metrics})
+
+    @torch.no_grad()
+    def _metrics(self, z: Tensor, gain: Tensor, errors: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        chosen, rejected = (-(self.beta / 2) * gain * (errors[i] - errors[i + 2]) for i in (0, 1))
+        weight = torch.sigmoid(-z)
+        averages = {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
+        return {
+            "loss": losses.preference_loss(z),
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/accuracies": (z > 0).float().mean(),
+            "dde/correction_mean": self.correction(timesteps).mean(),
+            # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
+            "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).float().mean(),
+            **averages,
+        }
+
+    def _check(self, policy_pred, reference_pred, noise, timesteps, noisy_latents) -> None:
+        pairs = len(timesteps)
+        if pairs == 0:
+            raise UserError("objective got an empty batch: timesteps has no element")
+        if policy_pred.ndim != 4 or len(policy_pred) != 2 * pairs:
+            raise UserError(
+                f"policy_pred has shape {tuple(policy_pred.shape)}, timesteps {pairs}: expected (2·{pairs},C,H,W), winners then losers"
+            )
+        if noise.shape[1:] != policy_pred.shape[1:] or len(noise) not in (pairs, 2 * pairs):
+            raise UserError(f"noise has shape {tuple(noise.shape)}, policy_pred {tuple(policy_pred.shape)}: expected (B or 2B,C,H,W)")
+        if self.needs_reference and reference_pred is None:
+            raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
+        if self.needs_reference and reference_pred.shape != policy_pred.shape:
+            raise UserError(f"reference_pred has shape {tuple(reference_pred.shape)}, policy_pred {tuple(policy_pred.shape)}")
+        if self._implied is not None and (noisy_latents is None or noisy_latents.shape != policy_pred.shape):
+            raise UserError(f"a {self.schedule.prediction_type} model needs noisy_latents of shape {tuple(policy_pred.shape)}")
+
+
+def build_objective(
+    name: str,
+    schedule: NoiseSchedule,
+    *,
+    beta: float = 2000.0,
+    correction_weight: float = 1.0,
+    correction_ema: float = 0.9,
+    discount: float | None = None,
+    discount_mode: str = "weight",
+    timestep_range: tuple[int, int] | None = None,
+) -> Objective:
+    """An objective by its name.
+
+    Args:
+        name: ``dde`` (eq. 11), its ablations ``dde_single`` (no correction) and ``dde_step`` (no single-shot weight), the
+            baselines ``uniform`` (eq. 12: Diffusion-DPO, D3PO), ``discounted`` and ``sft``.
+        schedule: the noise schedule of the model that is trained.
+        beta: strength of the preference term, for errors that are *means* over a latent's elements (Diffusion-DPO: 2000 for
+            SD1.5, 5000 for SDXL).
+        correction_weight: η, weight of the stepwise correction. A choice of ours: 1, as in eq. 11; 0 makes ``dde`` equal
+            ``dde_single`` bit for bit.
+        correction_ema: ρ in M ← ρM + (1-ρ)·mean. The paper says "exponential moving average"; 0.9 is our choice, as is
+            that the first observation of a timestep sets its entry.
+        discount: γ per training timestep of ``discounted``; default 0.9^(50/T), that is 0.9 per step of a 50-step sampler.
+        discount_mode: ``weight`` puts γ^(T-1-t) inside log σ; ``sample`` draws t in proportion to it. Not the same objective.
+        timestep_range: [lo, hi) that timesteps are drawn from; default all.
+
+    Raises:
+        UserError: an unknown name or an option out of range.
+    """
+    if name not in losses.OBJECTIVES:
+        raise UserError(f"objective.name {name!r}{nearest(str(name), losses.OBJECTIVES)}")
+    if not beta > 0:
+        raise UserError(f"objective.beta is {beta}: it must be above 0")
+    if not 0 <= correction_ema < 1:
+        raise UserError(f"objective.correction_ema is {correction_ema}: it must lie in [0, 1)")
+    if discount_mode not in ("weight", "sample"):
+        raise UserError(f"objective.discount_mode {discount_mode!r}{nearest(str(discount_mode), ('weight', 'sample'))}")
+    discount = 0.9 ** (50 / schedule.timesteps) if discount is None else discount
+    if not 0 < discount <= 1:
+        raise UserError(f"objective.discount is {discount}: it must lie in (0, 1]")
+    low, high = (0, schedule.timesteps) if timestep_range is None else timestep_range
+    if not 0 <= low < high <= schedule.timesteps:
+        raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.timesteps})")
+    return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high))
+
+
+def _timestep_probabilities(name, steps, discount, discount_mode, timestep_range) -> Tensor:
+    sampled = name == "discounted" and discount_mode == "sample"
+    profile = losses.discount_profile(steps, discount) if sampled else torch.ones(steps, dtype=torch.float64)
+    low, high = timestep_range
+    inside = torch.zeros_like(profile)
+    inside[low:high] = profile[low:high]
+    return inside / inside.sum()

@@ -1,0 +1,136 @@
+"""The noise schedule and the two weights of DDE, in float64 (arXiv 2411.14871, eq. 1-4).
+
+Timesteps are diffusers' indices t = 0 … T-1, so ``alphas_cumprod[t]`` is ᾱ after t+1 noising steps; the paper's step k is
+index k-1, and ᾱ before the first step is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dde_ds.errors import UserError, nearest
+
+# A schedule rescaled to zero terminal SNR ends at ᾱ = 0, where w is infinite. ᾱ is floored at float16's smallest positive
+# number, as diffusers' Euler schedulers do for the same reason: w is then at most 2²⁴ and nothing becomes NaN.
+TERMINAL_ALPHA_CUMPROD = 2.0**-24
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Tables of the forward process, float64, each of shape (T,), on the CPU.
+
+    Build it with :meth:`from_scheduler`, so that every constant comes from the pipeline's own scheduler.
+    """
+
+    alphas_cumprod: Tensor
+    """ᾱ_t = Π_{s≤t} (1-β_s)."""
+
+    single_shot_weight: Tensor
+    """w_t = (1-ᾱ_t)/ᾱ_t = 1/SNR(t): ‖x₀ - x̂₀‖² = w_t ‖ε - ε_θ‖² for the single-shot estimate x̂₀ (eq. 4, 10)."""
+
+    stepwise_weight: Tensor
+    """λ_t = β_t²/(2 σ_t² α_t (1-ᾱ_t)): the KL of one denoising step is λ_t ‖ε - ε_θ‖² (eq. 3, 7). λ_0 is stored as 0: it
+    divides by zero with the posterior variance and no sum needs it."""
+
+    prediction_type: str = "epsilon"
+    """What the model's output is: ``epsilon``, ``v_prediction`` or ``sample``."""
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alphas_cumprod)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, variance: str = "posterior") -> NoiseSchedule:
+        """Tables from a diffusers scheduler, its config, or the dict in ``scheduler_config.json``.
+
+        ``variance`` is σ_t² of the reverse step: ``posterior``, β_t(1-ᾱ_{t-1})/(1-ᾱ_t), or ``beta``, β_t. The paper leaves
+        it open; the posterior variance is our default.
+
+        Raises:
+            UserError: an unknown beta schedule, prediction type or variance, or betas outside (0, 1).
+        """
+        config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+        betas = _betas(config)
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            raise UserError(f"scheduler betas must lie in (0, 1], got a range of {betas.min():g} to {betas.max():g}")
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if config.get("rescale_betas_zero_snr", False):
+            alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"scheduler prediction_type {prediction_type!r}{nearest(str(prediction_type), PREDICTION_TYPES)}")
+        return cls(
+            alphas_cumprod=alphas_cumprod,
+            single_shot_weight=(1 - alphas_cumprod) / alphas_cumprod,
+            stepwise_weight=_stepwise_weight(alphas_cumprod, variance),
+            prediction_type=prediction_type,
+        )
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε (eq. 2).
+
+        ``clean`` and ``noise`` are (B,C,H,W), ``timesteps`` (B,). Computed in float32 or wider, given back in clean's dtype.
+        """
+        dtype = torch.promote_types(clean.dtype, torch.float32)
+        alpha = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt().to(dtype) * clean.to(dtype) + (1 - alpha).sqrt().to(dtype) * noise.to(dtype)
+        return noisy.to(clean.dtype)
+
+    def implied_noise_coefficients(self) -> tuple[Tensor, Tensor] | None:
+        """(a, b), each (T,), with ε_θ = a_t · output + b_t · x_t; None where the output is ε_θ already.
+
+        From x_t = √ᾱ x₀ + √(1-ᾱ) ε and v = √ᾱ ε - √(1-ᾱ) x₀ (Salimans & Ho 2022, arXiv 2202.00512, app. D).
+        """
+        signal, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        if self.prediction_type == "v_prediction":
+            return signal, sigma
+        if self.prediction_type == "sample":
+            return -signal / sigma, 1 / sigma
+        return None
+
+
+def _betas(config: Mapping) -> Tensor:
+    """β_t, float64, of the schedules that diffusers trains with."""
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    steps = int(config.get("num_train_timesteps", 1000))
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+        alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        return torch.tensor([min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(steps)], dtype=torch.float64)
+    raise UserError(f"scheduler beta_schedule {kind!r}{nearest(str(kind), ('linear', 'scaled_linear', 'squaredcos_cap_v2'))}")
+
+
+def _rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale √ᾱ so that it ends at 0 and starts where it did (Lin et al. 2023, arXiv 2305.08891, alg. 1)."""
+    root = alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return root.square().clamp_min(TERMINAL_ALPHA_CUMPROD)
+
+
+def _stepwise_weight(alphas_cumprod: Tensor, variance: str) -> Tensor:
+    previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    alphas = alphas_cumprod / previous
+    betas = 1 - alphas
+    if variance == "posterior":
+        sigma_squared = betas * (1 - previous) / (1 - alphas_cumprod)
+    elif variance == "beta":
+        sigma_squared = betas.clone()
+    else:
+        raise UserError(f"objective.variance {variance!r}{nearest(str(variance), ('posterior', 'beta'))}")
+    sigma_squared[0] = math.inf  # stores λ_0 as 0
+    return betas.square() / (2 * sigma_squared * alphas * (1 - alphas_cumprod))

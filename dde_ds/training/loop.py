@@ -1,0 +1,226 @@
+"""A whole run, from a configuration to an aligned model."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from dde_ds import __version__
+from dde_ds.config import RunConfig
+from dde_ds.data.draws import Draws
+from dde_ds.data.order import Order
+from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
+from dde_ds.data.shards import ShardSet
+from dde_ds.distributed import Ranks, any_rank, start
+from dde_ds.engine import checkpoint
+from dde_ds.engine.zero import complete_config, initialize
+from dde_ds.errors import UserError
+from dde_ds.evaluation.generate import PromptSet, save_row
+from dde_ds.models import unet as models
+from dde_ds.models.quiet import quiet_libraries
+from dde_ds.objective.objective import Objective, build_objective
+from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.metrics import Averages, Clock, MetricsFile
+from dde_ds.training.progress import ProgressLine
+from dde_ds.training.step import micro_step
+from dde_ds.training.stop import StopRequest
+
+DONE, STOPPED = 0, 75
+
+
+def train(run: RunConfig, resume: str | None = None) -> int:
+    """Run to the end, or to a request to stop. Every rank calls this.
+
+    Args:
+        resume: None starts a new run and refuses a folder that holds one; ``required`` goes on from the newest checkpoint;
+            ``auto`` does so where there is one and starts otherwise.
+
+    Returns:
+        0 when the run is done, 75 when it was asked to stop and can be resumed.
+
+    Raises:
+        UserError: unusable input.
+    """
+    quiet_libraries()
+    folder = Path(run.output)
+    shards = ShardSet(run.data.path)
+    _check_fit(run, shards)
+    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
+    ranks, device = start()
+    ds_config = complete_config(run, ranks.world)
+    objective = _objective(run)
+
+    policy, reference = _load_engines(run, ds_config, objective)
+    dtype = next(policy.parameters()).dtype
+    first_step = 0
+    if resumed is not None:
+        checkpoint.load(resumed, policy, objective)
+        first_step = checkpoint.read_state(resumed)["step"]
+    objective.to(device)
+    if ranks.is_first:
+        _open_folder(folder, run)
+    any_rank(False, device)  # nobody goes on before the folder is there
+
+    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout)
+    dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
+    slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
+    clock, averages = Clock(), Averages(device)
+    batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda"))
+    accumulation = run.batch.accumulation(ranks.world)
+    prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
+    metrics = MetricsFile(folder / "metrics.jsonl", first_step) if ranks.is_first else None
+    stop = StopRequest(folder)
+
+    def draw_samples(step: int) -> None:
+        if prompts:
+            images = prompts.draw(policy.module, run.samples.seed, run.samples.inference_steps, run.samples.guidance_scale)
+            if ranks.is_first:
+                save_row(images, folder / "samples" / f"step-{step:08d}.png")
+
+    def save_checkpoint(step: int) -> None:
+        checkpoint.save(folder / "checkpoints", policy, objective, _state(run, shards, ranks, step), run.checkpoint.keep)
+
+    if first_step == 0:
+        draw_samples(0)
+    with ProgressLine(first_step, run.steps, visible=ranks.is_first) as progress:
+        progress.say(
+            f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
+            f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
+            + (f"; resumed after step {first_step}" if first_step else "")
+        )
+        for step in range(first_step + 1, run.steps + 1):
+            finite = torch.ones((), dtype=torch.bool, device=device)
+            for _ in range(accumulation):
+                out = micro_step(policy, reference, objective, next(batches), device)
+                policy.backward(out.loss)
+                averages.add(out.metrics)
+                finite &= out.loss.detach().isfinite()
+                if policy.is_gradient_accumulation_boundary():
+                    # Before the optimizer: a bad number must not reach the weights. One flag for all ranks.
+                    _stop_if(any_rank(not finite.item(), device), f"step {step}: the loss is not a finite number")
+                    for group in policy.optimizer.param_groups:
+                        group["lr"] = run.optimizer.rate(step - 1)
+                policy.step()
+            norm = float(policy.get_global_grad_norm() or 0.0)
+            _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
+            objective.commit()
+            clock.add(run.batch.pairs)
+
+            if step % run.log.every == 0 or step == run.steps:
+                row = {**averages.read(), **clock.read(), "grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
+                if metrics:
+                    metrics.write({"step": step, "position": step * run.batch.pairs, **row})
+                progress.update(step, row)
+            stopping = any_rank(bool(stop), device) and step < run.steps
+            if stopping or step % run.checkpoint.every == 0 or step == run.steps:
+                save_checkpoint(step)
+            if stopping:
+                progress.say(f"stopped after step {step} as asked; go on with --resume")
+                return STOPPED
+            if step % run.samples.every == 0 or step == run.steps:
+                draw_samples(step)
+    checkpoint.export(policy, run.model.path, run.model.revision, folder / "export")
+    if ranks.is_first:
+        (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
+    return DONE
+
+
+def _objective(run: RunConfig) -> Objective:
+    options = run.objective
+    schedule = NoiseSchedule.from_scheduler(models.load_scheduler_config(run.model.path, run.model.revision), options.variance)
+    return build_objective(
+        options.name,
+        schedule,
+        beta=options.beta,
+        correction_weight=options.correction_weight,
+        correction_ema=options.correction_ema,
+        discount=options.discount,
+        discount_mode=options.discount_mode,
+        timestep_range=options.timestep_range,
+    )
+
+
+def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
+    policy = models.load_unet(run.model.path, run.model.revision)
+    if run.model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    reference = models.load_unet(run.model.path, run.model.revision) if objective.needs_reference else None
+    return initialize(policy, reference, ds_config)
+
+
+def _check_fit(run: RunConfig, shards: ShardSet) -> None:
+    """Shards and model must speak of the same latents: found out before any weight is loaded."""
+    config = models.load_unet_config(run.model.path, run.model.revision)
+    channels, height, width = shards.latent_shape
+    if channels != config["in_channels"]:
+        raise UserError(
+            f"data.path {run.data.path}: latents have {channels} channels (shape {channels}x{height}x{width}), "
+            f"the UNet of model.path {run.model.path} takes {config['in_channels']}; shard the pairs with this model"
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if height % factor or width % factor:
+        raise UserError(f"data.path {run.data.path}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
+    own = models.family(run.model.path, run.model.revision)
+    if own != shards.manifest["settings"]["family"]:
+        raise UserError(f"data.path {run.data.path}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}")
+
+
+def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path], resume: str | None, folder: Path) -> Path | None:
+    if resume is None:
+        if checkpoints or (folder / "DONE").exists():
+            raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
+        return None
+    if not checkpoints:
+        if resume == "required":
+            raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
+        return None
+    newest = checkpoints[-1]
+    state = checkpoint.read_state(newest)
+    for key, value in _identity(run, shards).items():
+        if state["identity"].get(key) != value:
+            raise UserError(f"{key} is {value!r}, but {newest} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run")
+    return newest
+
+
+def _identity(run: RunConfig, shards: ShardSet) -> dict:
+    """What a run may not change on resume: it would mix two orders, two objectives or two models in one."""
+    return {
+        "seed": run.seed,
+        "batch.pairs": run.batch.pairs,
+        "data": shards.digest,
+        "data.block_shards": run.data.block_shards,
+        "data.caption_dropout": run.data.caption_dropout,
+        "model.path": run.model.path,
+        "objective.name": run.objective.name,
+        "objective.timestep_range": list(run.objective.timestep_range) if run.objective.timestep_range else None,
+    }
+
+
+def _state(run: RunConfig, shards: ShardSet, ranks: Ranks, step: int) -> dict:
+    return {
+        "step": step,
+        "position": step * run.batch.pairs,
+        "world": ranks.world,
+        "identity": _identity(run, shards),
+        "versions": {"dde_ds": __version__, "torch": torch.__version__},
+    }
+
+
+def _open_folder(folder: Path, run: RunConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    for stale in ("DONE", "STOP"):
+        (folder / stale).unlink(missing_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output {folder}: not writable")
+    shutil.rmtree(folder / "checkpoints" / ".staging", ignore_errors=True)
+
+
+def _stop_if(condition: bool, what: str) -> None:
+    if condition:
+        raise UserError(f"{what}; nothing of this step was saved. Lower optimizer.learning_rate, then go on with --resume from the last checkpoint")

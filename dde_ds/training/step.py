@@ -1,0 +1,36 @@
+"""One micro-batch: latents → noise → two predictions → objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dde_ds.models.unet import predict
+from dde_ds.objective.objective import Objective, ObjectiveOutput
+
+
+def micro_step(policy: Any, reference: Any | None, objective: Objective, batch: dict[str, Tensor], device: torch.device) -> ObjectiveOutput:
+    """Loss of one micro-batch of B pairs, as :mod:`dde_ds.data.reader` gives it.
+
+    ``policy`` and ``reference`` are DeepSpeed engines or plain UNets. Winners and losers go through each in one call: two
+    would double the launches, and under ZeRO-3 the gathering of every parameter.
+    """
+    dtype = next(policy.parameters()).dtype
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    for key in ("prompt_embeds", "pooled", "time_ids"):
+        if key in batch:
+            batch[key] = batch[key].to(dtype)
+    latents, noise = batch["latents"].float(), batch["noise"]
+    timesteps = batch["timesteps"]
+    both = timesteps.repeat(2)
+    shared = noise if len(noise) == len(latents) else noise.repeat(2, 1, 1, 1)
+    noisy = objective.schedule.add_noise(latents, shared, both).to(dtype)
+
+    reference_pred = None
+    if objective.needs_reference:
+        with torch.no_grad():
+            reference_pred = predict(reference, noisy, both, batch)
+    policy_pred = predict(policy, noisy, both, batch)
+    return objective(policy_pred, reference_pred, noise, timesteps, noisy)

@@ -1,0 +1,45 @@
+"""Align a diffusion model with preference pairs.
+
+    deepspeed launchers/train.py --config launchers/recipes/sdxl_dde.yaml optimizer.learning_rate=1e-8 output=runs/first
+
+Exit code 0: done. 75: stopped as asked and resumable. 1: an error, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from dde_ds.config import load_config
+from dde_ds.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML of a run; launchers/recipes holds commented ones")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the configuration")
+    parser.add_argument(
+        "--resume",
+        choices=("required", "auto"),
+        nargs="?",
+        const="required",
+        help="go on from the newest checkpoint of the output folder; with 'auto', start anew where there is none",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    args = parser.parse_intermixed_args()
+    rank = os.environ.get("RANK", "0")
+    try:
+        run = load_config(args.config, args.overrides)
+        from dde_ds.training.loop import train
+
+        return train(run, args.resume)
+    except UserError as error:
+        # Every rank sees a wrong configuration; a bad sample only the one that reads it.
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        # Not a return: Python's exit would wait for ranks that are still in a collective.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

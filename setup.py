@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dde_ds",
+    version="0.1.0",
+    description="Aligns text-to-image diffusion models with preference pairs by Denoised Distribution Estimation, on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dde_ds", "dde_ds.*"]),
+    python_requires=">=3.10",
+    # Ranges that are meant to work; constraints.txt holds the exact versions that are tested.
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19,<0.20",
+        "diffusers>=0.38",
+        "transformers>=5.3",
+        "webdataset>=1.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "rich>=13",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "shard": ["pyarrow>=15", "pillow>=10"],
+        "eval": ["matplotlib>=3.8", "pillow>=10"],
+        "track": ["tensorboard>=2.16", "wandb>=0.17"],
+        "dev": ["pytest>=8", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["dde-ds = dde_ds.cli:main"]},
+)
