@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """Bad input that the other ranks may not have met, such as one damaged sample: the rank that meets it reports it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to ``name``, otherwise the list of known names."""
     known = sorted(known)

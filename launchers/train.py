@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+from typing import NoReturn
 
 from dde_ds.config import load_config
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError, UserError
 
 
 def main() -> int:
@@ -28,17 +30,24 @@ def main() -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_intermixed_args()
-    rank = os.environ.get("RANK", "0")
     try:
         run = load_config(args.config, args.overrides)
         from dde_ds.training.loop import train
 
         return train(run, args.resume)
     except UserError as error:
-        # Every rank sees a wrong configuration; a bad sample only the one that reads it.
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        # Not a return: Python's exit would wait for ranks that are still in a collective.
-        os._exit(1)
+        return leave(error, int(os.environ.get("RANK", "0")))
+
+
+def leave(error: UserError, rank: int) -> NoReturn:
+    """Print one line, once, and end this process at once: Python's own exit would wait for ranks in a collective."""
+    if rank == 0 or isinstance(error, RankError):
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    else:
+        # All ranks met the same error and the first one reports it. The launcher ends every rank as soon as one is gone.
+        time.sleep(10)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError, UserError
 
 
 class PairDataset(Dataset):
@@ -83,7 +83,7 @@ def micro_batches(dataset: PairDataset, slices: RankSlices, workers: int, pin_me
     """This rank's micro-batches, in order.
 
     Raises:
-        UserError: a sample that cannot be used; nothing is skipped.
+        RankError: a sample that cannot be used; nothing is skipped.
     """
     loader = DataLoader(
         dataset,
@@ -96,7 +96,7 @@ def micro_batches(dataset: PairDataset, slices: RankSlices, workers: int, pin_me
     )
     for batch in loader:
         if isinstance(batch, UserError):
-            raise batch
+            raise RankError(str(batch))
         yield batch
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError, UserError
 from dde_ds.models.unet import LOADING
 from dde_ds.objective.objective import Objective
 
@@ -78,7 +78,7 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
         objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
         found, _ = policy.load_checkpoint(str(checkpoint), tag="engine")
     except (OSError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before") from None
+        raise RankError(f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before") from None
     if found is None:
         raise UserError(f"checkpoint {checkpoint}: holds no engine state; delete it to resume from the one before")
 

@@ -75,6 +75,13 @@ class PromptSet:
         pipeline.unet = None
         return torch.cat(images)
 
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, batch: int = 64) -> Tensor:
+        """Scaled mean latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]."""
+        vae = self._pipeline.vae
+        means = [vae.encode(chunk.to(self._device)).latent_dist.mean.cpu() for chunk in pixels.split(batch)]
+        return torch.cat(means) * vae.config.scaling_factor
+
 
 def save_row(images: Tensor, path: Path) -> None:
     """Images (N,3,H,W) uint8 side by side in one PNG."""
