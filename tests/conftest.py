@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.pipelines import save_sd, save_sdxl
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "launchers" / "demo"
+
+# The tests' models are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sd_model(tmp_path_factory) -> Path:
+    return save_sd(tmp_path_factory.mktemp("model") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl_model(tmp_path_factory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory) -> Path:
+    """Twenty real pairs in Pick-a-Pic's columns."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(0, 20), path)
+    return path
+
+
+def shard(parquet: Path, model: Path, output: Path, **options) -> Path:
+    from dde_ds.data.make import make_shards
+    from dde_ds.models.encode import Encoder
+
+    encoder = Encoder(str(model))
+    make_shards([str(parquet)], output, encoder, str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
+    return output
+
+
+@pytest.fixture(scope="session")
+def sd_shards(tmp_path_factory, parquet, sd_model) -> Path:
+    return shard(parquet, sd_model, tmp_path_factory.mktemp("shards") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl_shards(tmp_path_factory, parquet, sdxl_model) -> Path:
+    return shard(parquet, sdxl_model, tmp_path_factory.mktemp("shards") / "sdxl")
+
+
+@pytest.fixture
+def schedule():
+    from dde_ds import NoiseSchedule
+
+    return NoiseSchedule.from_scheduler({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from dde_ds import UserError
+from dde_ds.data.draws import Draws
+from dde_ds.data.order import Order
+from dde_ds.data.reader import RankSlices
+
+COUNTS = [7, 5, 0, 9, 6, 3, 8]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8])
+def test_every_sample_once_an_epoch(block):
+    order = Order(COUNTS, seed=3, block=block)
+    everything = sorted((shard, row) for shard, count in enumerate(COUNTS) for row in range(count))
+    epochs = [[order.locate(epoch * 38 + offset) for offset in range(38)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == everything
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_pure_function_of_seed_and_position():
+    positions = [500, 3, 77, 3, 10**9, 0]
+    forwards = [Order(COUNTS, 1, 2).locate(p) for p in positions]
+    warm = Order(COUNTS, 1, 2)
+    for p in range(100):
+        warm.locate(p)
+    assert [pickle.loads(pickle.dumps(warm)).locate(p) for p in positions] == forwards == [warm.locate(p) for p in positions]
+    assert [Order(COUNTS, 2, 2).locate(p) for p in positions] != forwards
+
+
+def test_a_block_mixes_its_shards():
+    order = Order([100] * 8, seed=0, block=8)
+    shards = np.array([order.locate(p)[0] for p in range(800)])
+    assert (shards[1:] == shards[:-1]).mean() < 0.2  # 1/8 in a full shuffle, 1 without one
+
+
+def test_no_samples():
+    with pytest.raises(UserError, match="no sample"):
+        Order([0, 0], 0, 1)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 2), (2, 4), (4, 1)])
+def test_ranks_and_micro_batches_partition_each_global_batch(world, micro):
+    per_rank = [list(RankSlices(8, micro, rank, world, 2, 5)) for rank in range(world)]
+    assert {len(batches) for batches in per_rank} == {len(RankSlices(8, micro, 0, world, 2, 5))}
+    count = 8 // world // micro
+    for step in range(3):
+        positions = [p for batches in per_rank for batch in batches[step * count : (step + 1) * count] for p in batch]
+        assert sorted(positions) == list(range((step + 2) * 8, (step + 3) * 8))
+
+
+def test_draws_depend_on_seed_and_position_only():
+    draws = Draws(5, torch.ones(1000), caption_dropout=0.3)
+    t, noise, drop = draws(123456789, (2, 4, 8, 8))
+    again = Draws(5, torch.ones(1000), caption_dropout=0.3)
+    again(7, (2, 4, 8, 8))
+    t2, noise2, drop2 = again(123456789, (2, 4, 8, 8))
+    assert (t, drop) == (t2, drop2)
+    assert torch.equal(noise, noise2)
+    assert not torch.equal(noise, Draws(6, torch.ones(1000))(123456789, (2, 4, 8, 8))[1])
+    assert Draws(5, torch.ones(1000), shared_noise=False)(0, (2, 4, 8, 8))[1].shape == (2, 4, 8, 8)
+
+
+def test_draws_have_their_distributions():
+    probabilities = torch.zeros(1000)
+    probabilities[200:700] = 1
+    draws = Draws(0, probabilities, caption_dropout=0.2)
+    found = [draws(position, (2, 1, 2, 2)) for position in range(4000)]
+    t = torch.tensor([t for t, _, _ in found]).float()
+    assert 200 <= t.min()
+    assert t.max() < 700
+    assert t.mean().item() == pytest.approx(449.5, abs=4 * 500 / 12**0.5 / 4000**0.5)
+    assert np.mean([drop for _, _, drop in found]) == pytest.approx(0.2, abs=0.03)
+    noise = torch.stack([n for _, n, _ in found]).flatten()
+    assert noise.mean().item() == pytest.approx(0, abs=0.03)
+    assert noise.std().item() == pytest.approx(1, abs=0.03)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dde_ds import NoiseSchedule, UserError, build_objective
+from dde_ds.objective.losses import OBJECTIVES
+
+PAIRS, SHAPE = 3, (4, 5, 7)
+T = torch.tensor([3, 417, 950])
+
+
+def predictions(dtype=torch.float64, scale=0.02, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(PAIRS, *SHAPE, generator=generator, dtype=torch.float64)
+    reference = noise.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * PAIRS, *SHAPE, generator=generator, dtype=torch.float64)
+    policy = reference + scale * torch.randn(2 * PAIRS, *SHAPE, generator=generator, dtype=torch.float64)
+    return policy.to(dtype).requires_grad_(), reference.to(dtype), noise.to(dtype)
+
+
+def fill_table(objective, seed=5, observations=4000):
+    """Two committed steps of made-up margins."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        t = torch.randint(1000, (observations,), generator=generator)
+        m = 1e-3 * torch.randn(observations, generator=generator)
+        objective.table.add(t, m, torch.rand(4, observations, generator=generator))
+        objective.commit()
+
+
+def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=None):
+    """The loss pair by pair, element by element, as the paper writes it."""
+    losses = []
+    for i, t in enumerate(T.tolist()):
+        d = {}
+        for who, prediction in (("policy", policy), ("reference", reference)):
+            for side, row in (("w", i), ("l", PAIRS + i)):
+                d[who, side] = sum((noise[i].flatten() - prediction[row].flatten()) ** 2) / math.prod(SHAPE)
+        m = (d["policy", "w"] - d["reference", "w"]) - (d["policy", "l"] - d["reference", "l"])
+        gain = {"dde": schedule.single_shot_weight[t], "dde_single": schedule.single_shot_weight[t], "dde_step": 1.0, "uniform": 1.0}
+        gain["discounted"] = (0.9 ** (50 / 1000)) ** (999 - t)
+        k = sum(schedule.stepwise_weight[j] * table[j] for j in range(t + 1, 1000)) if name in ("dde", "dde_step") else 0.0
+        if name == "sft":
+            losses.append(d["policy", "w"])
+            continue
+        z = -(beta / 2) * (gain[name] * m + eta * k)
+        losses.append(-torch.log(1 / (1 + torch.exp(-z))))
+    return sum(losses) / PAIRS
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_against_the_formula_in_float64(schedule, name, dtype):
+    policy, reference, noise = predictions(dtype)
+    objective = build_objective(name, schedule, beta=50.0)
+    if name != "sft":
+        fill_table(objective)
+    out = objective(policy, None if name == "sft" else reference, noise, T)
+    out.loss.backward()
+
+    exact = policy.detach().double().requires_grad_()
+    expected = written_out(name, schedule, exact, reference.double(), noise.double(), 50.0, table=objective.table.average[0])
+    expected.backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
+    assert out.loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    torch.testing.assert_close(policy.grad.double(), exact.grad, rtol=10 * tolerance, atol=tolerance * exact.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "sft"])
+def test_equal_models_give_log_2(schedule, name):
+    _, reference, noise = predictions(torch.float32)
+    out = build_objective(name, schedule, beta=5000.0)(reference.clone().requires_grad_(), reference, noise, T)
+    assert out.loss.item() == torch.tensor(2.0).log().item()
+    assert not out.logits.any()
+
+
+def test_no_correction_weight_equals_dde_single_bit_for_bit(schedule):
+    policy, reference, noise = predictions(torch.float32)
+    losses = []
+    for name, options in (("dde", {"correction_weight": 0.0}), ("dde_single", {})):
+        objective = build_objective(name, schedule, beta=2000.0, **options)
+        fill_table(objective)
+        losses.append(objective(policy, reference, noise, T).loss)
+    assert torch.equal(*losses)
+
+
+def test_gradient_of_one_winner_element(schedule):
+    """β g_t σ(-z) (ε_θ - ε)/(C·H·W·pairs) for a winner, minus that for its loser."""
+    policy, reference, noise = predictions()
+    out = build_objective("dde_single", schedule, beta=100.0)(policy, reference, noise, T)
+    out.loss.backward()
+    factor = 100.0 * schedule.single_shot_weight[T] * torch.sigmoid(-out.logits) / (math.prod(SHAPE) * PAIRS)
+    expected = factor.view(-1, 1, 1, 1) * (policy.detach()[:PAIRS] - noise)
+    torch.testing.assert_close(policy.grad[:PAIRS], expected)
+    expected = -factor.view(-1, 1, 1, 1) * (policy.detach()[PAIRS:] - noise)
+    torch.testing.assert_close(policy.grad[PAIRS:], expected)
+
+
+@pytest.mark.parametrize(("c", "peak"), [(1e-3, 417), (1e-4, 718)])
+def test_credit_peaks_in_the_middle_of_the_trajectory(schedule, c, peak):
+    """|∂loss/∂d| = (β/2) g_t σ(-z) with M_j = m = -c at every step: the paper's prioritisation."""
+    objective = build_objective("dde", schedule, beta=2000.0)
+    everywhere = torch.arange(1000)
+    objective.table.add(everywhere, torch.full((1000,), -c, dtype=torch.float64), torch.zeros(4, 1000, dtype=torch.float64))
+    objective.commit()
+    # One element a sample, so that a prediction sets its error: winner √(1-c) off, all others 1.
+    noise = torch.zeros(1000, 1, 1, 1, dtype=torch.float64)
+    reference = torch.ones(2000, 1, 1, 1, dtype=torch.float64)
+    policy = reference.clone()
+    policy[:1000] = math.sqrt(1 - c)
+    policy.requires_grad_()
+    objective(policy, reference, noise, everywhere).loss.backward()
+    # d = p², so ∂loss/∂d = ∂loss/∂p / 2p.
+    credit = (policy.grad[:1000] / (2 * policy[:1000].detach())).flatten()
+    assert credit.argmax().item() == peak
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_prediction_types_give_the_loss_of_the_implied_noise(prediction_type):
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = NoiseSchedule.from_scheduler(config | {"prediction_type": prediction_type})
+    policy, reference, noise = predictions()
+    noisy = torch.randn(2 * PAIRS, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    a, b = (table[T].repeat(2).view(-1, 1, 1, 1) for table in schedule.implied_noise_coefficients())
+    out = build_objective("dde", schedule, beta=50.0)(policy, reference, noise, T, noisy)
+    plain = build_objective("dde", NoiseSchedule.from_scheduler(config), beta=50.0)
+    expected = plain(a * policy + b * noisy, a * reference + b * noisy, noise, T)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, policy), torch.autograd.grad(expected.loss, policy))
+    with pytest.raises(UserError, match="noisy_latents"):
+        build_objective("dde", schedule)(policy, reference, noise, T)
+
+
+def test_unshared_noise(schedule):
+    policy, reference, noise = predictions()
+    objective = build_objective("uniform", schedule)
+    shared = objective(policy, reference, noise, T)
+    repeated = objective(policy, reference, noise.repeat(2, 1, 1, 1), T)
+    assert torch.equal(shared.loss, repeated.loss)
+    other = torch.cat([noise, noise.flip(0)])
+    assert not torch.equal(objective(policy, reference, other, T).loss, shared.loss)
+
+
+def test_metrics(schedule):
+    policy, reference, noise = predictions()
+    out = build_objective("dde", schedule, beta=500.0)(policy, reference, noise, T)
+    metrics = {name: value.item() for name, value in out.metrics.items()}
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+    assert metrics["rewards/margins"] == pytest.approx(out.logits.mean().item())  # no correction yet
+    assert metrics["rewards/accuracies"] == pytest.approx((out.logits > 0).double().mean().item())
+    assert metrics["loss"] == out.loss.item()
+    expected = (policy[:PAIRS] - noise).square().mean().item()
+    assert metrics["error/policy_chosen"] == pytest.approx(expected)
+    assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
+
+
+def test_timestep_probabilities(schedule):
+    segment = build_objective("dde", schedule, timestep_range=(200, 700)).timestep_probabilities
+    assert not segment[:200].any()
+    assert not segment[700:].any()
+    assert segment[200:700].unique().tolist() == pytest.approx([1 / 500])
+    sampled = build_objective("discounted", schedule, discount_mode="sample", discount=0.99).timestep_probabilities
+    assert (sampled[500] / sampled[501]).item() == pytest.approx(0.99)
+    assert sampled.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"name": "ddee"}, "did you mean 'dde'"),
+        ({"name": "dde", "beta": 0.0}, "beta"),
+        ({"name": "dde", "correction_ema": 1.0}, "correction_ema"),
+        ({"name": "dde", "timestep_range": (500, 1001)}, "timestep_range"),
+        ({"name": "discounted", "discount": 1.5}, "discount"),
+        ({"name": "discounted", "discount_mode": "both"}, "discount_mode"),
+    ],
+)
+def test_bad_options(schedule, options, named):
+    with pytest.raises(UserError, match=named):
+        build_objective(schedule=schedule, **options)
+
+
+def test_bad_shapes(schedule):
+    policy, reference, noise = predictions()
+    objective = build_objective("dde", schedule)
+    with pytest.raises(UserError, match="winners then losers"):
+        objective(policy[:-1], reference[:-1], noise, T)
+    with pytest.raises(UserError, match="reference"):
+        objective(policy, None, noise, T)
+    with pytest.raises(UserError, match="noise"):
+        objective(policy, reference, noise[:, :2], T)
+    with pytest.raises(UserError, match="empty batch"):
+        objective(policy[:0], reference[:0], noise[:0], T[:0])

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from dde_ds import NoiseSchedule, UserError
+
+# Of Stable Diffusion's schedule: t, ᾱ, w, λ, Σ_{j>t} λ_j.
+TABLE = [
+    (0, 0.99915, 0.00085, 0.0, 6.5277),
+    (1, 0.99830, 0.00171, 0.50319, 6.0245),
+    (100, 0.89422, 0.11829, 0.00663, 3.7657),
+    (500, 0.27633, 2.61883, 0.00335, 2.2107),
+    (900, 0.01415, 69.66568, 0.00529, 0.5634),
+    (999, 0.00466, 213.58774, 0.00610, 0.0),
+]
+
+
+@pytest.mark.parametrize(("t", "alpha", "w", "lam", "tail"), TABLE)
+def test_numbers_of_stable_diffusion(schedule, t, alpha, w, lam, tail):
+    assert schedule.alphas_cumprod.dtype == torch.float64
+    assert schedule.alphas_cumprod[t].item() == pytest.approx(alpha, abs=5e-6)
+    assert schedule.single_shot_weight[t].item() == pytest.approx(w, abs=5e-6)
+    assert schedule.stepwise_weight[t].item() == pytest.approx(lam, abs=5e-6)
+    assert schedule.stepwise_weight[t + 1 :].sum().item() == pytest.approx(tail, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.01 * (i + 1) for i in range(50)], "num_train_timesteps": 50},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
+    ],
+)
+def test_agrees_with_diffusers(options):
+    theirs = DDIMScheduler(**options)
+    ours = NoiseSchedule.from_scheduler(theirs)
+    # diffusers accumulates its product in float32.
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)
+    for table in (ours.alphas_cumprod, ours.single_shot_weight, ours.stepwise_weight):
+        assert table.isfinite().all()
+
+
+def test_stepwise_weight_is_the_kl_of_one_reverse_step(schedule):
+    """λ_t ‖ε - ε_θ‖² against ‖μ_q - μ_θ‖²/(2σ²) with both means written out (eq. 3, 6, 7)."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, predicted = torch.randn(3, 16, dtype=torch.float64, generator=generator)
+    for t in (1, 250, 700, 999):
+        alpha_bar, previous = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1]
+        alpha = alpha_bar / previous
+        beta = 1 - alpha
+        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+
+        def mean(estimate, noisy=noisy, previous=previous, alpha=alpha, beta=beta, alpha_bar=alpha_bar):
+            return previous.sqrt() * beta / (1 - alpha_bar) * estimate + alpha.sqrt() * (1 - previous) / (1 - alpha_bar) * noisy
+
+        estimate = (noisy - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+        variance = beta * (1 - previous) / (1 - alpha_bar)
+        kl = (mean(clean) - mean(estimate)).square().sum() / (2 * variance)
+        assert kl.item() == pytest.approx((schedule.stepwise_weight[t] * (noise - predicted).square().sum()).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_implied_noise_undoes_the_parameterisation(prediction_type):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    clean, noise = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([10, 500, 990])
+    noisy = schedule.add_noise(clean, noise, t)
+    output = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, t)}[prediction_type]
+    coefficients = schedule.implied_noise_coefficients()
+    if coefficients is not None:
+        a, b = (table[t].view(-1, 1, 1, 1) for table in coefficients)
+        output = a * output + b * noisy
+    torch.testing.assert_close(output, noise, rtol=1e-4, atol=1e-4)  # diffusers' velocity has float32 coefficients
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"beta_schedule": "scaled_liner"}, "scaled_linear"),
+        ({"prediction_type": "flow"}, "prediction_type"),
+        ({"trained_betas": [0.1, -0.1]}, "betas"),
+    ],
+)
+def test_unusable_scheduler(config, named):
+    with pytest.raises(UserError, match=named):
+        NoiseSchedule.from_scheduler(config)
+    with pytest.raises(UserError, match="variance"):
+        NoiseSchedule.from_scheduler({}, variance="posteriori")

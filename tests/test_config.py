@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dde_ds.config
+from dde_ds import UserError, load_config
+from dde_ds.config import BatchConfig, OptimizerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMAL = {
+    "output": "runs/x",
+    "steps": 10,
+    "model": {"path": "base"},
+    "data": {"path": "shards"},
+    "batch": {"pairs": 8},
+    "optimizer": {"learning_rate": 1e-5},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_defaults_overrides_and_round_trip(file, tmp_path):
+    run = load_config(file, ["objective.beta=500", "samples.prompts=[a, b]", "objective.timestep_range=[200, 700]", "optimizer.learning_rate=1e-6"])
+    assert run.objective.beta == 500.0
+    assert run.samples.prompts == ("a", "b")
+    assert run.objective.timestep_range == (200, 700)
+    assert run.optimizer.learning_rate == 1e-6  # YAML 1.1 reads 1e-6 as text
+    again = tmp_path / "again.yaml"
+    again.write_text(run.to_yaml())
+    assert load_config(again) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lerning_rate=1", "unknown key optimizer.lerning_rate; did you mean 'learning_rate'?"),
+        ("bach.pairs=1", "unknown key bach; did you mean 'batch'?"),
+        ("steps=0", "steps is 0: must be 1 or more"),
+        ("steps=1.5", "steps is 1.5: expected a whole number"),
+        ("steps=true", "steps is True: expected a whole number"),
+        ("precision=fp16", "precision is 'fp16': must be 'bf16' or 'fp32'"),
+        ("objective.beta=-1", "objective.beta is -1.0: must be above 0"),
+        ("objective.beta=.nan", "objective.beta is nan: expected a finite number"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]: expected a list of 2"),
+        ("data=shards", "data is 'shards': expected keys and values"),
+        ("samples.prompts=cat", "samples.prompts is 'cat': expected a list"),
+        ("model.path=", "model.path is None: expected text"),
+        ("steps", "override 'steps': expected key=value"),
+        ("steps.x=1", "override 'steps.x=1': 'steps' holds a value"),
+    ],
+)
+def test_one_line_that_names_the_key(file, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(file, [override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_key_and_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != "batch"}))
+    with pytest.raises(UserError, match="missing key batch"):
+        load_config(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    path.write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(path)
+
+
+def test_accumulation_is_derived():
+    assert BatchConfig(pairs=2048, micro=4).accumulation(64) == 8
+    with pytest.raises(UserError) as error:
+        BatchConfig(pairs=2048, micro=3).accumulation(8)
+    assert str(error.value) == (
+        "batch.pairs is 2048: not a multiple of 8 ranks × batch.micro 3; what fits: batch.pairs 2040 or 2064, or batch.micro 1, 2, 4, 8"
+    )
+    with pytest.raises(UserError, match="batch.pairs 6 or 9"):
+        BatchConfig(pairs=8, micro=1).accumulation(3)
+
+
+def test_learning_rate_is_what_is_written():
+    options = OptimizerConfig(learning_rate=1e-5, warmup_steps=4)
+    assert [options.rate(step) for step in range(6)] == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5, 1e-5])
+    assert OptimizerConfig(learning_rate=1e-5).rate(0) == 1e-5
+
+
+def test_every_field_is_documented():
+    module = ast.parse(Path(dde_ds.config.__file__).read_text())
+    for definition in [node for node in module.body if isinstance(node, ast.ClassDef)]:
+        for field, after in zip(definition.body, [*definition.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                own_section = field.annotation.id.endswith("Config") if isinstance(field.annotation, ast.Name) else False
+                assert documented or own_section, f"{definition.name}.{field.target.id} has no docstring"
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("launchers/recipes/*.yaml")) + [ROOT / "launchers/demo/train.yaml"], ids=lambda path: path.name)
+def test_shipped_configurations_load(recipe):
+    run = load_config(recipe)
+    assert (ROOT / run.deepspeed).is_file()
