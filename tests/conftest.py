@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dde_ds.models.quiet import quiet_libraries
 from tests.pipelines import save_sd, save_sdxl
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "launchers" / "demo"
 
+quiet_libraries()
 # The tests' models are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 

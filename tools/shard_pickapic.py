@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     from dde_ds.data.make import make_shards
     from dde_ds.data.pickapic import find_parquet
     from dde_ds.models.encode import Encoder
+    from dde_ds.models.quiet import quiet_libraries
 
+    quiet_libraries()
     try:
         for name in ("pairs_per_shard", "batch"):
             if getattr(args, name) < 1:

@@ -48,12 +48,12 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     quiet_libraries()
     folder = Path(run.output)
     shards = ShardSet(run.data.path)
-    _check_fit(run, shards)
+    check_fit(run, shards)
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
     ranks, device = start()
     ds_config = complete_config(run, ranks.world)
-    objective = _objective(run)
+    objective = build_run_objective(run)
 
     policy, reference = _load_engines(run, ds_config, objective)
     dtype = next(policy.parameters()).dtype
@@ -130,7 +130,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     return DONE
 
 
-def _objective(run: RunConfig) -> Objective:
+def build_run_objective(run: RunConfig) -> Objective:
     options = run.objective
     schedule = NoiseSchedule.from_scheduler(models.load_scheduler_config(run.model.path, run.model.revision), options.variance)
     return build_objective(
@@ -153,7 +153,7 @@ def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     return initialize(policy, reference, ds_config)
 
 
-def _check_fit(run: RunConfig, shards: ShardSet) -> None:
+def check_fit(run: RunConfig, shards: ShardSet) -> None:
     """Shards and model must speak of the same latents: found out before any weight is loaded."""
     config = models.load_unet_config(run.model.path, run.model.revision)
     channels, height, width = shards.latent_shape

@@ -1,0 +1,22 @@
+# Both targets set up what they need: a virtual environment in .venv, with the versions of constraints.txt.
+#   PYTHON=python3.12 make test     takes another interpreter (3.10 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python launchers/demo/run.py
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest
+
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[shard,eval,dev]'
+	touch $@

@@ -1,0 +1,151 @@
+"""Real launches against a plain loop: ranks, micro-batches, ZeRO stages and resume must not change a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+
+from dde_ds import load_config
+from tests.conftest import ROOT
+from tests.launching import alone, command, environment, launch, rows, write_config
+from tests.plain_loop import plain_losses
+
+pytestmark = pytest.mark.slow
+ZERO3 = f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, sd_model, sd_shards):
+    return write_config(tmp_path_factory.mktemp("sd") / "run.yaml", sd_model, sd_shards)
+
+
+@pytest.fixture(scope="module")
+def expected(config):
+    return plain_losses(load_config(config))
+
+
+def losses(run_folder) -> list[float]:
+    found = rows(run_folder)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return [row["loss"] for row in found]
+
+
+def assert_done(process: subprocess.CompletedProcess, run_folder) -> None:
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (run_folder / "DONE").exists()
+
+
+def test_two_ranks_zero_2(config, expected, tmp_path):
+    process = launch(config, f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2")
+    assert_done(process, tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert found[0] == torch.tensor(2.0).log().item()
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(set(found)) == 4, "a run that learns nothing would agree as well"
+
+    assert load_config(tmp_path / "run" / "config.yaml") == load_config(
+        config, [f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2"]
+    )
+    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "run" / "samples").iterdir())]
+    assert [picture.shape for picture in pictures] == [(16, 32, 3)] * 3  # before, in the middle, at the end
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("dagger", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    base = UNet2DConditionModel.from_pretrained(load_config(config).model.path, subfolder="unet").state_dict()
+    moved = [not torch.equal(value, base[name]) for name, value in pipeline.unet.state_dict().items()]
+    assert all(moved)
+
+    # A run that ended refuses to start again, and goes on when it is given more steps.
+    again = launch(config, f"output={tmp_path / 'run'}")
+    assert again.returncode == 1
+    assert "holds a run already" in again.stderr
+
+
+def test_two_ranks_zero_3(config, expected, tmp_path):
+    assert_done(launch(config, f"output={tmp_path / 'run'}", ZERO3, "model.gradient_checkpointing=true"), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+    weights = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "export", subfolder="unet").state_dict()
+    base = UNet2DConditionModel.from_pretrained(load_config(config).model.path, subfolder="unet").state_dict()
+    assert {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in base.items()}
+
+
+def test_one_rank_without_a_launcher(config, expected, tmp_path):
+    assert_done(alone(config, f"output={tmp_path / 'run'}"), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_stopped_at_step_3_and_resumed(config, expected, tmp_path, stage):
+    arguments = (f"output={tmp_path / 'run'}", f"deepspeed={ROOT / 'ds_configs' / stage}.json")
+    assert_done(launch(config, *arguments, "steps=3"), tmp_path / "run")
+    assert_done(launch(config, *arguments, "--resume"), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+
+
+def test_sdxl(tmp_path, sdxl_model, sdxl_shards):
+    config = write_config(tmp_path / "run.yaml", sdxl_model, sdxl_shards)
+    arguments = ["samples.prompts=[dagger]", "samples.inference_steps=2", "data.workers=2", ZERO3]
+    assert_done(launch(config, *arguments), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("dagger", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_bf16(config, expected, tmp_path):
+    """First loss exactly log 2, then near the float32 run: bf16 keeps 8 bits."""
+    assert_done(launch(config, f"output={tmp_path / 'run'}", "precision=bf16"), tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert found[0] == torch.tensor(2.0).log().item()
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def wait_for_rows(run_folder, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_folder / "metrics.jsonl").exists() or len(rows(run_folder)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def start(config, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(config, *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_stop_file_and_resume(config, tmp_path):
+    """Asked to stop, a run saves, leaves with 75, and goes on as if nothing had been."""
+    run = tmp_path / "run"
+    process = start(config, f"output={run}", "steps=5000", "optimizer.learning_rate=1e-5")
+    wait_for_rows(run, 2, process)
+    (run / "STOP").touch()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr[-3000:]
+    assert not (run / "DONE").exists()
+    steps = len(rows(run)) + 2
+    arguments = (f"output={run}", f"steps={steps}", "optimizer.learning_rate=1e-5")
+    assert_done(launch(config, *arguments, "--resume"), run)
+    assert losses(run) == pytest.approx(plain_losses(load_config(config, arguments)), abs=1e-5)
+
+
+def test_killed_and_resumed(config, tmp_path):
+    """KILL to everything at once: the newest whole checkpoint and the rows up to it count."""
+    run = tmp_path / "run"
+    settings = (f"output={run}", "optimizer.learning_rate=1e-5", "checkpoint.every=2")
+    process = start(config, *settings, "steps=5000")
+    wait_for_rows(run, 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    (run / "checkpoints" / ".staging").mkdir(exist_ok=True)  # as if the kill had hit a save
+    steps = len(rows(run)) + 2
+    assert_done(launch(config, *settings, f"steps={steps}", "--resume", "auto"), run)
+    assert losses(run) == pytest.approx(plain_losses(load_config(config, [*settings, f"steps={steps}"])), abs=1e-5)

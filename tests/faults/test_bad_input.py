@@ -1,0 +1,153 @@
+"""Bad input ends in one line that names it, with exit code 1, and leaves nothing that a later run would take for good."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from dde_ds.data import shards as shard_format
+from dde_ds.data.shards import Sample, ShardSet
+from tests.conftest import ROOT
+from tests.launching import alone, environment, launch, write_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path, sd_model, sd_shards):
+    return write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+
+
+def error_lines(process: subprocess.CompletedProcess) -> list[str]:
+    assert process.returncode == 1, process.stderr[-3000:]
+    assert "Traceback" not in process.stderr, process.stderr[-3000:]
+    return [line for line in process.stderr.splitlines() if line.startswith("error")]
+
+
+def test_unknown_key_is_reported_once_by_two_ranks(config, tmp_path):
+    (line,) = error_lines(launch(config, "objective.bta=3"))
+    assert line == "error: unknown key objective.bta; did you mean 'beta'?"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.path=/nowhere/shards", "data.path /nowhere/shards: no such folder"),
+        ("model.path=/nowhere/model", "model.path /nowhere/model: no model_index.json"),
+        ("batch.micro=3", "batch.pairs is 8: not a multiple of 1 ranks × batch.micro 3"),
+        ("deepspeed=/nowhere/ds.json", "deepspeed /nowhere/ds.json: no such file"),
+    ],
+)
+def test_wrong_paths_and_batches(config, tmp_path, override, named):
+    (line,) = error_lines(alone(config, override))
+    assert named in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_without_a_checkpoint(config, tmp_path):
+    (line,) = error_lines(alone(config, "--resume"))
+    assert "--resume found no checkpoint" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_tar(config, tmp_path, sd_shards):
+    copy = shutil.copytree(sd_shards, tmp_path / "shards")
+    (copy / "00001.tar").write_bytes((copy / "00001.tar").read_bytes()[:4000])
+    (line,) = error_lines(alone(config, f"data.path={copy}"))
+    assert f"shard {copy}/00001.tar has 4000 bytes" in line
+    assert not (tmp_path / "run").exists()
+
+
+def reshard(source: Path, target: Path, change) -> Path:
+    """The same shards through the real writer, every sample's tensors passed through ``change(number, tensors)``."""
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "manifest.json").read_bytes())
+    reader, number, shard_rows = ShardSet(source), 0, []
+    for shard, row in enumerate(manifest["shards"]):
+        samples = []
+        for line in range(row["samples"]):
+            samples.append(Sample(f"{number:09d}", change(number, reader.read(shard, line)), {}))
+            number += 1
+        shard_rows.append(shard_format.write_shard(target, shard, samples, manifest["settings_digest"], []))
+    del manifest["format"]
+    shard_format.write_manifest(target, manifest | {"shards": shard_rows})
+    return target
+
+
+def test_nan_in_a_latent_stops_two_ranks_and_saves_nothing(config, tmp_path, sd_shards):
+    def poison(number, tensors):
+        if number == 13:
+            tensors["latents"][1, 2, 3, 4] = torch.nan
+        return tensors
+
+    copy = reshard(sd_shards, tmp_path / "shards", poison)
+    process = launch(config, f"data.path={copy}", "checkpoint.every=100", "data.workers=1", "steps=10")
+    assert process.returncode != 0
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error") and "000000013" in line]
+    assert len(lines) == 1, process.stderr[-3000:]
+    assert f"shard {copy}/00002.tar, sample 000000013: latents hold NaN" in lines[0]
+    assert "Traceback" not in process.stderr, process.stderr[-3000:]
+    run = tmp_path / "run"
+    assert not (run / "DONE").exists()
+    assert not (run / "export").exists()
+    assert not list((run / "checkpoints").glob("step-*")) if (run / "checkpoints").exists() else True
+
+
+def test_shape_that_the_manifest_does_not_say(config, tmp_path, sd_shards):
+    copy = reshard(sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()})
+    (line,) = error_lines(alone(config, f"data.path={copy}"))
+    assert "latents have shape (2, 4, 8, 4), manifest.json says (2, 4, 8, 8)" in line
+
+
+def test_latents_of_another_model(config, tmp_path, sd_shards):
+    copy = shutil.copytree(sd_shards, tmp_path / "shards")
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    manifest["latents"]["shape"] = [16, 8, 8]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (line,) = error_lines(alone(config, f"data.path={copy}"))
+    assert "latents have 16 channels" in line
+    assert "takes 4" in line
+
+
+def shard_tool(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_parquet_without_images(tmp_path, parquet, sd_model):
+    path = tmp_path / "narrow.parquet"
+    pq.write_table(pq.read_table(parquet).drop_columns(["jpg_0"]), path)
+    output = tmp_path / "shards"
+    (line,) = error_lines(shard_tool("--input", path, "--model", sd_model, "--output", output))
+    assert line.startswith(f"error: --input {path}: no column jpg_0")
+    assert not output.exists()
+
+
+def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
+    """KILL after the first shard: training refuses the folder, a second run finishes it."""
+    output = tmp_path / "shards"
+    arguments = ["--input", parquet, "--model", sd_model, "--output", output, "--pairs-per-shard", "2", "--batch", "1"]
+    process = subprocess.Popen([sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    while not (output / "00000.json").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    if not (output / "manifest.json").exists():
+        (line,) = error_lines(alone(write_config(tmp_path / "run.yaml", sd_model, output)))
+        assert "no manifest.json" in line
+    assert shard_tool(*arguments).returncode == 0
+    whole = ShardSet(output)
+    assert sum(whole.counts) == 20
+    for shard, count in enumerate(whole.counts):
+        for row in range(count):
+            whole.read(shard, row)
+    assert safetensors.torch.load_file(output / "prompts-00000.safetensors")["prompt_embeds"].isfinite().all()

@@ -1,0 +1,72 @@
+"""The same training written without DeepSpeed, without the objective's code, in one process: what every launch must equal."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from dde_ds.config import RunConfig
+from dde_ds.data.draws import Draws
+from dde_ds.data.order import Order
+from dde_ds.data.reader import PairDataset
+from dde_ds.data.shards import ShardSet
+
+
+def plain_losses(run: RunConfig) -> list[float]:
+    """Loss of each optimizer step of a ``dde`` run, fp32, every step's pairs in one batch."""
+    scheduler = DDIMScheduler.from_pretrained(run.model.path, subfolder="scheduler")
+    betas = np.linspace(scheduler.config.beta_start**0.5, scheduler.config.beta_end**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    previous = np.concatenate([[1.0], alpha_bar[:-1]])
+    single_shot = (1 - alpha_bar) / alpha_bar
+    with np.errstate(divide="ignore"):
+        stepwise = betas / (2 * (1 - betas) * (1 - previous))
+    stepwise[0] = 0
+    table, seen = np.zeros(1000), np.zeros(1000, dtype=bool)
+
+    policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet").train()
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    options = run.optimizer
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+    shards = ShardSet(run.data.path)
+    allowed = torch.zeros(1000)
+    allowed[slice(*(run.objective.timestep_range or (0, 1000)))] = 1
+    draws = Draws(run.seed, allowed, caption_dropout=run.data.caption_dropout)
+    dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
+
+    losses = []
+    for step in range(run.steps):
+        positions = range(step * run.batch.pairs, (step + 1) * run.batch.pairs)
+        batch = dataset.collate([dataset.pair(position) for position in positions])
+        t = batch["timesteps"]
+        noise = batch["noise"].repeat(2, 1, 1, 1)
+        noisy = scheduler.add_noise(batch["latents"].float(), noise, t.repeat(2))
+        conditions = {"text_embeds": batch["pooled"].float(), "time_ids": batch["time_ids"]} if "pooled" in batch else None
+
+        def errors(unet, noisy=noisy, t=t, batch=batch, conditions=conditions, noise=noise):
+            predicted = unet(noisy, t.repeat(2), batch["prompt_embeds"].float(), added_cond_kwargs=conditions).sample
+            return (noise - predicted).square().mean((1, 2, 3)).chunk(2)
+
+        winner, loser = errors(policy)
+        with torch.no_grad():
+            reference_winner, reference_loser = errors(reference)
+        margin = (winner - reference_winner) - (loser - reference_loser)
+        correction = torch.tensor([(stepwise * table)[i + 1 :].sum() for i in t.tolist()], dtype=torch.float32)
+        gain = torch.tensor(single_shot[t.numpy()], dtype=torch.float32)
+        loss = -F.logsigmoid(-(run.objective.beta / 2) * (gain * margin + correction)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+        for j in set(t.tolist()):
+            mean = margin.detach()[t == j].double().mean().item()
+            table[j] = mean if not seen[j] else run.objective.correction_ema * table[j] + (1 - run.objective.correction_ema) * mean
+            seen[j] = True
+    return losses
