@@ -43,4 +43,6 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     samples = sum(shards.counts)
     print(f"{objective.name}, ZeRO-{stage}, {run.precision}, latents {'x'.join(map(str, shards.latent_shape))}")
     print(f"{run.batch.pairs} pairs a step = {ranks} ranks x {accumulation} micro-batches of {run.batch.micro}")
-    print(f"{run.steps} steps = {run.steps * run.batch.pairs} pairs = {run.steps * run.batch.pairs / samples:.2f} epochs of {samples}")
+    print(
+        f"{run.steps} steps = {run.steps * run.batch.pairs} pairs = {run.steps * run.batch.pairs / samples:.2f} epochs of {samples}"
+    )

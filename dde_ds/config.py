@@ -119,7 +119,9 @@ class BatchConfig:
             share = self.pairs // world
             micros = [n for n in range(1, share + 1) if share % n == 0 and n <= 4 * self.micro]
             fits += f", or batch.micro {', '.join(map(str, micros))}"
-        raise UserError(f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro {self.micro}; what fits: {fits}")
+        raise UserError(
+            f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro {self.micro}; what fits: {fits}"
+        )
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,9 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
         key = f"{prefix}{spec.name}"
         if spec.name in data:
             kind = hints[spec.name]
-            values[spec.name] = _build(kind, data[spec.name], key + ".") if dataclasses.is_dataclass(kind) else _convert(data[spec.name], kind, key)
+            values[spec.name] = (
+                _build(kind, data[spec.name], key + ".") if dataclasses.is_dataclass(kind) else _convert(data[spec.name], kind, key)
+            )
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UserError(f"missing key {key}: {spec.name} has no default")
     return cls(**values)

@@ -33,7 +33,9 @@ def read_environment() -> Ranks:
     if len(missing) == len(names):
         return Ranks(0, 1, 0)
     if missing:
-        raise UserError(f"environment: {', '.join(missing)} not set beside the other of {', '.join(names)}; start with deepspeed or torchrun")
+        raise UserError(
+            f"environment: {', '.join(missing)} not set beside the other of {', '.join(names)}; start with deepspeed or torchrun"
+        )
     try:
         rank, world, local = (int(os.environ[name]) for name in names)
     except ValueError:
@@ -48,7 +50,13 @@ def start() -> tuple[Ranks, torch.device]:
 
     ranks = read_environment()
     if ranks.world == 1:
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0"),
+        ):
             os.environ.setdefault(name, value)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":

@@ -44,7 +44,13 @@ def shard(parquet: Path, model: Path, output: Path, **options) -> Path:
     from dde_ds.models.encode import Encoder
 
     encoder = Encoder(str(model))
-    make_shards([str(parquet)], output, encoder, str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
+    make_shards(
+        [str(parquet)],
+        output,
+        encoder,
+        str(model),
+        **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options},
+    )
     return output
 
 

@@ -35,7 +35,9 @@ def command(config: Path, *arguments: str, ranks: int = 2) -> list[str]:
 
 
 def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    return subprocess.run(command(config, *arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(config, *arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
 
 
 def alone(config: Path, *arguments: str) -> subprocess.CompletedProcess:

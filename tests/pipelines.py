@@ -13,7 +13,9 @@ TOKENS = 12
 
 def _tokenizer() -> CLIPTokenizer:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
-    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)])}
+    vocabulary = {
+        token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)])
+    }
     return CLIPTokenizer(vocabulary, [], model_max_length=TOKENS)
 
 
@@ -61,7 +63,12 @@ def _unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
 
 def _scheduler(prediction_type: str) -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=prediction_type,
     )
 
 
@@ -92,7 +99,9 @@ def save_sdxl(folder: Path) -> Path:
         text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
         tokenizer_2=_tokenizer(),
-        unet=_unet(32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16),
+        unet=_unet(
+            32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
+        ),
         scheduler=_scheduler("epsilon"),
     ).save_pretrained(folder)
     return folder

@@ -31,7 +31,9 @@ def plain_losses(run: RunConfig) -> list[float]:
     policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet").train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     options = run.optimizer
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
     shards = ShardSet(run.data.path)
     allowed = torch.zeros(1000)
     allowed[slice(*(run.objective.timestep_range or (0, 1000)))] = 1

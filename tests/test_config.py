@@ -29,7 +29,10 @@ def file(tmp_path):
 
 
 def test_defaults_overrides_and_round_trip(file, tmp_path):
-    run = load_config(file, ["objective.beta=500", "samples.prompts=[a, b]", "objective.timestep_range=[200, 700]", "optimizer.learning_rate=1e-6"])
+    run = load_config(
+        file,
+        ["objective.beta=500", "samples.prompts=[a, b]", "objective.timestep_range=[200, 700]", "optimizer.learning_rate=1e-6"],
+    )
     assert run.objective.beta == 500.0
     assert run.samples.prompts == ("a", "b")
     assert run.objective.timestep_range == (200, 700)
@@ -84,7 +87,7 @@ def test_accumulation_is_derived():
     assert str(error.value) == (
         "batch.pairs is 2048: not a multiple of 8 ranks × batch.micro 3; what fits: batch.pairs 2040 or 2064, or batch.micro 1, 2, 4, 8"
     )
-    with pytest.raises(UserError, match="batch.pairs 6 or 9"):
+    with pytest.raises(UserError, match=r"batch\.pairs 6 or 9"):
         BatchConfig(pairs=8, micro=1).accumulation(3)
 
 
@@ -104,7 +107,9 @@ def test_every_field_is_documented():
                 assert documented or own_section, f"{definition.name}.{field.target.id} has no docstring"
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("launchers/recipes/*.yaml")) + [ROOT / "launchers/demo/train.yaml"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe", [*sorted(ROOT.glob("launchers/recipes/*.yaml")), ROOT / "launchers/demo/train.yaml"], ids=lambda path: path.name
+)
 def test_shipped_configurations_load(recipe):
     run = load_config(recipe)
     assert (ROOT / run.deepspeed).is_file()

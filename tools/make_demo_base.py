@@ -122,7 +122,9 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB of decode(mean(encode(x))), pixel range 2."""
-    errors = [(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in images.split(64)]
+    errors = [
+        (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in images.split(64)
+    ]
     return float((10 * torch.log10(4 / torch.cat(errors))).mean())
 
 
@@ -262,10 +264,15 @@ def main() -> None:
         vae = train_vae(images, args.vae_steps, args.batch // 2, generator)
         before = reconstruction_psnr(vae, images)
         normalise_latents(vae, images)
-        print(f"vae reconstruction {before:.2f} dB, after normalising the latents {reconstruction_psnr(vae, images):.2f} dB", flush=True)
+        print(
+            f"vae reconstruction {before:.2f} dB, after normalising the latents {reconstruction_psnr(vae, images):.2f} dB",
+            flush=True,
+        )
         copy.deepcopy(vae).half().save_pretrained(args.output / "vae", safe_serialization=True)
     tokenizer = train_tokenizer(captions, args.vocabulary)
-    print(f"vocabulary {len(tokenizer)}, longest caption {max(len(tokenizer(c).input_ids) for c in captions)} tokens of {MAX_TOKENS}")
+    print(
+        f"vocabulary {len(tokenizer)}, longest caption {max(len(tokenizer(c).input_ids) for c in captions)} tokens of {MAX_TOKENS}"
+    )
     train_denoiser(args, captions, encode_moments(vae, images), tokenizer, vae, generator)
 
 

@@ -66,7 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{manifest['samples']} pairs in {len(manifest['shards'])} shards, {manifest['prompts']['distinct']} prompts: {args.output}")
+    print(
+        f"{manifest['samples']} pairs in {len(manifest['shards'])} shards, {manifest['prompts']['distinct']} prompts: {args.output}"
+    )
     print(f"rows: {json.dumps(manifest['rows'])}")
     return 0
 

@@ -81,7 +81,9 @@ def make_shards(
     lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
     shards.write_atomically(output / "errors.jsonl", lines.encode())
     if kept == 0:
-        raise UserError(f"--input: none of {len(captions)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}")
+        raise UserError(
+            f"--input: none of {len(captions)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}"
+        )
     counts.update(error["reason"].partition(":")[0] for error in errors)
     manifest = {
         "settings": settings,

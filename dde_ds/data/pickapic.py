@@ -42,7 +42,7 @@ def find_parquet(inputs: Sequence[str]) -> list[Path]:
 
     files = []
     for pattern in inputs:
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207 (absolute patterns)
         if not found:
             raise UserError(f"--input {pattern}: no file matches")
         files += map(Path, found)

@@ -137,7 +137,9 @@ class ShardSet:
         if not self.folder.is_dir():
             raise UserError(f"data.path {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
         if not path.is_file():
-            raise UserError(f"data.path {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again")
+            raise UserError(
+                f"data.path {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
+            )
         try:
             raw = path.read_bytes()
             self.manifest = json.loads(raw)
@@ -152,7 +154,9 @@ class ShardSet:
             size = file.stat().st_size if file.is_file() else None
             if size != row["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"shard {file} {found}, manifest.json says {row['bytes']} bytes: delete it and run tools/shard_pickapic.py again")
+                raise UserError(
+                    f"shard {file} {found}, manifest.json says {row['bytes']} bytes: delete it and run tools/shard_pickapic.py again"
+                )
         self._owner = os.getpid()
         self._open: dict[str, Any] = {}
 
@@ -186,7 +190,9 @@ class ShardSet:
         payload = os.pread(self._handle(name).fileno(), member["bytes"], member["offset"])
         where = f"shard {self.folder / name}.tar, sample {member['key']}"
         if len(payload) != member["bytes"] or zlib.crc32(payload) != member["crc32"]:
-            raise UserError(f"{where}: checksum differs from the index, the file was damaged: delete it and run tools/shard_pickapic.py again")
+            raise UserError(
+                f"{where}: checksum differs from the index, the file was damaged: delete it and run tools/shard_pickapic.py again"
+            )
         try:
             tensors = safetensors.torch.load(payload)
         except SafetensorError as error:
@@ -233,5 +239,7 @@ class ShardSet:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"shard index {path}: not readable: {error}") from None
         if len(members) != samples or index["sha256"] != next(r["sha256"] for r in self.manifest["shards"] if r["name"] == name):
-            raise UserError(f"shard index {path}: does not belong to manifest.json: delete it and run tools/shard_pickapic.py again")
+            raise UserError(
+                f"shard index {path}: does not belong to manifest.json: delete it and run tools/shard_pickapic.py again"
+            )
         return members

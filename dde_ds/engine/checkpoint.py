@@ -73,12 +73,16 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
     """
     written_by, world = read_state(checkpoint)["world"], dist.get_world_size()
     if written_by != world:
-        raise UserError(f"checkpoint {checkpoint}: was written by {written_by} ranks, this run has {world}; resume with {written_by}")
+        raise UserError(
+            f"checkpoint {checkpoint}: was written by {written_by} ranks, this run has {world}; resume with {written_by}"
+        )
     try:
         objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
         found, _ = policy.load_checkpoint(str(checkpoint), tag="engine")
     except (OSError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise RankError(f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before") from None
+        raise RankError(
+            f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before"
+        ) from None
     if found is None:
         raise UserError(f"checkpoint {checkpoint}: holds no engine state; delete it to resume from the one before")
 
@@ -119,7 +123,9 @@ def gather_weights(module: torch.nn.Module) -> dict[str, Tensor]:
             if dist.get_rank() == 0:
                 weights[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
-        weights.update({name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in module.state_dict()})
+        weights.update(
+            {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in module.state_dict()}
+        )
     return weights
 
 

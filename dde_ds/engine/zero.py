@@ -60,7 +60,11 @@ def reference_config(config: dict) -> dict:
 
     DeepSpeed accepts an engine without optimizer at these two stages only.
     """
-    kept = {key: copy.deepcopy(value) for key, value in config.items() if key in ("bf16", "fp16", "steps_per_print", "train_micro_batch_size_per_gpu")}
+    kept = {
+        key: copy.deepcopy(value)
+        for key, value in config.items()
+        if key in ("bf16", "fp16", "steps_per_print", "train_micro_batch_size_per_gpu")
+    }
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3:
         kept["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
@@ -103,7 +107,9 @@ def complete_config(run: RunConfig, world: int) -> dict:
         "optimizer.params.weight_decay": (run.optimizer.weight_decay, "optimizer.weight_decay"),
     }
     if "scheduler" in config:
-        raise UserError(f"{run.deepspeed}: scheduler is set, but optimizer.warmup_steps states the schedule; remove it from the JSON")
+        raise UserError(
+            f"{run.deepspeed}: scheduler is set, but optimizer.warmup_steps states the schedule; remove it from the JSON"
+        )
     for dotted, (value, key) in stated.items():
         *parents, leaf = dotted.split(".")
         place = config
@@ -112,7 +118,9 @@ def complete_config(run: RunConfig, world: int) -> dict:
         if place.setdefault(leaf, value) == "auto":
             place[leaf] = value
         if place[leaf] != value:
-            raise UserError(f"{run.deepspeed}: {dotted} is {place[leaf]!r}, but {key} of the run says {value!r}; remove it from the JSON")
+            raise UserError(
+                f"{run.deepspeed}: {dotted} is {place[leaf]!r}, but {key} of the run says {value!r}; remove it from the JSON"
+            )
     if run.precision == "fp32":
         # Communication and accumulation types are for mixed precision; in fp32 they would be contradictions.
         config.pop("data_types", None)

@@ -102,7 +102,9 @@ class Encoder:
         """``prompt_embeds`` (N,S,D) and, for SDXL, ``pooled`` (N,P): float32 on the CPU. Too long captions are cut, as in the pipeline."""
         captions = list(captions)
         if self.family == "sdxl":
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
             return {"prompt_embeds": embeds.float().cpu(), "pooled": pooled.float().cpu()}
         embeds, _ = self.pipeline.encode_prompt(captions, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds.float().cpu()}

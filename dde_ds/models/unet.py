@@ -94,4 +94,6 @@ def _from_hub(path: str, name: str, revision: str | None) -> str:
     try:
         return hf_hub_download(path, name, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model.path {path}: neither a diffusers folder nor to be had from the hub: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"model.path {path}: neither a diffusers folder nor to be had from the hub: {' '.join(str(error).split())}"
+        ) from None

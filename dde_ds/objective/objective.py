@@ -152,7 +152,9 @@ class Objective:
                 f"policy_pred has shape {tuple(policy_pred.shape)}, timesteps {pairs}: expected (2·{pairs},C,H,W), winners then losers"
             )
         if noise.shape[1:] != policy_pred.shape[1:] or len(noise) not in (pairs, 2 * pairs):
-            raise UserError(f"noise has shape {tuple(noise.shape)}, policy_pred {tuple(policy_pred.shape)}: expected (B or 2B,C,H,W)")
+            raise UserError(
+                f"noise has shape {tuple(noise.shape)}, policy_pred {tuple(policy_pred.shape)}: expected (B or 2B,C,H,W)"
+            )
         if self.needs_reference and reference_pred is None:
             raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
         if self.needs_reference and reference_pred.shape != policy_pred.shape:

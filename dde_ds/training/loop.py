@@ -164,10 +164,14 @@ def check_fit(run: RunConfig, shards: ShardSet) -> None:
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height % factor or width % factor:
-        raise UserError(f"data.path {run.data.path}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
+        raise UserError(
+            f"data.path {run.data.path}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution"
+        )
     own = models.family(run.model.path, run.model.revision)
     if own != shards.manifest["settings"]["family"]:
-        raise UserError(f"data.path {run.data.path}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}")
+        raise UserError(
+            f"data.path {run.data.path}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
+        )
 
 
 def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path], resume: str | None, folder: Path) -> Path | None:
@@ -183,7 +187,9 @@ def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path]
     state = checkpoint.read_state(newest)
     for key, value in _identity(run, shards).items():
         if state["identity"].get(key) != value:
-            raise UserError(f"{key} is {value!r}, but {newest} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run")
+            raise UserError(
+                f"{key} is {value!r}, but {newest} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run"
+            )
     return newest
 
 
@@ -223,4 +229,6 @@ def _open_folder(folder: Path, run: RunConfig) -> None:
 
 def _stop_if(condition: bool, what: str) -> None:
     if condition:
-        raise UserError(f"{what}; nothing of this step was saved. Lower optimizer.learning_rate, then go on with --resume from the last checkpoint")
+        raise UserError(
+            f"{what}; nothing of this step was saved. Lower optimizer.learning_rate, then go on with --resume from the last checkpoint"
+        )

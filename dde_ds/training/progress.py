@@ -21,7 +21,13 @@ class ProgressLine:
         self._live = None
         console = Console()
         if visible and console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+            )
             self._live = Progress(*columns, TextColumn("{task.description}"), console=console)
             self._task = self._live.add_task("", total=steps, completed=first_step)
 

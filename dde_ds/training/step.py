@@ -11,7 +11,9 @@ from dde_ds.models.unet import predict
 from dde_ds.objective.objective import Objective, ObjectiveOutput
 
 
-def micro_step(policy: Any, reference: Any | None, objective: Objective, batch: dict[str, Tensor], device: torch.device) -> ObjectiveOutput:
+def micro_step(
+    policy: Any, reference: Any | None, objective: Objective, batch: dict[str, Tensor], device: torch.device
+) -> ObjectiveOutput:
     """Loss of one micro-batch of B pairs, as :mod:`dde_ds.data.reader` gives it.
 
     ``policy`` and ``reference`` are DeepSpeed engines or plain UNets. Winners and losers go through each in one call: two

@@ -21,7 +21,7 @@ import torch
 from judge import accuracy, read_vendors, train_judge
 from torch import Tensor
 
-from dde_ds.config import load_config
+from dde_ds.config import RunConfig, load_config
 from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance, win_rate
@@ -42,18 +42,24 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_run"))
     parser.add_argument("--zero", choices=("2", "3"), default="2", help="DeepSpeed ZeRO stage of the policy")
     parser.add_argument("--images", type=int, default=2, help="images a held-out caption")
+    parser.add_argument("--captions", type=int, help="only the first N held-out captions")
+    parser.add_argument("--judge-steps", type=int, default=600)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_args()
     quiet_libraries()
     output = args.output
-    overrides = [f"output={output / 'train'}", f"data.path={output / 'shards'}", f"deepspeed={ROOT}/ds_configs/zero{args.zero}.json"]
+    overrides = [
+        f"output={output / 'train'}",
+        f"data.path={output / 'shards'}",
+        f"deepspeed={ROOT}/ds_configs/zero{args.zero}.json",
+    ]
     overrides += [f"model.path={HERE / 'base'}", *args.overrides]
     try:
         run = load_config(HERE / "train.yaml", overrides)
         for name, folder in (("train", "shards"), ("held_out", "shards_held_out")):
             shard(PAIRS[name], run.model.path, output / folder)
         align(overrides, Path(run.output))
-        result = evaluate(run, output, args.images)
+        result = evaluate(run, output, args.images, args.captions, args.judge_steps)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,33 +92,36 @@ def align(overrides: list[str], run_folder: Path) -> None:
     subprocess.run([*command, "--config", HERE / "train.yaml", "--resume", "auto", *overrides], check=True, env=environment)
 
 
-def evaluate(run, output: Path, images_per_caption: int) -> dict:
+def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int | None, judge_steps: int) -> dict:
     """Score both models on the held-out captions and write the pictures."""
     import pyarrow.parquet as pq
 
     say("judge")
     held_out = read_vendors(PAIRS["held_out"])
-    judge = train_judge(*read_vendors(PAIRS["train"]))
+    judge = train_judge(*read_vendors(PAIRS["train"]), steps=judge_steps)
     result: dict = {"judge_accuracy": accuracy(judge, *held_out)}
 
     say("pictures of the held-out captions")
-    captions = pq.read_table(PAIRS["held_out"], columns=["caption"])["caption"].to_pylist()
+    captions = pq.read_table(PAIRS["held_out"], columns=["caption"])["caption"].to_pylist()[:limit]
+    preferred = held_out[0][: len(captions)]
     unets = {"base": load_unet(run.model.path).eval(), "aligned": load_unet(str(Path(run.output) / "export")).eval()}
     prompts = PromptSet(run.model.path, None, captions, torch.device("cpu"), torch.float32)
     drawn: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     for name, unet in unets.items():
-        drawn[name] = torch.stack([prompts.draw(unet, run.seed, 20, run.samples.guidance_scale, index=i) for i in range(images_per_caption)], 1)
+        drawn[name] = torch.stack(
+            [prompts.draw(unet, run.seed, 20, run.samples.guidance_scale, index=i) for i in range(images_per_caption)], 1
+        )
         pixels = drawn[name].flatten(0, 1).float() / 127.5 - 1
         with torch.no_grad():
             scores[name] = judge(pixels).view(len(captions), images_per_caption)
             result[name] = {
                 "preferred_style": float((scores[name] > 0).float().mean()),
-                "frechet_distance": frechet_distance(judge.features(pixels), judge.features(held_out[0])),
+                "frechet_distance": frechet_distance(judge.features(pixels), judge.features(preferred)),
                 "latent_std": latent_spread(prompts.encode(pixels)),
             }
     with torch.no_grad():
-        result["real_latent_std"] = latent_spread(prompts.encode(held_out[0]))
+        result["real_latent_std"] = latent_spread(prompts.encode(preferred))
     result["win_rate"] = vars(win_rate(scores["aligned"], scores["base"]))
 
     say("errors on the held-out pairs")
@@ -121,7 +130,7 @@ def evaluate(run, output: Path, images_per_caption: int) -> dict:
 
     from figures import comparison, curves
 
-    comparison(captions, drawn, held_out[0], output / "comparison.png")
+    comparison(captions, drawn, preferred, output / "comparison.png")
     curves(read_metrics(Path(run.output) / "metrics.jsonl"), output / "curves.png")
     return result
 
@@ -131,18 +140,24 @@ def report(result: dict) -> None:
     from rich.table import Table
 
     win, errors = result["win_rate"], result["errors"]
-    table = Table(title=f"held-out captions: {win['prompts']}; the judge is right on {result['judge_accuracy']:.1%} of their real images")
+    table = Table(
+        title=f"held-out captions: {win['prompts']}; the judge is right on {result['judge_accuracy']:.1%} of their real images"
+    )
     for column in ("", "base", "aligned"):
         table.add_column(column, justify="left" if not column else "right")
     both = [result["base"], result["aligned"]]
     table.add_row("drawn in the preferred style", *(f"{side['preferred_style']:.1%}" for side in both))
-    table.add_row("Fréchet distance to real preferred images (lower is better)", *(f"{side['frechet_distance']:.3f}" for side in both))
+    table.add_row(
+        "Fréchet distance to real preferred images (lower is better)", *(f"{side['frechet_distance']:.3f}" for side in both)
+    )
     table.add_row(f"spread of the latents (real: {result['real_latent_std']:.3f})", *(f"{side['latent_std']:.3f}" for side in both))
     table.add_row("error on winners", f"{errors['reference_chosen']:.4f}", f"{errors['policy_chosen']:.4f}")
     table.add_row("error on losers", f"{errors['reference_rejected']:.4f}", f"{errors['policy_rejected']:.4f}")
     console = Console()
     console.print(table)
-    console.print(f"win rate of the aligned model: {win['rate']:.1%}, 95 % interval {win['low']:.1%} to {win['high']:.1%}", highlight=False)
+    console.print(
+        f"win rate of the aligned model: {win['rate']:.1%}, 95 % interval {win['low']:.1%} to {win['high']:.1%}", highlight=False
+    )
 
 
 _STARTED = time.perf_counter()

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from PIL import Image
 
 from dde_ds import load_config
-from tests.conftest import ROOT
+from tests.conftest import DEMO, ROOT, shard
 from tests.launching import alone, command, environment, launch, rows, write_config
 from tests.plain_loop import plain_losses
 
@@ -44,7 +44,9 @@ def assert_done(process: subprocess.CompletedProcess, run_folder) -> None:
 
 
 def test_two_ranks_zero_2(config, expected, tmp_path):
-    process = launch(config, f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2")
+    process = launch(
+        config, f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2"
+    )
     assert_done(process, tmp_path / "run")
     found = losses(tmp_path / "run")
     assert found[0] == torch.tensor(2.0).log().item()
@@ -100,6 +102,15 @@ def test_sdxl(tmp_path, sdxl_model, sdxl_shards):
     assert pipeline("dagger", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+def test_all_timesteps_on_a_trained_model(tmp_path, parquet):
+    """The demo's base model, w_t up to 214: its errors at the noisy end are small, so float32 repeats there too."""
+    shards = shard(parquet, DEMO / "base", tmp_path / "shards")
+    optimizer = {"learning_rate": 1e-5, "warmup_steps": 2}
+    config = write_config(tmp_path / "run.yaml", DEMO / "base", shards, objective={"beta": 50}, optimizer=optimizer)
+    assert_done(launch(config), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
+
+
 def test_bf16(config, expected, tmp_path):
     """First loss exactly log 2, then near the float32 run: bf16 keeps 8 bits."""
     assert_done(launch(config, f"output={tmp_path / 'run'}", "precision=bf16"), tmp_path / "run")
@@ -118,7 +129,13 @@ def wait_for_rows(run_folder, count: int, process: subprocess.Popen) -> None:
 
 def start(config, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
-        command(config, *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(config, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 

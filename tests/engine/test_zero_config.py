@@ -12,14 +12,20 @@ from tests.conftest import ROOT
 
 
 def run_with(deepspeed, **options) -> RunConfig:
-    return RunConfig("out", 1, ModelConfig("m"), DataConfig("d"), BatchConfig(16, 2), OptimizerConfig(1e-5), deepspeed=str(deepspeed), **options)
+    return RunConfig(
+        "out", 1, ModelConfig("m"), DataConfig("d"), BatchConfig(16, 2), OptimizerConfig(1e-5), deepspeed=str(deepspeed), **options
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_shipped_files_are_completed(stage):
     config = complete_config(run_with(ROOT / f"ds_configs/zero{stage}.json"), world=2)
     assert config["zero_optimization"]["stage"] == stage
-    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (16, 2, 4)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (
+        16,
+        2,
+        4,
+    )
     assert config["gradient_clipping"] == 1.0
     assert config["optimizer"]["params"]["lr"] == 1e-5
     assert config["bf16"] == {"enabled": True}
@@ -34,7 +40,7 @@ def test_a_contradiction_names_both_keys(tmp_path):
     with pytest.raises(UserError, match=r"gradient_clipping is 0\.5, but optimizer\.max_grad_norm of the run says 1\.0"):
         complete_config(run_with(file), world=1)
     file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}}))
-    with pytest.raises(UserError, match="scheduler is set, but optimizer.warmup_steps"):
+    with pytest.raises(UserError, match=r"scheduler is set, but optimizer\.warmup_steps"):
         complete_config(run_with(file), world=1)
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -45,7 +51,11 @@ def test_a_contradiction_names_both_keys(tmp_path):
 
 def test_the_reference_never_has_an_optimizer():
     for stage, expected in ((1, 0), (2, 0), (3, 3)):
-        config = {"optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+        config = {
+            "optimizer": {"type": "AdamW"},
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        }
         found = reference_config(config)
         assert found["zero_optimization"]["stage"] == expected
         assert "optimizer" not in found

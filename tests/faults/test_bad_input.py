@@ -103,7 +103,9 @@ def test_nan_in_a_latent_stops_two_ranks_and_saves_nothing(config, tmp_path, sd_
 
 
 def test_shape_that_the_manifest_does_not_say(config, tmp_path, sd_shards):
-    copy = reshard(sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()})
+    copy = reshard(
+        sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()}
+    )
     (line,) = error_lines(alone(config, f"data.path={copy}"))
     assert "latents have shape (2, 4, 8, 4), manifest.json says (2, 4, 8, 8)" in line
 
@@ -136,7 +138,9 @@ def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
     """KILL after the first shard: training refuses the folder, a second run finishes it."""
     output = tmp_path / "shards"
     arguments = ["--input", parquet, "--model", sd_model, "--output", output, "--pairs-per-shard", "2", "--batch", "1"]
-    process = subprocess.Popen([sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
     while not (output / "00000.json").exists():
         assert process.poll() is None
     process.kill()

@@ -19,7 +19,11 @@ def test_gradcheck(shared, implied):
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     noise = torch.randn(2 if shared else 4, 2, 3, 3, dtype=torch.float64, generator=generator)
-    extra = (torch.rand(4, dtype=torch.float64, generator=generator), torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator)) if implied else ()
+    extra = (
+        (torch.rand(4, dtype=torch.float64, generator=generator), torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator))
+        if implied
+        else ()
+    )
     assert torch.autograd.gradcheck(lambda p: squared_error(p, noise, *extra), prediction)
     torch.testing.assert_close(squared_error(prediction, noise, *extra), plain(prediction, noise, *extra))
 

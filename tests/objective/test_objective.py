@@ -39,7 +39,12 @@ def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=N
             for side, row in (("w", i), ("l", PAIRS + i)):
                 d[who, side] = sum((noise[i].flatten() - prediction[row].flatten()) ** 2) / math.prod(SHAPE)
         m = (d["policy", "w"] - d["reference", "w"]) - (d["policy", "l"] - d["reference", "l"])
-        gain = {"dde": schedule.single_shot_weight[t], "dde_single": schedule.single_shot_weight[t], "dde_step": 1.0, "uniform": 1.0}
+        gain = {
+            "dde": schedule.single_shot_weight[t],
+            "dde_single": schedule.single_shot_weight[t],
+            "dde_step": 1.0,
+            "uniform": 1.0,
+        }
         gain["discounted"] = (0.9 ** (50 / 1000)) ** (999 - t)
         k = sum(schedule.stepwise_weight[j] * table[j] for j in range(t + 1, 1000)) if name in ("dde", "dde_step") else 0.0
         if name == "sft":
@@ -65,7 +70,9 @@ def test_against_the_formula_in_float64(schedule, name, dtype):
     expected.backward()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
     assert out.loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    torch.testing.assert_close(policy.grad.double(), exact.grad, rtol=10 * tolerance, atol=tolerance * exact.grad.abs().max().item())
+    torch.testing.assert_close(
+        policy.grad.double(), exact.grad, rtol=10 * tolerance, atol=tolerance * exact.grad.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "sft"])
