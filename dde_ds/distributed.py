@@ -84,3 +84,8 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone. gloo raises a bare RuntimeError that only its text tells apart."""
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "onnection" in str(error))

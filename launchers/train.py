@@ -30,13 +30,20 @@ def main() -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_intermixed_args()
+    rank = int(os.environ.get("RANK", "0"))
     try:
         run = load_config(args.config, args.overrides)
         from dde_ds.training.loop import train
 
         return train(run, args.resume)
     except UserError as error:
-        return leave(error, int(os.environ.get("RANK", "0")))
+        return leave(error, rank)
+    except RuntimeError as error:
+        from dde_ds.distributed import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        return leave(RankError("the connection to another rank was lost; what ended that rank stands in its own message"), rank)
 
 
 def leave(error: UserError, rank: int) -> NoReturn:

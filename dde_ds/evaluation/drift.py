@@ -15,7 +15,7 @@ from dde_ds.data.reader import PairDataset
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.unet import predict
 from dde_ds.objective.fused import squared_error
-from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.schedule import NoiseSchedule, implied_noise
 
 
 @torch.no_grad()
@@ -35,10 +35,7 @@ def error_drift(policy, reference, schedule: NoiseSchedule, shards: ShardSet, se
         noise = data["noise"].repeat(2, 1, 1, 1)
         noisy = schedule.add_noise(data["latents"].float(), noise, both)
         data = {key: value.float() if value.is_floating_point() else value for key, value in data.items()}
-        scale = offset = None
-        if coefficients is not None:
-            scale, shift = (table[both].float() for table in coefficients)
-            offset = shift.view(-1, 1, 1, 1) * noisy
+        scale, offset = implied_noise(coefficients, both, noisy)
         errors = [squared_error(predict(model, noisy, both, data), noise, scale, offset) for model in (policy, reference)]
         sums += torch.cat(errors).view(4, -1).double().sum(1)
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")

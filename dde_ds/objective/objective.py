@@ -11,7 +11,7 @@ from dde_ds.errors import UserError, nearest
 from dde_ds.objective import losses
 from dde_ds.objective.correction import ERROR_NAMES, CorrectionTable
 from dde_ds.objective.fused import squared_error
-from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.schedule import NoiseSchedule, implied_noise
 
 SATURATED = 0.01
 
@@ -83,7 +83,7 @@ class Objective:
         self._check(policy_pred, reference_pred, noise, timesteps, noisy_latents)
         if self._gain.device != policy_pred.device:
             self.to(policy_pred.device)
-        scale, offset = self._implied_noise(timesteps, noisy_latents, policy_pred)
+        scale, offset = implied_noise(self._implied, timesteps.repeat(2), noisy_latents)
         policy_error = squared_error(policy_pred, noise, scale, offset)
         if not self.needs_reference:
             return self._supervised(policy_error)
@@ -111,14 +111,6 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.table.load_state_dict(state)
-
-    def _implied_noise(self, timesteps, noisy_latents, like):
-        """(scale, offset) that turn the model's output into ε_θ, or (None, None)."""
-        if self._implied is None:
-            return None, None
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        scale, offset = (table[timesteps].to(dtype).repeat(2) for table in self._implied)
-        return scale, offset.view(-1, 1, 1, 1) * noisy_latents.to(dtype)
 
     def _supervised(self, policy_error: Tensor) -> ObjectiveOutput:
         winner, loser = policy_error.chunk(2)

@@ -98,6 +98,18 @@ class NoiseSchedule:
         return None
 
 
+def implied_noise(
+    coefficients: tuple[Tensor, Tensor] | None, timesteps: Tensor, noisy: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``scale`` (N,) and ``offset`` (N,C,H,W) with ε_θ = scale · output + offset, of N samples at ``timesteps`` (N,); both None where
+    the output is ε_θ already. ``coefficients`` are :meth:`NoiseSchedule.implied_noise_coefficients`, ``noisy`` is x_t."""
+    if coefficients is None:
+        return None, None
+    dtype = torch.promote_types(noisy.dtype, torch.float32)
+    scale, shift = (table[timesteps].to(dtype) for table in coefficients)
+    return scale, shift.view(-1, 1, 1, 1) * noisy.to(dtype)
+
+
 def _betas(config: Mapping) -> Tensor:
     """β_t, float64, of the schedules that diffusers trains with."""
     if config.get("trained_betas") is not None:

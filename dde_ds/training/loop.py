@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -93,6 +92,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
             + (f"; resumed after step {first_step}" if first_step else "")
         )
+        clock.read()  # what came before was not training
         for step in range(first_step + 1, run.steps + 1):
             finite = torch.ones((), dtype=torch.bool, device=device)
             for _ in range(accumulation):
@@ -218,12 +218,13 @@ def _state(run: RunConfig, shards: ShardSet, ranks: Ranks, step: int) -> dict:
 
 
 def _open_folder(folder: Path, run: RunConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
-    for stale in ("DONE", "STOP"):
-        (folder / stale).unlink(missing_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output {folder}: not writable")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        for stale in ("DONE", "STOP"):
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
     shutil.rmtree(folder / "checkpoints" / ".staging", ignore_errors=True)
 
 

@@ -45,15 +45,20 @@ def curves(rows: list[dict], path: Path) -> None:
         "loss": {"loss": "loss"},
         "accuracy": {"rewards/accuracies": "share of pairs with z > 0"},
         "rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        "errors": {"error/policy_chosen": "policy, chosen", "error/policy_rejected": "policy, rejected"},
     }
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.4), dpi=100)
-    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+    if "error/reference_chosen" in rows[0]:
+        panels["error drift: policy - reference"] = {side: side for side in ("chosen", "rejected")}
+        for row in rows:
+            row |= {side: row[f"error/policy_{side}"] - row[f"error/reference_{side}"] for side in ("chosen", "rejected")}
+        del panels["errors"]
+    # An objective without reference has no rewards.
+    panels = {title: lines for title, lines in panels.items() if all(key in rows[0] for key in lines)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), dpi=100)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for key, label in lines.items():
             axis.plot(steps, [row[key] for row in rows], label=label, linewidth=1)
         axis.set_title(title)
-    for side in ("chosen", "rejected"):
-        axes[3].plot(steps, [row[f"error/policy_{side}"] - row[f"error/reference_{side}"] for row in rows], label=side, linewidth=1)
-    axes[3].set_title("error drift: policy - reference")
     for axis in axes:
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
