@@ -60,11 +60,8 @@ def reference_config(config: dict) -> dict:
 
     DeepSpeed accepts an engine without optimizer at these two stages only.
     """
-    kept = {
-        key: copy.deepcopy(value)
-        for key, value in config.items()
-        if key in ("bf16", "fp16", "steps_per_print", "train_micro_batch_size_per_gpu")
-    }
+    batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
+    kept = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3:
         kept["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
@@ -92,6 +89,7 @@ def complete_config(run: RunConfig, world: int) -> dict:
         UserError: the JSON says something else than the run configuration; both keys are named.
     """
     config = read_config(run.deepspeed)
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     accumulation = run.batch.accumulation(world)
     stated = {
         "train_batch_size": (run.batch.pairs, "batch.pairs"),

@@ -185,6 +185,8 @@ def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path]
         return None
     newest = checkpoints[-1]
     state = checkpoint.read_state(newest)
+    if run.steps < state["step"]:
+        raise UserError(f"steps is {run.steps}, but {newest} is at step {state['step']} already; raise steps to train on")
     for key, value in _identity(run, shards).items():
         if state["identity"].get(key) != value:
             raise UserError(

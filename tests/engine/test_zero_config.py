@@ -63,6 +63,16 @@ def test_the_reference_never_has_an_optimizer():
         assert found["bf16"] == {"enabled": True}
 
 
+def test_what_a_file_may_leave_out(tmp_path):
+    file = tmp_path / "bare.json"
+    file.write_text("{}")
+    assert complete_config(run_with(file), world=1)["zero_optimization"] == {"stage": 0}
+    # Of the two ways to state a batch the reference takes the one that is there.
+    assert reference_config({"train_batch_size": 8})["train_batch_size"] == 8
+    both = reference_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4})
+    assert (both["train_micro_batch_size_per_gpu"], "train_batch_size" in both) == (2, False)
+
+
 def test_policy_and_reference_must_be_two():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="same module"):
