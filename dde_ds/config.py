@@ -34,7 +34,7 @@ class ModelConfig:
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass. Costs a third of a step's time, saves most of its memory; turn it off where all fits."""
+    """Recompute activations in the backward pass. Costs about a sixth of the throughput, saves most of the memory; turn it off where all fits."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 from dde_ds.config import load_config
@@ -23,37 +24,40 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the configuration")
     parser.add_argument(
         "--resume",
-        choices=("required", "auto"),
         nargs="?",
         const="required",
+        metavar="auto",
         help="go on from the newest checkpoint of the output folder; with 'auto', start anew where there is none",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_intermixed_args()
-    rank = int(os.environ.get("RANK", "0"))
+    if args.resume not in (None, "required", "auto"):  # an override that stood right behind --resume
+        args.overrides.append(args.resume)
+        args.resume = "required"
+    rank = os.environ.get("RANK", "0")
     try:
         run = load_config(args.config, args.overrides)
         from dde_ds.training.loop import train
 
         return train(run, args.resume)
     except UserError as error:
-        return leave(error, rank)
-    except RuntimeError as error:
+        leave(error, rank)
+    except Exception as error:
         from dde_ds.distributed import is_lost_peer
 
-        if not is_lost_peer(error):
-            raise
-        return leave(RankError("the connection to another rank was lost; what ended that rank stands in its own message"), rank)
+        if is_lost_peer(error):
+            leave(RankError(f"the connection to another rank was lost: {str(error)[-160:]}"), rank)
+        traceback.print_exc()
+        leave(RankError(f"{type(error).__name__}: this is a bug; please report it with the lines above"), rank)
 
 
-def leave(error: UserError, rank: int) -> NoReturn:
-    """Print one line, once, and end this process at once: Python's own exit would wait for ranks in a collective."""
-    if rank == 0 or isinstance(error, RankError):
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    else:
-        # All ranks met the same error and the first one reports it. The launcher ends every rank as soon as one is gone.
+def leave(error: UserError, rank: str) -> NoReturn:
+    """Print one line and end this process at once: Python's own exit would wait for loader workers and for collectives."""
+    if rank != "0" and not isinstance(error, RankError):
+        # Most likely all ranks met it and the first one reports it: the launcher then ends this one while it sleeps.
         time.sleep(10)
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -51,7 +51,7 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
 
     An untrained model's errors are near 1, so that float32 leaves 1e-7 in a margin, which β/2 and w_t multiply: at β = 2000 a
     plain loop differs from itself by 1e-4, and at β = 50 still by 1e-5 where w_t is 200. Hence β = 50, and timesteps
-    below 600, where w_t is 5. The trained model of the demo is compared over all timesteps.
+    below 600, where w_t is 5. η = 100, so that the correction moves a loss by a thousandth and cannot go missing unseen. The trained model of the demo is compared over all timesteps.
     """
     config = {
         "output": str(path.parent / "run"),
@@ -59,7 +59,7 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
         "model": {"path": str(model), "gradient_checkpointing": False},
         "data": {"path": str(shards), "caption_dropout": 0.25, "workers": 0, "block_shards": 2},
         "batch": {"pairs": 8, "micro": 2},
-        "objective": {"name": "dde", "beta": 50, "timestep_range": [0, 600]},
+        "objective": {"name": "dde", "beta": 50, "correction_weight": 100, "timestep_range": [0, 600]},
         "optimizer": {"learning_rate": 2e-4, "warmup_steps": 2, "weight_decay": 0.01, "max_grad_norm": 1.0},
         "precision": "fp32",
         "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),

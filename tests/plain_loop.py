@@ -59,7 +59,7 @@ def plain_losses(run: RunConfig) -> list[float]:
         margin = (winner - reference_winner) - (loser - reference_loser)
         correction = torch.tensor([(stepwise * table)[i + 1 :].sum() for i in t.tolist()], dtype=torch.float32)
         gain = torch.tensor(single_shot[t.numpy()], dtype=torch.float32)
-        loss = -F.logsigmoid(-(run.objective.beta / 2) * (gain * margin + correction)).mean()
+        loss = -F.logsigmoid(-(run.objective.beta / 2) * (gain * margin + run.objective.correction_weight * correction)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
         optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))

@@ -49,6 +49,8 @@ def make_shards(
         raise UserError(f"--input: no decided pair in {len(files)} files ({dict(counts)}): label_0 must be 1 or 0 in some rows")
     settings = {
         "model": model,
+        "weights": encoder.digest(),
+        "vae_dtype": str(encoder.vae_dtype),
         "family": encoder.family,
         "resolution": resolution,
         "latents": "mean",

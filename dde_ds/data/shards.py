@@ -20,6 +20,7 @@ import io
 import json
 import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ FORMAT = "dde_ds shards 1"
 PROMPTS_PER_FILE = 4096
 # One timestamp for every member, so that the same pairs give the same bytes.
 MTIME = 0.0
+# Files and indexes that a process keeps open: room for the tars and indexes of two blocks of 16 shards.
+OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class ShardSet:
                     f"shard {file} {found}, manifest.json says {row['bytes']} bytes: delete it and run tools/shard_pickapic.py again"
                 )
         self._owner = os.getpid()
-        self._open: dict[str, Any] = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()
 
     def _files(self):
         for row in self.manifest["shards"]:
@@ -167,7 +170,7 @@ class ShardSet:
             yield row, row["name"]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     @property
     def counts(self) -> list[int]:
@@ -211,15 +214,23 @@ class ShardSet:
         number, line = divmod(row, PROMPTS_PER_FILE)
         if not 0 <= number < len(files) or line >= files[number]["prompts"]:
             raise UserError(f"{self.folder}: a sample names prompt {row}, which no prompts file holds")
-        file = self._prompts(files[number]["name"])
-        return {key: file.get_slice(key)[line] for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        file = self._cached(files[number]["name"], lambda: self._open_prompts(files[number]))
+        tensors = {key: file.get_slice(key)[line] for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise UserError(
+                f"{self.folder / files[number]['name']}: embedding {line} holds NaN or infinity; encode again in float32"
+            )
+        return tensors
 
     # File handles belong to the process that opened them: loader workers are forked with the parent's.
     def _cached(self, name: str, open_it):
         if self._owner != os.getpid():
-            self._owner, self._open = os.getpid(), {}
+            self._owner, self._open = os.getpid(), OrderedDict()
         if name not in self._open:
             self._open[name] = open_it()
+        self._open.move_to_end(name)
+        while len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
         return self._open[name]
 
     def _handle(self, name: str):
@@ -228,8 +239,13 @@ class ShardSet:
     def _members(self, name: str) -> list[dict]:
         return self._cached(f"{name}.json", lambda: self._read_index(name))
 
-    def _prompts(self, name: str):
-        return self._cached(name, lambda: safe_open(self.folder / name, framework="pt"))
+    def _open_prompts(self, row: dict):
+        path = self.folder / row["name"]
+        if sha256_of(path) != row["sha256"]:
+            raise UserError(
+                f"{path}: checksum differs from manifest.json, the file was damaged: delete it and run tools/shard_pickapic.py again"
+            )
+        return safe_open(path, framework="pt")
 
     def _read_index(self, name: str) -> list[dict]:
         path = self.folder / f"{name}.json"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,15 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
     try:
         objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
         found, _ = policy.load_checkpoint(str(checkpoint), tag="engine")
-    except (OSError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        KeyError,
+        AssertionError,
+    ) as error:
         raise RankError(
             f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before"
         ) from None

@@ -40,10 +40,9 @@ def initialize(policy: torch.nn.Module, reference: torch.nn.Module | None, confi
     config = read_config(config)
     if not torch.distributed.is_initialized():
         distributed.start()
-    optimizer = config.get("optimizer", {})
-    if deepspeed.accelerator.get_accelerator().device_name() == "cpu" and optimizer.get("type") in ("Adam", "AdamW"):
-        # DeepSpeed's own Adam would be compiled first, for over a minute; PyTorch's does the same update.
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    if config.get("torch_autocast", {}).get("enabled"):
+        raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
+    _take_torch_adam(config, deepspeed.accelerator.get_accelerator().device_name())
 
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy_engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config)
@@ -53,6 +52,19 @@ def initialize(policy: torch.nn.Module, reference: torch.nn.Module | None, confi
     reference_engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
     reference_engine.module.eval()
     return policy_engine, reference_engine
+
+
+def _take_torch_adam(config: dict, device: str) -> None:
+    """PyTorch's AdamW: DeepSpeed would first compile its own, for over a minute and with a CUDA toolkit, for the same update.
+
+    An offloaded optimizer needs DeepSpeed's, which runs on the CPU.
+    """
+    optimizer = config.get("optimizer", {})
+    offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if optimizer.get("type") in ("Adam", "AdamW") and not offloaded:
+        parameters = optimizer.setdefault("params", {})
+        if parameters.setdefault("torch_adam", True) and device == "cuda":
+            parameters.setdefault("fused", True)
 
 
 def reference_config(config: dict) -> dict:
@@ -89,7 +101,11 @@ def complete_config(run: RunConfig, world: int) -> dict:
         UserError: the JSON says something else than the run configuration; both keys are named.
     """
     config = read_config(run.deepspeed)
-    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{run.deepspeed}: zero_optimization.stage is {stage}: must be 1, 2 or 3 (0 reports no gradient norm to guard)"
+        )
     accumulation = run.batch.accumulation(world)
     stated = {
         "train_batch_size": (run.batch.pairs, "batch.pairs"),

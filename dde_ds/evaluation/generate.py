@@ -41,6 +41,7 @@ class PromptSet:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
+        pipeline.vae.enable_slicing()  # one image at a time: at 1024 pixels a batch would take the memory of the policy
         with torch.no_grad():
             embedded = [_embed(pipeline, prompt, device, xl) for prompt in self.prompts]
         self._embeddings = {key: torch.cat([item[key] for item in embedded]).to(dtype) for key in embedded[0]}

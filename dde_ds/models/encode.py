@@ -1,10 +1,11 @@
 """What precedes the UNet: images to latents, captions to embeddings, by the pipeline's own VAE and text encoders.
 
-This is the one place where the VAE's scaling factor is applied: latents come out as the UNet takes them.
+Training applies the VAE's scaling factor here and nowhere else: latents are stored as the UNet takes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,16 @@ class Encoder:
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
         self.resolution = unet["sample_size"] * self.pipeline.vae_scale_factor
         """Side in pixels of the images that the UNet was made for."""
+
+    def digest(self) -> str:
+        """SHA-256 over the weights of the VAE and the text encoders: shards of another model are other shards."""
+        digest = hashlib.sha256()
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            part = getattr(self.pipeline, name, None)
+            for key, tensor in sorted(part.state_dict().items()) if part is not None else ():
+                digest.update(key.encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(tensor.item()).encode())
+        return digest.hexdigest()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C,H,W) of the latent of a square image.

@@ -44,7 +44,6 @@ class Objective:
     ):
         self.name, self.schedule, self.beta = name, schedule, beta
         self.correction_weight = correction_weight if name in losses.CORRECTED else 0.0
-        self.timestep_range = timestep_range
         self.timestep_probabilities = _timestep_probabilities(name, schedule.timesteps, discount, discount_mode, timestep_range)
         """p(t), (T,) float64: what the trainer samples timesteps from."""
         self.needs_reference = name != "sft"

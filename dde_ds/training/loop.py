@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import Ranks, any_rank, start
 from dde_ds.engine import checkpoint
-from dde_ds.engine.zero import complete_config, initialize
+from dde_ds.engine.zero import complete_config, initialize, read_config
 from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.models import unet as models
@@ -50,9 +52,9 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     check_fit(run, shards)
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
+    objective = build_run_objective(run)
     ranks, device = start()
     ds_config = complete_config(run, ranks.world)
-    objective = build_run_objective(run)
 
     policy, reference = _load_engines(run, ds_config, objective)
     dtype = next(policy.parameters()).dtype
@@ -68,7 +70,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout)
     dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
-    clock, averages = Clock(), Averages(device)
+    clock, averages = Clock(), Averages()
     batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda"))
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
@@ -106,7 +108,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     for group in policy.optimizer.param_groups:
                         group["lr"] = run.optimizer.rate(step - 1)
                 policy.step()
-            norm = float(policy.get_global_grad_norm() or 0.0)
+            norm = float(policy.get_global_grad_norm())
             _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
             objective.commit()
             clock.add(run.batch.pairs)
@@ -119,11 +121,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             stopping = any_rank(bool(stop), device) and step < run.steps
             if stopping or step % run.checkpoint.every == 0 or step == run.steps:
                 save_checkpoint(step)
+            if step % run.samples.every == 0 or step == run.steps:
+                draw_samples(step)
             if stopping:
                 progress.say(f"stopped after step {step} as asked; go on with --resume")
                 return STOPPED
-            if step % run.samples.every == 0 or step == run.steps:
-                draw_samples(step)
     checkpoint.export(policy, run.model.path, run.model.revision, folder / "export")
     if ranks.is_first:
         (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
@@ -204,8 +206,11 @@ def _identity(run: RunConfig, shards: ShardSet) -> dict:
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,
         "model.path": run.model.path,
-        "objective.name": run.objective.name,
-        "objective.timestep_range": list(run.objective.timestep_range) if run.objective.timestep_range else None,
+        "model.revision": run.model.revision,
+        "precision": run.precision,
+        "ZeRO stage": read_config(run.deepspeed).get("zero_optimization", {}).get("stage", 0),
+        # As JSON has it: tuples are lists there.
+        "objective": json.loads(json.dumps(asdict(run.objective))),
     }
 
 

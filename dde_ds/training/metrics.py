@@ -15,8 +15,7 @@ from dde_ds.distributed import mean_over_ranks
 class Averages:
     """Running means of 0-d device tensors. Reading them is the one host synchronisation of a logged step."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def main() -> int:
         run = load_config(HERE / "train.yaml", overrides)
         for name, folder in (("train", "shards"), ("held_out", "shards_held_out")):
             shard(PAIRS[name], run.model.path, output / folder)
-        align(overrides, Path(run.output))
+        align(run, overrides)
         result = evaluate(run, output, args.images, args.captions, args.judge_steps)
     except (UserError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,9 +76,12 @@ def shard(parquet: Path, model: str, folder: Path) -> None:
     subprocess.run([*command, "--pairs-per-shard", "128", "--batch", "32"], check=True)
 
 
-def align(overrides: list[str], run_folder: Path) -> None:
+def align(run: RunConfig, overrides: list[str]) -> None:
     """Train through the real launcher: a rank a GPU, or two ranks that share the CPU's cores."""
+    run_folder = Path(run.output)
     if (run_folder / "DONE").exists():
+        if (run_folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
+            raise UserError(f"--output: {run_folder} holds a run with other settings; delete it or choose another folder")
         say(f"aligned model is there: {run_folder}")
         return
     gpus = torch.cuda.device_count()
@@ -88,7 +92,11 @@ def align(overrides: list[str], run_folder: Path) -> None:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     say(f"alignment on {ranks} ranks")
     # The launcher that was installed beside this Python, whatever the PATH says.
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--quiet", ROOT / "launchers" / "train.py"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), "--quiet"]
+    command = [*launcher, ROOT / "launchers" / "train.py"]
     subprocess.run([*command, "--config", HERE / "train.yaml", "--resume", "auto", *overrides], check=True, env=environment)
 
 
@@ -105,13 +113,16 @@ def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int |
     captions = pq.read_table(PAIRS["held_out"], columns=["caption"])["caption"].to_pylist()[:limit]
     preferred = held_out[0][: len(captions)]
     unets = {"base": load_unet(run.model.path).eval(), "aligned": load_unet(str(Path(run.output) / "export")).eval()}
-    prompts = PromptSet(run.model.path, None, captions, torch.device("cpu"), torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = PromptSet(run.model.path, None, captions, device, torch.float32)
     drawn: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     for name, unet in unets.items():
+        unet.to(device)
         drawn[name] = torch.stack(
             [prompts.draw(unet, run.seed, 20, run.samples.guidance_scale, index=i) for i in range(images_per_caption)], 1
         )
+        unet.cpu()
         pixels = drawn[name].flatten(0, 1).float() / 127.5 - 1
         with torch.no_grad():
             scores[name] = judge(pixels).view(len(captions), images_per_caption)

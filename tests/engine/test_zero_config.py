@@ -39,7 +39,7 @@ def test_a_contradiction_names_both_keys(tmp_path):
     file.write_text(json.dumps({"train_batch_size": "auto", "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"gradient_clipping is 0\.5, but optimizer\.max_grad_norm of the run says 1\.0"):
         complete_config(run_with(file), world=1)
-    file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}}))
+    file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"scheduler is set, but optimizer\.warmup_steps"):
         complete_config(run_with(file), world=1)
     file.write_text("{")
@@ -66,7 +66,10 @@ def test_the_reference_never_has_an_optimizer():
 def test_what_a_file_may_leave_out(tmp_path):
     file = tmp_path / "bare.json"
     file.write_text("{}")
-    assert complete_config(run_with(file), world=1)["zero_optimization"] == {"stage": 0}
+    with pytest.raises(UserError, match=r"zero_optimization\.stage is 0"):
+        complete_config(run_with(file), world=1)
+    file.write_text('{"zero_optimization": {"stage": 1}}')
+    assert complete_config(run_with(file), world=1)["train_batch_size"] == 16
     # Of the two ways to state a batch the reference takes the one that is there.
     assert reference_config({"train_batch_size": 8})["train_batch_size"] == 8
     both = reference_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4})
