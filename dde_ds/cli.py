@@ -32,12 +32,11 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
         raise UserError(f"--ranks {ranks}: must be 1 or more")
     accumulation = run.batch.accumulation(ranks)
 
-    from dde_ds.data.shards import ShardSet
     from dde_ds.engine.zero import complete_config
-    from dde_ds.training.loop import build_run_objective, check_fit
+    from dde_ds.training.loop import build_run_objective, check_fit, open_run_shards
 
     stage = complete_config(run, ranks)["zero_optimization"]["stage"]
-    shards = ShardSet(run.data.path)
+    shards = open_run_shards(run)
     check_fit(run, shards)
     objective = build_run_objective(run)
     samples = sum(shards.counts)

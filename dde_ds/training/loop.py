@@ -13,10 +13,10 @@ import torch
 from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.data.draws import Draws
-from dde_ds.data.order import Order
-from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
+from dde_ds.data.mixture import MixedShards, open_shards, order_of
+from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import Ranks, any_rank, start
+from dde_ds.distributed import Ranks, any_rank, mean_over_ranks, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.zero import complete_config, initialize, read_config
 from dde_ds.errors import UserError
@@ -48,7 +48,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     """
     quiet_libraries()
     folder = Path(run.output)
-    shards = ShardSet(run.data.path)
+    shards = open_run_shards(run)
     check_fit(run, shards)
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
@@ -67,11 +67,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         _open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
 
-    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout)
-    dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
+    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
+    dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
-    clock, averages = Clock(), Averages()
-    batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda"))
+    clock, averages, reading = Clock(), Averages(), ReadingTotals()
+    batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     metrics = MetricsFile(folder / "metrics.jsonl", first_step) if ranks.is_first else None
@@ -115,6 +115,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
             if step % run.log.every == 0 or step == run.steps:
                 row = {**averages.read(), **clock.read(), "grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
+                row |= _reading(run, reading, ranks, device, row["perf/pairs_per_s"])
                 if metrics:
                     metrics.write({"step": step, "position": step * run.batch.pairs, **row})
                 progress.update(step, row)
@@ -130,6 +131,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     if ranks.is_first:
         (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
     return DONE
+
+
+def open_run_shards(run: RunConfig) -> ShardSet | MixedShards:
+    data = run.data
+    return open_shards(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
 
 
 def build_run_objective(run: RunConfig) -> Objective:
@@ -155,28 +161,32 @@ def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     return initialize(policy, reference, ds_config)
 
 
-def check_fit(run: RunConfig, shards: ShardSet) -> None:
+def check_fit(run: RunConfig, shards: ShardSet | MixedShards) -> None:
     """Shards and model must speak of the same latents: found out before any weight is loaded."""
     config = models.load_unet_config(run.model.path, run.model.revision)
     channels, height, width = shards.latent_shape
     if channels != config["in_channels"]:
         raise UserError(
-            f"data.path {run.data.path}: latents have {channels} channels (shape {channels}x{height}x{width}), "
+            f"data.path {run.data.name}: latents have {channels} channels (shape {channels}x{height}x{width}), "
             f"the UNet of model.path {run.model.path} takes {config['in_channels']}; shard the pairs with this model"
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height % factor or width % factor:
         raise UserError(
-            f"data.path {run.data.path}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution"
+            f"data.path {run.data.name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution"
         )
+    if run.data.flip and not shards.manifest["settings"]["flip"]:
+        raise UserError(f"data.flip is true, but {run.data.name} holds no mirrored latents; shard the pairs with --flip")
     own = models.family(run.model.path, run.model.revision)
     if own != shards.manifest["settings"]["family"]:
         raise UserError(
-            f"data.path {run.data.path}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
+            f"data.path {run.data.name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
         )
 
 
-def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path], resume: str | None, folder: Path) -> Path | None:
+def _choose_checkpoint(
+    run: RunConfig, shards: ShardSet | MixedShards, checkpoints: list[Path], resume: str | None, folder: Path
+) -> Path | None:
     if resume is None:
         if checkpoints or (folder / "DONE").exists():
             raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
@@ -197,7 +207,7 @@ def _choose_checkpoint(run: RunConfig, shards: ShardSet, checkpoints: list[Path]
     return newest
 
 
-def _identity(run: RunConfig, shards: ShardSet) -> dict:
+def _identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
     """What a run may not change on resume: it would mix two orders, two objectives or two models in one."""
     return {
         "seed": run.seed,
@@ -205,6 +215,7 @@ def _identity(run: RunConfig, shards: ShardSet) -> dict:
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,
+        "data.flip": run.data.flip,
         "model.path": run.model.path,
         "model.revision": run.model.revision,
         "precision": run.precision,
@@ -214,7 +225,23 @@ def _identity(run: RunConfig, shards: ShardSet) -> dict:
     }
 
 
-def _state(run: RunConfig, shards: ShardSet, ranks: Ranks, step: int) -> dict:
+def _reading(run: RunConfig, reading: ReadingTotals, ranks: Ranks, device: torch.device, pairs_per_s: float) -> dict:
+    """What all ranks read since the last row and have replaced so far. Collective: the limit on bad samples is the run's, not a rank's."""
+    names = ("bytes", "pairs", "cache_hits", "cache_misses")
+    values = torch.tensor([reading.counters[name] for name in names] + [len(reading.bad)], dtype=torch.float64, device=device)
+    reading.counters.clear()
+    *sums, bad = (mean_over_ranks(values) * ranks.world).tolist()
+    found = dict(zip(names, sums, strict=True))
+    if bad > run.data.max_bad_samples:
+        raise UserError(
+            f"{bad:.0f} damaged samples on all ranks, reported above; data.max_bad_samples is {run.data.max_bad_samples}"
+        )
+    row = {"data/bytes_per_s": found["bytes"] / max(1.0, found["pairs"]) * pairs_per_s, "data/substitutions": round(bad)}
+    asked = found["cache_hits"] + found["cache_misses"]
+    return row | ({"data/cache_hits": found["cache_hits"] / asked} if asked else {})
+
+
+def _state(run: RunConfig, shards: ShardSet | MixedShards, ranks: Ranks, step: int) -> dict:
     return {
         "step": step,
         "position": step * run.batch.pairs,
