@@ -71,7 +71,7 @@ def read_manifest(data: bytes, where: str) -> dict:
         raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
     try:
         problem = _problem_of(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__} {error}"
     if problem:
         raise UserError(f"{where}: {problem}")
@@ -104,14 +104,15 @@ def _problem_of(manifest: dict) -> str | None:
             return f"shard {file['name']} has counts {counts!r}"
         if not all(isinstance(digest, str) and len(digest) == 64 for digest in (file["sha256"], file["index"]["sha256"])):
             return f"shard {file['name']} has no sha256"
-    if sum(file["samples"] for file in manifest["shards"]) != manifest["samples"] or manifest["samples"] < 1:
+    if type(manifest["samples"]) is not int or not 0 < manifest["samples"] == sum(file["samples"] for file in manifest["shards"]):
         return f"samples is {manifest['samples']!r}, not the sum of its shards"
     files = [file["name"] for file in [*manifest["shards"], *prompts["files"]]]
     if len(set(files)) < len(files):
         return "two shards have the same name"
-    full, rest = divmod(prompts["distinct"], PROMPTS_PER_FILE)
-    if [file["samples"] for file in prompts["files"]] != [PROMPTS_PER_FILE] * full + [rest] * (rest > 0) or not prompts["files"]:
-        return f"prompts.distinct is {prompts['distinct']!r}, not {PROMPTS_PER_FILE} in each prompts file but the last"
+    distinct, last = prompts["distinct"], len(prompts["files"]) - 1
+    held = [PROMPTS_PER_FILE] * last + [distinct - PROMPTS_PER_FILE * last]
+    if type(distinct) is not int or [file["samples"] for file in prompts["files"]] != held or not 0 < held[-1] <= PROMPTS_PER_FILE:
+        return f"prompts.distinct is {distinct!r}, not {PROMPTS_PER_FILE} in each prompts file but the last"
     return None
 
 

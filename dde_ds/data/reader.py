@@ -57,22 +57,23 @@ class PairDataset(Dataset):
             DamagedData: a damaged sample, and none (more) may be replaced.
             UserError: shards that cannot be read.
         """
-        place = self.order.locate(position)
+        place = first = self.order.locate(position)
         while True:
-            if place not in self.bad:
-                try:
-                    return self._pair(position, place)
-                except DamagedData as error:
-                    self.bad[place] = str(error)
-            if len(self.bad) > self.max_bad_samples:
+            # Never taken from memory: whether a pair can be had follows from its bytes and its position alone.
+            try:
+                return self._pair(position, place)
+            except DamagedData as error:
+                self.bad[place] = str(error)
+            after = self.shards.following(*place)
+            if len(self.bad) > self.max_bad_samples or after == first:
                 raise DamagedData(f"{self.bad[place]}{self._limit()}")
-            place = self.shards.following(*place)
+            place = after
 
     def _pair(self, position: int, place: tuple[int, int]) -> dict[str, torch.Tensor]:
         sample = self.shards.read(*place)
         shape = sample["latents"].shape
         timestep, noise, drop_caption = self.draws(position, shape)
-        prompt = self.shards.prompt(0 if drop_caption else int(sample["prompt"]))
+        prompt = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
         # One coin for both images of a pair: what tells them apart must not be which way they face.
         latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
         if "logvar" in sample:
@@ -86,6 +87,12 @@ class PairDataset(Dataset):
             "timesteps": torch.tensor(timestep),
             "positions": torch.tensor(position),
         }
+
+    def _empty_prompt(self) -> dict[str, torch.Tensor]:
+        try:
+            return self.shards.prompt(0)
+        except DamagedData as error:  # not the sample's fault: no other sample would do
+            raise UserError(str(error)) from None
 
     def _limit(self) -> str:
         return f" (data.max_bad_samples {self.max_bad_samples} is used up)" if self.max_bad_samples else ""

@@ -18,8 +18,8 @@ from PIL import Image
 
 from dde_ds import UserError
 from dde_ds.data.draws import Draws
-from dde_ds.data.order import Order
 from dde_ds.data.inputs import find_pairs
+from dde_ds.data.order import Order
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.encode import Encoder, prepare_image
