@@ -25,9 +25,15 @@ setup(
     ],
     extras_require={
         "shard": ["pyarrow>=15", "pillow>=10"],
+        "hub": ["datasets>=3"],
+        "remote": ["aiohttp>=3.9", "s3fs>=2024.6"],
         "eval": ["matplotlib>=3.8", "pillow>=10"],
         "track": ["tensorboard>=2.16", "wandb>=0.17"],
-        "dev": ["pytest>=8", "ruff>=0.9"],
+        "dev": [
+            *("pytest>=8", "ruff>=0.9", "hypothesis>=6.100"),
+            *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6"),
+            *("moto[s3]>=5", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs of moto[server], a third of its weight
+        ],
     },
     entry_points={"console_scripts": ["dde-ds = dde_ds.cli:main"]},
 )

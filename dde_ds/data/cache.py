@@ -7,6 +7,7 @@ looks only at its own bucket and removes what was used longest ago. Losing a rac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -48,7 +49,8 @@ class Cache:
             staged.write_bytes(data)
             staged.replace(path)
         except OSError:
-            staged.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()

@@ -98,7 +98,7 @@ def test_killed_anywhere_and_started_again(grouped, encoder, tmp_path):
     lasts = time.perf_counter() - started
     whole = contents(tmp_path / "unbroken")
     rng, kills = random.Random(0), 0
-    for attempt in range(3):
+    for attempt in range(2):
         output = tmp_path / f"{attempt}"
         allowed = 0.1 * lasts
         while True:
@@ -113,7 +113,7 @@ def test_killed_anywhere_and_started_again(grouped, encoder, tmp_path):
             allowed *= 1.2
         assert make(source, output, encoder) is not None
         assert {name: data for name, data in contents(output).items() if not name.endswith(".partial")} == whole
-    assert kills >= 12
+    assert kills >= 8
 
 
 def test_a_rank_reads_no_row_group_of_another(grouped, monkeypatch):
@@ -216,7 +216,7 @@ def test_pairs_of_ones_own(grouped, encoder, tmp_path):
         ('{"winner": 1, "loser": "b.png", "caption": ""}', "line 2: expected"),
         ('{"winner": "a.png", "loser": "../../etc/passwd", "caption": ""}', "lies outside of the folder"),
         ('{"winner": "/etc/passwd", "loser": "b.png", "caption": ""}', "lies outside of the folder"),
-        ('{"winner": "a.png", "loser": "b.png", "caption": "\\\\udc80"}', "line 2: expected"),
+        ('{"winner": "a.png", "loser": "b.png", "caption": "\\udc80"}', "line 2: expected"),
     ],
 )
 def test_pairs_that_are_none(tmp_path, line, named):
