@@ -4,13 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
 .PHONY: demo test
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python launchers/demo/run.py
 
-test: $(INSTALLED)
+test: $(TESTABLE)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
@@ -18,5 +19,10 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[shard,eval]'
+	touch $@
+
+# Triton is most of this, and only the tests of the kernels need it where PyTorch does not bring its own.
+$(TESTABLE): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[shard,eval,dev]'
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from dde_ds.config import load_config
 from dde_ds.errors import UserError
@@ -16,13 +17,63 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
+    picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
+    picture.add_argument(
+        "--objective", nargs="+", default=["dde", "dde_single", "dde_step", "uniform", "discounted"], metavar="NAME"
+    )
+    picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
+    picture.add_argument("--beta", type=float, default=2000.0)
+    picture.add_argument(
+        "--margin", type=float, default=1e-3, help="how far ahead every pair is assumed to be, as a mean squared error"
+    )
+    picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
+    picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
+    picture.add_argument("--output", type=Path, default=Path("explain.png"))
     args = parser.parse_args(arguments)
     try:
-        validate(args.config, args.overrides, args.ranks)
+        if args.command == "explain":
+            explain(args)
+        else:
+            validate(args.config, args.overrides, args.ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Draw an objective, or what a run made of it, and print where its credit lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dde_ds.evaluation import explain as pictures
+    from dde_ds.models.unet import load_scheduler_config
+    from dde_ds.objective.objective import build_objective
+    from dde_ds.objective.schedule import NoiseSchedule
+
+    if args.run:
+        from dde_ds.training.loop import load_run_objective
+
+        pictures.draw_run(*load_run_objective(args.run), args.output)
+        print(args.output)
+        return
+    if not args.margin > 0:
+        raise UserError(f"--margin {args.margin}: must be above 0")
+    schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
+    objectives = [build_objective(name, schedule, beta=args.beta) for name in args.objective]
+    found = pictures.profiles(objectives, args.margin)
+    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {args.beta:g}, every pair {args.margin:g} ahead"
+    if args.credit_only:
+        pictures.draw_credit(found, args.output, title)
+    else:
+        pictures.draw_objectives(found, schedule, args.margin, args.output)
+    table = Table(title=title)
+    for column in ("objective", "peak at t", "middle half of the credit", "saturated timesteps"):
+        table.add_column(column)
+    for row in pictures.summary(found):
+        table.add_row(*row)
+    Console().print(table)
+    print(args.output)
 
 
 def validate(config: str, overrides: list[str], ranks: int) -> None:
@@ -33,11 +84,10 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     accumulation = run.batch.accumulation(ranks)
 
     from dde_ds.engine.zero import complete_config
-    from dde_ds.training.loop import build_run_objective, check_fit, open_run_shards
+    from dde_ds.training.loop import build_run_objective, open_shards
 
     stage = complete_config(run, ranks)["zero_optimization"]["stage"]
-    shards = open_run_shards(run)
-    check_fit(run, shards)
+    shards, _ = open_shards(run)
     objective = build_run_objective(run)
     samples = sum(shards.counts)
     print(f"{objective.name}, ZeRO-{stage}, {run.precision}, latents {'x'.join(map(str, shards.latent_shape))}")

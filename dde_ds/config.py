@@ -236,6 +236,23 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    path: str | None = None
+    """Folder of held-out shards, made with the same model. Their pairs are looked at during the run at nine fixed timesteps with fixed
+    noise: a loss that can be compared over the run and between runs. None looks at nothing."""
+
+    every: int = 100
+    """Optimizer steps between two looks; there is always one at the end."""
+
+    pairs: int = 512
+    """Pairs of a look: a forward pass each. The standard error of a share is at most 0.5/√pairs."""
+
+    def __post_init__(self):
+        _require(self.every >= 1, "evaluation.every", self.every, "must be 1 or more")
+        _require(self.pairs >= 1, "evaluation.pairs", self.pairs, "must be 1 or more")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every: int = 1
     """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. A row costs one host synchronisation."""
@@ -249,7 +266,7 @@ class RunConfig:
     """A whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder: config.yaml, metrics.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
     """Optimizer steps. May be raised on ``--resume`` to train on."""
@@ -261,6 +278,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     deepspeed: str = "ds_configs/zero2.json"

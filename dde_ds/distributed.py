@@ -78,12 +78,16 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """In place. Collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """In place. Collective."""
+    return sum_over_ranks(values).div_(dist.get_world_size())
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Read when Triton is imported, as diffusers does: its kernels then run on the CPU, by its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dde_ds.models.quiet import quiet_libraries
 from tests.pipelines import save_sd, save_sdxl

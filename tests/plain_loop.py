@@ -51,6 +51,9 @@ def plain_losses(run: RunConfig) -> list[float]:
 
         def errors(unet, noisy=noisy, t=t, batch=batch, conditions=conditions, noise=noise):
             predicted = unet(noisy, t.repeat(2), batch["prompt_embeds"].float(), added_cond_kwargs=conditions).sample
+            if scheduler.config.prediction_type == "v_prediction":
+                signal = torch.tensor(alpha_bar[t.repeat(2).numpy()], dtype=torch.float32).view(-1, 1, 1, 1)
+                predicted = signal.sqrt() * predicted + (1 - signal).sqrt() * noisy
             return (noise - predicted).square().mean((1, 2, 3)).chunk(2)
 
         winner, loser = errors(policy)

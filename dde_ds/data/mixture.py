@@ -106,7 +106,7 @@ class MixedShards:
         return first + found, row
 
 
-def open_shards(
+def open_sources(
     paths: Sequence[tuple[str, float]],
     cache_dir: str | None = None,
     cache_gb: float = 100.0,

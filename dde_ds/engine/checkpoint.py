@@ -77,23 +77,31 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
         raise UserError(
             f"checkpoint {checkpoint}: was written by {written_by} ranks, this run has {world}; resume with {written_by}"
         )
+    load_table(checkpoint, objective)
     try:
-        objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
         found, _ = policy.load_checkpoint(str(checkpoint), tag="engine")
-    except (
-        OSError,
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        KeyError,
-        AssertionError,
-    ) as error:
-        raise RankError(
-            f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before"
-        ) from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AssertionError) as error:
+        raise _damaged(checkpoint, error) from None
     if found is None:
         raise UserError(f"checkpoint {checkpoint}: holds no engine state; delete it to resume from the one before")
+
+
+def load_table(checkpoint: Path, objective: Objective) -> None:
+    """Restore the correction table alone.
+
+    Raises:
+        UserError: the table is missing or damaged.
+    """
+    try:
+        objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
+    except (OSError, safetensors.SafetensorError, KeyError) as error:
+        raise _damaged(checkpoint, error) from None
+
+
+def _damaged(checkpoint: Path, error: Exception) -> RankError:
+    return RankError(
+        f"checkpoint {checkpoint}: damaged: {' '.join(str(error).split())[:300]}; delete it to resume from the one before"
+    )
 
 
 def export(policy: Any, model: str, revision: str | None, target: Path) -> None:

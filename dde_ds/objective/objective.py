@@ -10,10 +10,11 @@ from torch import Tensor
 from dde_ds.errors import UserError, nearest
 from dde_ds.objective import losses
 from dde_ds.objective.correction import ERROR_NAMES, CorrectionTable
-from dde_ds.objective.fused import squared_error
-from dde_ds.objective.schedule import NoiseSchedule, implied_noise
+from dde_ds.objective.fused import noise_errors
+from dde_ds.objective.schedule import NoiseSchedule
 
 SATURATED = 0.01
+TIMESTEP_BUCKETS = 10
 
 
 @dataclass
@@ -26,6 +27,10 @@ class ObjectiveOutput:
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
+
+    by_timestep: Tensor | None = None
+    """(3,10): accuracies and reward margins summed over the pairs of each tenth of the timesteps, and how many pairs those were.
+    Sums, so that micro-batches and ranks can be added up. None for ``sft``."""
 
 
 class Objective:
@@ -49,14 +54,12 @@ class Objective:
         self.needs_reference = name != "sft"
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
         self._gain = losses.gain_table(name, schedule, discount, discount_mode)
-        self._implied = schedule.implied_noise_coefficients()
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
         self._gain = self._gain.to(device)
         self.table.to(device)
-        if self._implied is not None:
-            self._implied = tuple(table.to(device) for table in self._implied)
+        self.schedule = self.schedule.to(device)
         return self
 
     def __call__(
@@ -82,19 +85,22 @@ class Objective:
         self._check(policy_pred, reference_pred, noise, timesteps, noisy_latents)
         if self._gain.device != policy_pred.device:
             self.to(policy_pred.device)
-        scale, offset = implied_noise(self._implied, timesteps.repeat(2), noisy_latents)
-        policy_error = squared_error(policy_pred, noise, scale, offset)
+        target = self.schedule.target(noise, timesteps.repeat(2), noisy_latents)
+        policy_error, reference_error = noise_errors(policy_pred, reference_pred if self.needs_reference else None, target)
         if not self.needs_reference:
             return self._supervised(policy_error)
-        with torch.no_grad():
-            reference_error = squared_error(reference_pred, noise, scale, offset)
 
         m = losses.margin(policy_error, reference_error)
-        gain = self._gain[timesteps].to(m.dtype)
-        z = losses.logits(m, gain, self.correction(timesteps).to(m.dtype), self.beta, self.correction_weight)
+        z = self.logits(m, timesteps)
+        loss = losses.preference_loss(z)
         errors = torch.cat([policy_error.detach(), reference_error]).view(4, -1)
         self.table.add(timesteps, m.detach(), errors)
-        return ObjectiveOutput(losses.preference_loss(z), z.detach(), self._metrics(z.detach(), gain, errors, timesteps))
+        return ObjectiveOutput(loss, z.detach(), *self._metrics(loss.detach(), z.detach(), errors, timesteps))
+
+    def logits(self, margin: Tensor, timesteps: Tensor) -> Tensor:
+        """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands."""
+        gain, correction = (table[timesteps].to(margin.dtype) for table in (self._gain, self.table.correction))
+        return losses.logits(margin, gain, correction, self.beta, self.correction_weight)
 
     def correction(self, timesteps: Tensor) -> Tensor:
         """K_t of the given timesteps, (B,) float64, as the last :meth:`commit` left it."""
@@ -118,21 +124,28 @@ class Objective:
         return ObjectiveOutput(loss, winner.new_empty(0), {"loss": loss.detach(), **metrics})
 
     @torch.no_grad()
-    def _metrics(self, z: Tensor, gain: Tensor, errors: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-        chosen, rejected = (-(self.beta / 2) * gain * (errors[i] - errors[i + 2]) for i in (0, 1))
+    def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        chosen_drift, rejected_drift = errors[:2] - errors[2:]
+        scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
+        margins, accuracies = scale * (chosen_drift - rejected_drift), (z > 0).to(z.dtype)
         weight = torch.sigmoid(-z)
-        averages = {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
-        return {
-            "loss": losses.preference_loss(z),
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/margins": (chosen - rejected).mean(),
-            "rewards/accuracies": (z > 0).float().mean(),
+        metrics = {
+            "loss": loss,
+            "rewards/chosen": (scale * chosen_drift).mean(),
+            "rewards/rejected": (scale * rejected_drift).mean(),
+            "rewards/margins": margins.mean(),
+            "rewards/accuracies": accuracies.mean(),
+            "drift/chosen": chosen_drift.mean(),
+            "drift/rejected": rejected_drift.mean(),
             "dde/correction_mean": self.correction(timesteps).mean(),
             # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
-            "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).float().mean(),
-            **averages,
+            "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).to(z.dtype).mean(),
         }
+        metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
+        by_timestep = z.new_zeros(3, TIMESTEP_BUCKETS)
+        bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.timesteps
+        by_timestep.index_add_(1, bucket, torch.stack([accuracies, margins, torch.ones_like(z)]))
+        return metrics, by_timestep
 
     def _check(self, policy_pred, reference_pred, noise, timesteps, noisy_latents) -> None:
         pairs = len(timesteps)
@@ -150,7 +163,7 @@ class Objective:
             raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
         if self.needs_reference and reference_pred.shape != policy_pred.shape:
             raise UserError(f"reference_pred has shape {tuple(reference_pred.shape)}, policy_pred {tuple(policy_pred.shape)}")
-        if self._implied is not None and (noisy_latents is None or noisy_latents.shape != policy_pred.shape):
+        if self.schedule.prediction_type != "epsilon" and (noisy_latents is None or noisy_latents.shape != policy_pred.shape):
             raise UserError(f"a {self.schedule.prediction_type} model needs noisy_latents of shape {tuple(policy_pred.shape)}")
 
 

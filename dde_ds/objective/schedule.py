@@ -6,6 +6,8 @@ index k-1, and ᾱ before the first step is 1.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,37 @@ from dde_ds.errors import UserError, nearest
 TERMINAL_ALPHA_CUMPROD = 2.0**-24
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def _cosine(u: float) -> float:
+    """ᾱ at the share u of the steps (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(u: float) -> float:
+    """diffusers' curve after Hang et al. 2024, arXiv 2407.03297: half the log SNR is Laplace-distributed."""
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+SIGNAL_CURVES = {"squaredcos_cap_v2": _cosine, "laplace": _laplace}
+
+
+@dataclass(frozen=True)
+class NoiseTarget:
+    """What N predictions are compared with: scale · prediction + shift · x_t, the implied ε_θ, against ε."""
+
+    noise: Tensor
+    """ε, (N,C,H,W), or (N/2,C,H,W) where winners and losers share it."""
+
+    scale: Tensor | None = None
+    """(N,). None, with the two below, for a model that predicts the noise itself."""
+
+    shift: Tensor | None = None
+    """(N,)."""
+
+    noisy: Tensor | None = None
+    """x_t, (N,C,H,W)."""
 
 
 @dataclass(frozen=True)
@@ -85,46 +118,51 @@ class NoiseSchedule:
         noisy = alpha.sqrt().to(dtype) * clean.to(dtype) + (1 - alpha).sqrt().to(dtype) * noise.to(dtype)
         return noisy.to(clean.dtype)
 
-    def implied_noise_coefficients(self) -> tuple[Tensor, Tensor] | None:
-        """(a, b), each (T,), with ε_θ = a_t · output + b_t · x_t; None where the output is ε_θ already.
+    def target(self, noise: Tensor, timesteps: Tensor, noisy: Tensor | None = None) -> NoiseTarget:
+        """What predictions at ``timesteps``, (N,), are compared with. ``noisy`` is x_t, which a noise model does not need.
 
         From x_t = √ᾱ x₀ + √(1-ᾱ) ε and v = √ᾱ ε - √(1-ᾱ) x₀ (Salimans & Ho 2022, arXiv 2202.00512, app. D).
         """
-        signal, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        if self.prediction_type == "epsilon":
+            return NoiseTarget(noise)
+        alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         if self.prediction_type == "v_prediction":
-            return signal, sigma
-        if self.prediction_type == "sample":
-            return -signal / sigma, 1 / sigma
-        return None
+            return NoiseTarget(noise, signal, sigma, noisy)
+        return NoiseTarget(noise, -signal / sigma, 1 / sigma, noisy)
 
-
-def implied_noise(
-    coefficients: tuple[Tensor, Tensor] | None, timesteps: Tensor, noisy: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """``scale`` (N,) and ``offset`` (N,C,H,W) with ε_θ = scale · output + offset, of N samples at ``timesteps`` (N,); both None where
-    the output is ε_θ already. ``coefficients`` are :meth:`NoiseSchedule.implied_noise_coefficients`, ``noisy`` is x_t."""
-    if coefficients is None:
-        return None, None
-    dtype = torch.promote_types(noisy.dtype, torch.float32)
-    scale, shift = (table[timesteps].to(dtype) for table in coefficients)
-    return scale, shift.view(-1, 1, 1, 1) * noisy.to(dtype)
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The same tables there, which spares a copy at every use."""
+        tables = ("alphas_cumprod", "single_shot_weight", "stepwise_weight")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in tables})
 
 
 def _betas(config: Mapping) -> Tensor:
     """β_t, float64, of the schedules that diffusers trains with."""
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    # Nothing is guessed: diffusers' schedulers differ in their defaults, and flow-matching ones have no betas at all.
+    needed = ["beta_schedule"] if config.get("beta_schedule") in SIGNAL_CURVES else ["beta_schedule", "beta_start", "beta_end"]
+    missing = [key for key in needed if config.get(key) is None]
+    if missing or config.get("snr_shift_scale"):
+        what = f"no {', '.join(missing)}" if missing else f"snr_shift_scale is {config['snr_shift_scale']}, which is not supported"
+        raise UserError(
+            f"scheduler {config.get('_class_name', 'config')}: {what}; the scheduler of a DDPM-trained model is needed "
+            "(flow matching and EDM are not)"
+        )
     steps = int(config.get("num_train_timesteps", 1000))
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    kind = config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start"), config.get("beta_end")
+    kind = config["beta_schedule"]
     if kind == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-        alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        return torch.tensor([min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(steps)], dtype=torch.float64)
-    raise UserError(f"scheduler beta_schedule {kind!r}{nearest(str(kind), ('linear', 'scaled_linear', 'squaredcos_cap_v2'))}")
+    if kind == "sigmoid":
+        return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+    if kind in SIGNAL_CURVES:
+        signal = [SIGNAL_CURVES[kind](i / steps) for i in range(steps + 1)]
+        return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(signal)], dtype=torch.float64)
+    raise UserError(f"scheduler beta_schedule {kind!r}{nearest(str(kind), ('linear', 'scaled_linear', 'sigmoid', *SIGNAL_CURVES))}")
 
 
 def _rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

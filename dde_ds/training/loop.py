@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from dde_ds import __version__
-from dde_ds.config import RunConfig
+from dde_ds.config import RunConfig, load_config
 from dde_ds.data.draws import Draws
-from dde_ds.data.mixture import MixedShards, open_shards, order_of
+from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import Ranks, any_rank, mean_over_ranks, start
@@ -21,14 +21,17 @@ from dde_ds.engine import checkpoint
 from dde_ds.engine.zero import complete_config, initialize, read_config
 from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
+from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.training.metrics import Averages, Clock, MetricsFile
+from dde_ds.training.look import Look
+from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
+from dde_ds.training.watch import Watch
 
 DONE, STOPPED = 0, 75
 
@@ -48,8 +51,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     """
     quiet_libraries()
     folder = Path(run.output)
-    shards = open_run_shards(run)
-    check_fit(run, shards)
+    shards, held_out_shards = open_shards(run)
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
     objective = build_run_objective(run)
@@ -58,11 +60,15 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
     policy, reference = _load_engines(run, ds_config, objective)
     dtype = next(policy.parameters()).dtype
+    objective.to(device)
+    look = None
+    if held_out_shards:
+        held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
+        look = Look(held_out, policy.module)  # before a checkpoint is loaded: the policy is still its own reference
     first_step = 0
     if resumed is not None:
         checkpoint.load(resumed, policy, objective)
         first_step = checkpoint.read_state(resumed)["step"]
-    objective.to(device)
     if ranks.is_first:
         _open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
@@ -70,11 +76,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
-    clock, averages, reading = Clock(), Averages(), ReadingTotals()
+    clock, averages, watch, reading = Clock(), Averages(), Watch(), ReadingTotals()
     batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
-    metrics = MetricsFile(folder / "metrics.jsonl", first_step) if ranks.is_first else None
+    log = RunLog(folder, first_step) if ranks.is_first else None
     stop = StopRequest(folder)
 
     def draw_samples(step: int) -> None:
@@ -100,7 +106,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             for _ in range(accumulation):
                 out = micro_step(policy, reference, objective, next(batches), device)
                 policy.backward(out.loss)
-                averages.add(out.metrics)
+                averages.add(out)
                 finite &= out.loss.detach().isfinite()
                 if policy.is_gradient_accumulation_boundary():
                     # Before the optimizer: a bad number must not reach the weights. One flag for all ranks.
@@ -113,17 +119,26 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             objective.commit()
             clock.add(run.batch.pairs)
 
-            if step % run.log.every == 0 or step == run.steps:
-                row = {**averages.read(), **clock.read(), "grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
+            looked = {}
+            last = step == run.steps
+            if look and (step % run.evaluation.every == 0 or last):
+                with clock.stopped():
+                    looked = look(objective)
+            if looked or step % run.log.every == 0 or last:
+                row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
                 row |= _reading(run, reading, ranks, device, row["perf/pairs_per_s"])
-                if metrics:
-                    metrics.write({"step": step, "position": step * run.batch.pairs, **row})
+                row |= {"grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
+                if log:
+                    log.write(step, step * run.batch.pairs, row, objective)
                 progress.update(step, row)
-            stopping = any_rank(bool(stop), device) and step < run.steps
-            if stopping or step % run.checkpoint.every == 0 or step == run.steps:
-                save_checkpoint(step)
-            if step % run.samples.every == 0 or step == run.steps:
-                draw_samples(step)
+                for warning in watch(row):
+                    progress.say(f"warning: step {step}: {warning}")
+            stopping = any_rank(bool(stop), device) and not last
+            with clock.stopped():
+                if stopping or step % run.checkpoint.every == 0 or last:
+                    save_checkpoint(step)
+                if step % run.samples.every == 0 or last:
+                    draw_samples(step)
             if stopping:
                 progress.say(f"stopped after step {step} as asked; go on with --resume")
                 return STOPPED
@@ -131,11 +146,6 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     if ranks.is_first:
         (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
     return DONE
-
-
-def open_run_shards(run: RunConfig) -> ShardSet | MixedShards:
-    data = run.data
-    return open_shards(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
 
 
 def build_run_objective(run: RunConfig) -> Objective:
@@ -153,6 +163,24 @@ def build_run_objective(run: RunConfig) -> Objective:
     )
 
 
+def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
+    """The objective of a run folder with the table of its newest checkpoint, and the rows of its ``correction.jsonl``.
+
+    Raises:
+        UserError: no run folder, no checkpoint in it, or a run whose objective has no reference.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--run {folder}: no config.yaml there; name the output folder of a run")
+    objective = build_run_objective(load_config(folder / "config.yaml"))
+    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"--run {folder}: no checkpoint there yet; explain the run after its first one")
+    if not objective.needs_reference:
+        raise UserError(f"--run {folder}: {objective.name} compares with no reference and records no table")
+    checkpoint.load_table(checkpoints[-1], objective)
+    return objective, read_rows(folder / "correction.jsonl")
+
+
 def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     policy = models.load_unet(run.model.path, run.model.revision)
     if run.model.gradient_checkpointing:
@@ -161,26 +189,38 @@ def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     return initialize(policy, reference, ds_config)
 
 
-def check_fit(run: RunConfig, shards: ShardSet | MixedShards) -> None:
-    """Shards and model must speak of the same latents: found out before any weight is loaded."""
+def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:
+    """Training shards, and held-out ones where the run names any. They and the model must speak of the same latents: found out
+    before any weight is loaded."""
+    data = run.data
+    remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
+    training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples)
+    _check_fit(run, training, f"data.path {data.name}")
+    if data.flip and not training.manifest["settings"]["flip"]:
+        raise UserError(f"data.flip is true, but {data.name} holds no mirrored latents; shard the pairs with --flip")
+    held_out = open_sources([(run.evaluation.path, 1.0)], **remote) if run.evaluation.path else None
+    if held_out:
+        _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
+    if held_out and held_out.digest == training.digest:
+        raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of data.path; held-out pairs are needed")
+    return training, held_out
+
+
+def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
     config = models.load_unet_config(run.model.path, run.model.revision)
     channels, height, width = shards.latent_shape
     if channels != config["in_channels"]:
         raise UserError(
-            f"data.path {run.data.name}: latents have {channels} channels (shape {channels}x{height}x{width}), "
+            f"{name}: latents have {channels} channels (shape {channels}x{height}x{width}), "
             f"the UNet of model.path {run.model.path} takes {config['in_channels']}; shard the pairs with this model"
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height % factor or width % factor:
-        raise UserError(
-            f"data.path {run.data.name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution"
-        )
-    if run.data.flip and not shards.manifest["settings"]["flip"]:
-        raise UserError(f"data.flip is true, but {run.data.name} holds no mirrored latents; shard the pairs with --flip")
+        raise UserError(f"{name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
     own = models.family(run.model.path, run.model.revision)
     if own != shards.manifest["settings"]["family"]:
         raise UserError(
-            f"data.path {run.data.name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
+            f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
         )
 
 

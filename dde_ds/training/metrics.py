@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
+from dde_ds.objective.objective import Objective, ObjectiveOutput
 
 
 class Averages:
-    """Running means of 0-d device tensors. Reading them is the one host synchronisation of a logged step."""
+    """Running means of what the objective reports. Reading them is the one host synchronisation of a logged step."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
+        self._by_timestep: Tensor | None = None
         self._count = 0
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
+    def add(self, out: ObjectiveOutput) -> None:
+        for name, value in out.metrics.items():
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+        if out.by_timestep is not None:
+            self._by_timestep = out.by_timestep.double() + (0 if self._by_timestep is None else self._by_timestep)
         self._count += 1
 
-    def read(self) -> dict[str, float]:
-        """Means over all micro-batches and ranks since the last call. Collective."""
+    def read(self, timesteps: int) -> dict[str, float]:
+        """Means over all micro-batches and ranks since the last call. Collective.
+
+        Accuracy and margin also by tenths of the ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one.
+        """
         names = sorted(self._sums)
-        values = mean_over_ranks(torch.stack([self._sums[name] for name in names]) / self._count)
-        self._sums, self._count = {}, 0
-        return dict(zip(names, values.tolist(), strict=True))
+        values = torch.stack([self._sums[name] for name in names]) / self._count
+        buckets = values.new_zeros(3, 0) if self._by_timestep is None else self._by_timestep
+        means = mean_over_ranks(torch.cat([values, buckets.flatten()])).tolist()
+        row = dict(zip(names, means[: len(names)], strict=True))
+        accuracy, margin, pairs = torch.tensor(means[len(names) :]).view(3, -1).tolist()
+        width = len(str(timesteps - 1))
+        for i, count in enumerate(pairs):
+            if count:
+                first, last = (-(-timesteps * k // len(pairs)) for k in (i, i + 1))
+                span = f"{first:0{width}d}-{last - 1:0{width}d}"
+                row |= {f"accuracy_by_t/{span}": accuracy[i] / count, f"margin_by_t/{span}": margin[i] / count}
+        self._sums, self._by_timestep, self._count = {}, None, 0
+        return row
 
 
 class Clock:
-    """Throughput since the last row, and the share of it spent waiting for data."""
+    """Throughput of training since the last row, and the share of it spent waiting for data."""
 
     def __init__(self):
         self._started = time.perf_counter()
@@ -55,6 +73,13 @@ class Clock:
     def add(self, pairs: int) -> None:
         self._pairs += pairs
 
+    @contextmanager
+    def stopped(self):
+        """What is done inside is no training: drawing, saving, evaluating."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
+
     def read(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self._started
         values = {"perf/pairs_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
@@ -62,11 +87,27 @@ class Clock:
         return values
 
 
-class MetricsFile:
-    """Appends rows; on resume drops those of steps that will be run again, so that every step has one row."""
+class RunLog:
+    """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
+        self._correction = RowFile(folder / "correction.jsonl", resume_step)
+
+    def write(self, step: int, position: int, row: dict[str, float], objective: Objective) -> None:
+        self._metrics.write({"step": step, "position": position, **row})
+        if objective.correction_weight:
+            steps = objective.schedule.timesteps
+            timesteps = torch.arange(0, steps, max(1, steps // 20))
+            values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
+            self._correction.write({"step": step, "timesteps": timesteps.tolist(), "correction": values})
+
+
+class RowFile:
+    """A file of JSON lines, one a step; on resume it drops those of steps that will be run again."""
 
     def __init__(self, path: Path, resume_step: int):
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         staged = path.with_name(f".{path.name}.partial")
         staged.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         staged.replace(path)
@@ -77,8 +118,8 @@ class MetricsFile:
         self._file.flush()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
+def read_rows(path: Path) -> list[dict]:
+    """Rows of such a file; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -21,9 +21,6 @@ def micro_step(
     """
     dtype = next(policy.parameters()).dtype
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    for key in ("prompt_embeds", "pooled"):  # not time_ids: a size of 765 pixels has no bfloat16
-        if key in batch:
-            batch[key] = batch[key].to(dtype)
     latents, noise = batch["latents"].float(), batch["noise"]
     timesteps = batch["timesteps"]
     both = timesteps.repeat(2)

@@ -45,15 +45,13 @@ def curves(rows: list[dict], path: Path) -> None:
         "loss": {"loss": "loss"},
         "accuracy": {"rewards/accuracies": "share of pairs with z > 0"},
         "rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        "error drift: policy - reference": {"drift/chosen": "chosen", "drift/rejected": "rejected"},
         "errors": {"error/policy_chosen": "policy, chosen", "error/policy_rejected": "policy, rejected"},
     }
-    if "error/reference_chosen" in rows[0]:
-        panels["error drift: policy - reference"] = {side: side for side in ("chosen", "rejected")}
-        for row in rows:
-            row |= {side: row[f"error/policy_{side}"] - row[f"error/reference_{side}"] for side in ("chosen", "rejected")}
-        del panels["errors"]
-    # An objective without reference has no rewards.
+    # An objective without reference has no rewards and no drift; where there is drift, it says more than the errors.
     panels = {title: lines for title, lines in panels.items() if all(key in rows[0] for key in lines)}
+    if len(panels) > 2:
+        del panels["errors"]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), dpi=100)
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for key, label in lines.items():

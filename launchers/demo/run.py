@@ -26,12 +26,12 @@ from dde_ds.config import RunConfig, load_config
 from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance, win_rate
-from dde_ds.evaluation.drift import error_drift, latent_spread
 from dde_ds.evaluation.generate import PromptSet
+from dde_ds.evaluation.heldout import error_drift, latent_spread
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.training.metrics import read_metrics
+from dde_ds.training.metrics import read_rows
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -142,7 +142,7 @@ def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int |
     from figures import comparison, curves
 
     comparison(captions, drawn, preferred, output / "comparison.png")
-    curves(read_metrics(Path(run.output) / "metrics.jsonl"), output / "curves.png")
+    curves(read_rows(Path(run.output) / "metrics.jsonl"), output / "curves.png")
     return result
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dde_ds import UserError
 from dde_ds.data.draws import Draws
-from dde_ds.data.mixture import ROUND, MixedOrder, open_shards, order_of, shares
+from dde_ds.data.mixture import ROUND, MixedOrder, open_sources, order_of, shares
 from dde_ds.data.order import Order
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from tests.data.tiny import write_tiny
@@ -122,7 +122,7 @@ def mixed_dataset(tmp_path, weights=(3, 1), **options) -> PairDataset:
     if not (tmp_path / "a").exists():
         write_tiny(tmp_path / "a", (3, 4, 2, 5), prompts=3)
         write_tiny(tmp_path / "b", (2, 6), prompts=2, first=1000)
-    shards = open_shards(list(zip(paths, weights, strict=True)))
+    shards = open_sources(list(zip(paths, weights, strict=True)))
     return PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2), **options)
 
 
@@ -141,9 +141,9 @@ def test_mixed_sources(tmp_path):
     assert mixed_dataset(tmp_path, (1, 3)).shards.digest != data.shards.digest
     write_tiny(tmp_path / "c", shape=(1, 2, 4))
     with pytest.raises(UserError, match=r"data\.sources: the latents' shape is \[1, 2, 2\] in .*a and \[1, 2, 4\] in"):
-        open_shards([(str(tmp_path / "a"), 1.0), (str(tmp_path / "c"), 1.0)])
+        open_sources([(str(tmp_path / "a"), 1.0), (str(tmp_path / "c"), 1.0)])
     with pytest.raises(UserError, match=r"data\.sources\[1\]\.weight is 1.0: below a thousandth"):
-        open_shards([(str(tmp_path / "a"), 5000.0), (str(tmp_path / "b"), 1.0)])
+        open_sources([(str(tmp_path / "a"), 5000.0), (str(tmp_path / "b"), 1.0)])
 
 
 def fingerprint(batch: dict) -> dict[int, tuple]:
@@ -171,7 +171,7 @@ def read_all(data: PairDataset, world: int, micro: int, workers: int, start: int
 def test_grid(tmp_path, source):
     """Six steps of twelve pairs, more than three epochs: whoever reads them, and however often it stopped between."""
     if source == "one":
-        shards = open_shards([(str(write_tiny(tmp_path / "a", (3, 4, 2, 5), latents="mean+logvar", flip=True)), 1.0)])
+        shards = open_sources([(str(write_tiny(tmp_path / "a", (3, 4, 2, 5), latents="mean+logvar", flip=True)), 1.0)])
         data = PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2, flip=True))
     else:
         data = mixed_dataset(tmp_path)
@@ -207,7 +207,7 @@ def read_in_a_process(path: Path, rank: int, world: int, step: int) -> tuple[int
 
 
 def tiny_dataset(path: Path) -> PairDataset:
-    shards = open_shards([(str(path), 1.0)])
+    shards = open_sources([(str(path), 1.0)])
     return PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2))
 
 

@@ -18,7 +18,7 @@ from dde_ds import UserError
 from dde_ds.data.cache import BUCKETS, Cache
 from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
-from dde_ds.data.mixture import open_shards, order_of
+from dde_ds.data.mixture import open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData, RemoteFolder
@@ -180,7 +180,7 @@ def test_faults_that_stay(folder, server):
 
 
 def dataset(path: str, cache: Path | None = None, max_bad: int = 0) -> PairDataset:
-    shards = open_shards([(path, 1.0)], str(cache) if cache else None, 0.01, strict=not max_bad)
+    shards = open_sources([(path, 1.0)], str(cache) if cache else None, 0.01, strict=not max_bad)
     return PairDataset(shards, order_of(shards, 3, 2), Draws(3, torch.ones(10), caption_dropout=0.2), max_bad)
 
 

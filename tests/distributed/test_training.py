@@ -9,14 +9,18 @@ import subprocess
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from dde_ds import load_config
+from dde_ds import NoiseSchedule, load_config
+from dde_ds.data.shards import ShardSet
+from dde_ds.evaluation.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import alone, command, environment, launch, rows, write_config
+from tests.pipelines import save_sd
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -26,6 +30,14 @@ ZERO3 = f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, sd_model, sd_shards):
     return write_config(tmp_path_factory.mktemp("sd") / "run.yaml", sd_model, sd_shards)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, sd_model):
+    """Seven pairs that no run trains on: they do not divide by two ranks."""
+    folder = tmp_path_factory.mktemp("held_out")
+    pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(20, 7), folder / "pairs.parquet")
+    return f"evaluation.path={shard(folder / 'pairs.parquet', sd_model, folder / 'shards')}"
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +56,41 @@ def assert_done(process: subprocess.CompletedProcess, run_folder) -> None:
     assert (run_folder / "DONE").exists()
 
 
-def test_two_ranks_zero_2(config, expected, tmp_path):
-    process = launch(
-        config, f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2"
-    )
+def looks(run_folder) -> dict[int, dict[str, float]]:
+    """The ``eval/…`` numbers by step."""
+    found = {row["step"]: {key: value for key, value in row.items() if key.startswith("eval/")} for row in rows(run_folder)}
+    return {step: values for step, values in found.items() if values}
+
+
+def assert_same_looks(run_folder, config, arguments) -> None:
+    """Held-out numbers of this run and of one rank alone; the last ones also from the exported model."""
+    other = run_folder.parent / "alone"
+    assert_done(alone(config, f"output={other}", *arguments), other)
+    found, expected = looks(run_folder), looks(other)
+    assert list(found) == [2, 4]
+    for step, values in found.items():
+        assert values == pytest.approx(expected[step], abs=1e-5)
+    run = load_config(config, arguments)
+    unets = [UNet2DConditionModel.from_pretrained(path, subfolder="unet") for path in (run_folder / "export", run.model.path)]
+    schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_pretrained(run.model.path, subfolder="scheduler"))
+    drift = error_drift(*unets, schedule, ShardSet(run.evaluation.path))
+    for side in ("chosen", "rejected"):
+        moved = drift[f"policy_{side}"] - drift[f"reference_{side}"]
+        assert found[4][f"eval/drift_{side}"] == pytest.approx(moved, abs=1e-6)
+        assert abs(moved) > 1e-5
+
+
+def test_two_ranks_zero_2(config, expected, held_out, tmp_path):
+    arguments = ["samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2", held_out, "evaluation.every=2"]
+    process = launch(config, f"output={tmp_path / 'run'}", *arguments)
     assert_done(process, tmp_path / "run")
+    assert_same_looks(tmp_path / "run", config, arguments)
     found = losses(tmp_path / "run")
     assert found[0] == torch.tensor(2.0).log().item()
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(set(found)) == 4, "a run that learns nothing would agree as well"
 
-    assert load_config(tmp_path / "run" / "config.yaml") == load_config(
-        config, [f"output={tmp_path / 'run'}", "samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2"]
-    )
+    assert load_config(tmp_path / "run" / "config.yaml") == load_config(config, [f"output={tmp_path / 'run'}", *arguments])
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "run" / "samples").iterdir())]
     assert [picture.shape for picture in pictures] == [(16, 32, 3)] * 3  # before, in the middle, at the end
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "export")
@@ -91,12 +125,23 @@ def test_one_rank_without_a_launcher(config, expected, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_stopped_at_step_3_and_resumed(config, tmp_path, stage):
-    arguments = (f"output={tmp_path / 'run'}", f"deepspeed={ROOT / 'ds_configs' / stage}.json")
+def test_stopped_at_step_3_and_resumed(config, held_out, tmp_path, stage):
+    arguments = (f"output={tmp_path / 'run'}", f"deepspeed={ROOT / 'ds_configs' / stage}.json", held_out, "evaluation.every=1")
     assert_done(launch(config, *arguments, "steps=3"), tmp_path / "run")
     # Two steps on: the first shows the weights and the table, the second Adam's moments.
     assert_done(launch(config, "--resume", *arguments, "steps=5"), tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(plain_losses(load_config(config, ["steps=5"])), abs=1e-5)
+    # The base's held-out errors were measured before the checkpoint was loaded: the drift goes on, it does not begin again.
+    drift = [abs(values["eval/drift_chosen"]) for values in looks(tmp_path / "run").values()]
+    assert len(drift) == 5
+    assert drift[3] > drift[0]
+
+
+def test_a_model_that_predicts_v(tmp_path, parquet):
+    model = save_sd(tmp_path / "model", prediction_type="v_prediction")
+    config = write_config(tmp_path / "run.yaml", model, shard(parquet, model, tmp_path / "shards"))
+    assert_done(alone(config), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
 
 
 def test_sdxl(tmp_path, sdxl_model, sdxl_shards):

@@ -1,59 +1,134 @@
+"""The fused errors against their plain formulation, through the PyTorch passes and through the Triton kernels' interpreter."""
+
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
 
-from dde_ds.objective.fused import squared_error
+from dde_ds.objective import fused
+from dde_ds.objective.fused import noise_errors
+from dde_ds.objective.schedule import NoiseTarget
 
 
-def plain(prediction, noise, scale=None, offset=None):
-    noise = noise.repeat(len(prediction) // len(noise), 1, 1, 1)
-    if scale is not None:
-        prediction = scale.view(-1, 1, 1, 1) * prediction + offset
+@pytest.fixture(params=["torch", "triton interpreted", pytest.param("triton compiled", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the passes under test run: PyTorch's, Triton's by its interpreter on the CPU, Triton's on a GPU."""
+    kind = request.param
+    if kind != "torch":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if (kind == "triton compiled") != torch.cuda.is_available():
+            pytest.skip("no CUDA device" if kind == "triton compiled" else "the kernels run compiled here")
+    passes = importlib.import_module(f"dde_ds.objective.passes_{kind.partition(' ')[0]}")
+    monkeypatch.setattr(fused, "_passes", lambda _: passes)
+    return "cuda" if kind == "triton compiled" else "cpu"
+
+
+def plain(prediction, target):
+    """Autograd through the written formula."""
+    noise = target.noise.repeat(len(prediction) // len(target.noise), 1, 1, 1)
+    if target.scale is not None:
+        prediction = target.scale.view(-1, 1, 1, 1) * prediction + target.shift.view(-1, 1, 1, 1) * target.noisy
     return (noise - prediction).square().mean((1, 2, 3))
+
+
+def made_up(device, shape, shared=True, implied=False, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    policy, reference, noisy = torch.randn(3, *shape, dtype=torch.float64, generator=generator).to(dtype)
+    noise = torch.randn(shape[0] // 2 if shared else shape[0], *shape[1:], dtype=torch.float64, generator=generator)
+    scale, shift = torch.rand(2, shape[0], dtype=torch.float64, generator=generator)
+    policy, reference, noisy, noise, scale, shift = (each.to(device) for each in (policy, reference, noisy, noise, scale, shift))
+    target = NoiseTarget(noise, scale, shift, noisy.double()) if implied else NoiseTarget(noise)
+    return policy.requires_grad_(), reference, target
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("implied", [True, False])
-def test_gradcheck(shared, implied):
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    noise = torch.randn(2 if shared else 4, 2, 3, 3, dtype=torch.float64, generator=generator)
-    extra = (
-        (torch.rand(4, dtype=torch.float64, generator=generator), torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator))
-        if implied
-        else ()
+def test_gradcheck(device, shared, implied):
+    policy, reference, target = made_up(device, (4, 2, 3, 3), shared, implied)
+    assert torch.autograd.gradcheck(lambda p: noise_errors(p, reference, target)[0], policy)
+    found = noise_errors(policy, reference, target)
+    torch.testing.assert_close(found, (plain(policy, target), plain(reference, target)))
+    assert not found[1].requires_grad
+
+
+def permuted(tensor, order):
+    """The same values, with the four dimensions lying in memory in the given order."""
+    back = [order.index(dim) for dim in range(4)]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "width first": lambda x: permuted(x, [0, 3, 2, 1]),
+    "batch innermost": lambda x: permuted(x, [1, 2, 3, 0]),
+    "every other element": lambda x: torch.stack([x, x + 1], -1).flatten(3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (6, 3, 5, 7), (2, 1, 1, 1), (2, 5, 1, 1700)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_shape_and_stride(device, shape, layout):
+    """The policy's layout is not the reference's and not the noise's."""
+    policy, reference, target = made_up(device, shape, implied=True, dtype=torch.float32)
+    laid_out = LAYOUTS[layout](policy.detach()).requires_grad_()
+    assert torch.equal(laid_out, policy)
+    for predictions in ((laid_out, reference), (policy, LAYOUTS[layout](reference)), (laid_out, LAYOUTS[layout](reference))):
+        found = noise_errors(*predictions, target)
+        expected = plain(policy, target), plain(reference, target)
+        torch.testing.assert_close(found, tuple(each.float() for each in expected))
+    (grad,) = torch.autograd.grad(noise_errors(laid_out, reference, target)[0].sum(), laid_out)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain(policy, target).sum(), policy)[0])
+
+
+def test_noise_expanded_over_the_batch(device):
+    policy, reference, _ = made_up(device, (4, 2, 3, 3))
+    noise = torch.randn(1, 2, 3, 3, dtype=torch.float64, device=device).expand(2, -1, -1, -1)
+    torch.testing.assert_close(
+        noise_errors(policy, reference, NoiseTarget(noise))[0], plain(policy, NoiseTarget(noise.contiguous()))
     )
-    assert torch.autograd.gradcheck(lambda p: squared_error(p, noise, *extra), prediction)
-    torch.testing.assert_close(squared_error(prediction, noise, *extra), plain(prediction, noise, *extra))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3, 5, 7), (2, 1, 1, 1)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_any_shape_and_stride(shape, memory_format):
-    prediction = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(squared_error(prediction, noise), plain(prediction, noise))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_accumulated_in_float32(dtype):
-    prediction = torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    noise = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(1))
-    error = squared_error(prediction, noise)
-    exact = prediction.detach().double().requires_grad_()
-    expected = plain(exact, noise.double())
-    assert error.dtype == torch.float32
-    torch.testing.assert_close(error.double(), expected, rtol=1e-6, atol=0)
-    error.sum().backward()
+def test_half_precision_is_accumulated_in_float32(device, dtype):
+    policy, reference, target = made_up(device, (4, 4, 32, 32), dtype=dtype)
+    target = NoiseTarget(target.noise.float())
+    found = noise_errors(policy, reference, target)
+    exact = policy.detach().double().requires_grad_()
+    expected = plain(exact, NoiseTarget(target.noise.double()))
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=0)
+    found[0].sum().backward()
     expected.sum().backward()
-    assert prediction.grad.dtype == dtype
-    torch.testing.assert_close(prediction.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert policy.grad.dtype == dtype
+    torch.testing.assert_close(policy.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_inputs_are_left_alone():
-    prediction, noise = torch.randn(2, 1, 2, 2, requires_grad=True), torch.randn(1, 1, 2, 2)
-    before = prediction.detach().clone(), noise.clone()
-    squared_error(prediction, noise).sum().backward()
-    assert torch.equal(prediction, before[0])
-    assert torch.equal(noise, before[1])
+def test_equal_predictions_have_equal_errors_to_the_last_bit(device):
+    policy, _, target = made_up(device, (4, 4, 19, 17), implied=True, dtype=torch.float32)
+    assert torch.equal(*noise_errors(policy, policy.detach().clone(), target))
+
+
+def test_without_a_reference(device):
+    policy, reference, target = made_up(device, (4, 2, 3, 3))
+    error, none = noise_errors(policy, None, target)
+    assert none is None
+    assert torch.equal(error, noise_errors(policy, reference, target)[0])
+    (grad,) = torch.autograd.grad(error.sum(), policy)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain(policy, target).sum(), policy)[0])
+
+
+def test_inputs_are_left_alone_and_nothing_else_is_kept(device):
+    policy, reference, target = made_up(device, (4, 2, 3, 3), implied=True)
+    inputs = (policy, reference, target.noise, target.noisy)
+    before = [each.detach().clone() for each in inputs]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        error, _ = noise_errors(policy, reference, target)
+    assert {tensor.data_ptr() for tensor in kept} == {
+        tensor.data_ptr() for tensor in (policy, target.noise, target.scale, target.shift, target.noisy)
+    }
+    error.sum().backward()
+    assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))

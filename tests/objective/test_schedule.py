@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from dde_ds import NoiseSchedule, UserError
 
@@ -32,12 +32,14 @@ def test_numbers_of_stable_diffusion(schedule, t, alpha, w, lam, tail):
         {"beta_schedule": "linear"},
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "sigmoid"},
+        {"beta_schedule": "laplace"},
         {"trained_betas": [0.01 * (i + 1) for i in range(50)], "num_train_timesteps": 50},
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
     ],
 )
 def test_agrees_with_diffusers(options):
-    theirs = DDIMScheduler(**options)
+    theirs = (DDPMScheduler if options.get("beta_schedule") in ("sigmoid", "laplace") else DDIMScheduler)(**options)
     ours = NoiseSchedule.from_scheduler(theirs)
     # diffusers accumulates its product in float32.
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)
@@ -72,18 +74,21 @@ def test_implied_noise_undoes_the_parameterisation(prediction_type):
     t = torch.tensor([10, 500, 990])
     noisy = schedule.add_noise(clean, noise, t)
     output = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, t)}[prediction_type]
-    coefficients = schedule.implied_noise_coefficients()
-    if coefficients is not None:
-        a, b = (table[t].view(-1, 1, 1, 1) for table in coefficients)
-        output = a * output + b * noisy
+    target = schedule.target(noise, t, noisy)
+    if target.scale is not None:
+        output = target.scale.view(-1, 1, 1, 1) * output + target.shift.view(-1, 1, 1, 1) * target.noisy
     torch.testing.assert_close(output, noise, rtol=1e-4, atol=1e-4)  # diffusers' velocity has float32 coefficients
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"beta_schedule": "scaled_liner"}, "scaled_linear"),
-        ({"prediction_type": "flow"}, "prediction_type"),
+        ({"beta_schedule": "scaled_liner", "beta_start": 0.1, "beta_end": 0.2}, "did you mean 'scaled_linear'"),
+        ({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "flow"}, "prediction_type"),
+        (FlowMatchEulerDiscreteScheduler(), "no beta_schedule, beta_start.*flow matching"),
+        (EDMEulerScheduler(), "no beta_schedule"),
+        ({"beta_schedule": "linear", "beta_end": 0.02}, "no beta_start"),
+        (CogVideoXDDIMScheduler(), "snr_shift_scale"),
         ({"trained_betas": [0.1, -0.1]}, "betas"),
     ],
 )
@@ -91,4 +96,4 @@ def test_unusable_scheduler(config, named):
     with pytest.raises(UserError, match=named):
         NoiseSchedule.from_scheduler(config)
     with pytest.raises(UserError, match="variance"):
-        NoiseSchedule.from_scheduler({}, variance="posteriori")
+        NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"}, variance="posteriori")

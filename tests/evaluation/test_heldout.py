@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from dde_ds import NoiseSchedule, UserError, build_objective, load_config
+from dde_ds.data.order import Order
+from dde_ds.data.shards import ShardSet
+from dde_ds.evaluation.heldout import HeldOut, error_drift
+from dde_ds.training.loop import open_shards
+from tests.conftest import DEMO, shard
+from tests.launching import write_config
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, sd_model):
+    folder = tmp_path_factory.mktemp("held_out")
+    pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(20, 11), folder / "pairs.parquet")
+    return shard(folder / "pairs.parquet", sd_model, folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def unets(sd_model):
+    base = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
+    policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=generator)
+    return policy, base
+
+
+def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
+    scheduler = DDIMScheduler.from_pretrained(sd_model, subfolder="scheduler")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    objective = build_objective("dde", schedule, beta=20.0)
+    objective.table.add(torch.arange(1000), torch.full((1000,), 1e-3), torch.zeros(4, 1000))
+    objective.commit()
+    shards = ShardSet(held_out)
+    looked = HeldOut(shards, schedule, pairs=10, micro=4)
+    found = looked.summary(objective, *(looked.errors(unet) for unet in unets))
+
+    numbers = {name: [] for name in found}
+    order = Order(shards.counts, 0, 1)
+    for position in range(10):
+        pair = looked._dataset.pair(position)
+        assert torch.equal(pair["latents"], shards.read(*order.locate(position))["latents"])
+        t = torch.tensor(100 * (position % 9 + 1))
+        noisy = scheduler.add_noise(pair["latents"].float(), pair["noise"].expand(2, -1, -1, -1), t)
+        text = pair["prompt_embeds"].float().expand(2, -1, -1)
+        with torch.no_grad():
+            errors = [(unet(noisy, t, text).sample - pair["noise"]).double().square().mean((1, 2, 3)) for unet in unets]
+        drift = errors[0] - errors[1]
+        m = (drift[0] - drift[1]).item()
+        alpha = scheduler.alphas_cumprod[t].item()
+        z = -(20.0 / 2) * ((1 - alpha) / alpha * m + objective.correction(t).item())
+        numbers["loss"].append(math.log1p(math.exp(-z)))
+        numbers["loss_uniform"].append(math.log1p(math.exp(2000 / 2 * m)))
+        numbers["accuracies"].append(float(m < 0))
+        numbers["drift_chosen"].append(drift[0].item())
+        numbers["drift_rejected"].append(drift[1].item())
+    for name, values in numbers.items():
+        assert found[name].item() == pytest.approx(sum(values) / 10, rel=1e-3, abs=1e-6), name
+
+
+def test_ranks_share_the_pairs(held_out, unets, schedule):
+    """Ten pairs on three ranks: four each, two of them looked at twice and counted once."""
+    objective = build_objective("uniform", schedule, beta=20.0)
+    alone = HeldOut(ShardSet(held_out), schedule, pairs=10)
+    expected = alone.summary(objective, *(alone.errors(unet) for unet in unets))
+    ranks = [HeldOut(ShardSet(held_out), schedule, 10, micro=3, rank=rank, world=3) for rank in range(3)]
+    assert [len(rank.timesteps) for rank in ranks] == [4, 4, 4]
+    shares = [rank.summary(objective, *(rank.errors(unet) for unet in unets)) for rank in ranks]
+    for name, value in expected.items():
+        assert sum(share[name].item() for share in shares) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+
+
+def test_all_pairs_by_default(held_out, unets, schedule):
+    drift = error_drift(*unets, schedule, ShardSet(held_out))
+    looked = HeldOut(ShardSet(held_out), schedule)
+    assert looked.pairs == 11
+    assert drift["policy_rejected"] == pytest.approx(looked.errors(unets[0])[1].mean().item())
+    assert drift["reference_chosen"] == pytest.approx(looked.errors(unets[1])[0].mean().item())
+
+
+def test_training_pairs_are_no_held_out_pairs(tmp_path, sd_model, sd_shards, sdxl_shards):
+    config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+    with pytest.raises(UserError, match=r"evaluation.path .* holds the pairs of data.path"):
+        open_shards(load_config(config, [f"evaluation.path={sd_shards}"]))
+    with pytest.raises(UserError, match=r"evaluation.path .* made for 'sdxl' models"):
+        open_shards(load_config(config, [f"evaluation.path={sdxl_shards}"]))

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from dde_ds.training.watch import Watch, concerns
+
+
+def row(chosen=0.0, rejected=0.0, saturation=0.0):
+    return {
+        "drift/chosen": chosen,
+        "drift/rejected": rejected,
+        "error/reference_chosen": 0.1,
+        "error/reference_rejected": 0.1,
+        "rewards/accuracies": 0.98,
+        "dde/saturation": saturation,
+    }
+
+
+def test_both_errors_blow_up_while_accuracy_rises():
+    (message,) = concerns(row(chosen=0.03, rejected=0.2)).values()
+    assert "winners' error is 30% above the reference's (losers' 200%) at accuracy 0.98" in message
+    assert "optimizer.learning_rate" in message
+
+
+def test_a_healthy_run_is_left_in_peace():
+    assert not concerns(row(chosen=0.004, rejected=0.03, saturation=0.2))
+    assert not concerns(row(chosen=-0.01, rejected=0.05))
+
+
+def test_saturation():
+    (message,) = concerns(row(saturation=0.8)).values()
+    assert "80%" in message
+    assert "objective.beta" in message
+
+
+def test_sft_has_no_reference():
+    assert not concerns({"loss": 0.1, "error/policy_chosen": 0.1})
+
+
+def test_each_concern_is_said_once_until_it_has_gone():
+    watch = Watch()
+    assert not watch(row())
+    said = [watch(row(chosen=0.04)) for _ in range(20)]
+    assert sum(map(len, said)) == 1
+    assert not said[0], "one noisy row is no concern yet"
+    for _ in range(40):
+        assert not watch(row())
+    assert sum(len(watch(row(chosen=0.05))) for _ in range(20)) == 1
