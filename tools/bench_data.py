@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks import machine, record, table
 
 from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
@@ -52,38 +52,49 @@ def main() -> int:
     encode.add_argument("--batch", type=int, default=8)
     encode.add_argument("--pairs-per-shard", type=int, default=64)
     encode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (read, resume, encode):
+        command.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
     quiet_libraries()
+    measure_it, title = {
+        "read": (bench_read, "Reading shards"),
+        "resume": (bench_resume, "Starting and resuming"),
+        "encode": (bench_encode, "Making shards"),
+    }[args.command]
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            {"read": bench_read, "resume": bench_resume, "encode": bench_encode}[args.command](args, Path(temporary))
+            text = measure_it(args, Path(temporary))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(text)
+    if args.write:
+        record(f"{title}, {machine(getattr(args, 'device', 'cpu').partition(':')[0])}", text)
     return 0
 
 
-def bench_read(args: argparse.Namespace, temporary: Path) -> None:
+def bench_read(args: argparse.Namespace, temporary: Path) -> str:
     folder = args.folder or temporary / "shards"
     if not (folder / "manifest.json").exists():
         write_synthetic(folder, args.pairs, per_shard=100)
     shards = ShardSet(folder)
     megabytes = 2 * 2 * np.prod(shards.latent_shape) / 1e6
-    print(f"{sum(shards.counts)} pairs of {megabytes:.2f} MB of latents in {len(shards.counts)} shards; micro-batches of {BATCH}\n")
-    print("| order | page cache | workers | ours, pairs/s | MB/s | webdataset, pairs/s | MB/s | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for order, workers, cold in itertools.product(("sequential", "shuffled"), (0, 2), (True, False)):
         rates = []
         # In turn, twice; the better of each counts: other work on the machine only ever slows one down.
         for reader in (ours, stock, ours, stock):
-            if cold:
-                drop_pages(folder)
-            else:
-                warm_pages(folder)
+            (drop_pages if cold else warm_pages)(folder)
             rates.append(measure(lambda reader=reader, w=workers, o=order: reader(folder, w, o == "shuffled")))
         own, theirs = max(rates[0::2]), max(rates[1::2])
-        cells = (order, "cold" if cold else "warm", workers, f"{own:.0f}", f"{own * megabytes:.0f}")
-        print(f"| {' | '.join(map(str, cells))} | {theirs:.0f} | {theirs * megabytes:.0f} | {own / theirs:.2f} |", flush=True)
+        cells = (f"{own:.0f}", f"{own * megabytes:.0f}", f"{theirs:.0f}", f"{theirs * megabytes:.0f}", f"{own / theirs:.2f}")
+        rows.append((order, "cold" if cold else "warm", str(workers), *cells))
+    head = ("order", "page cache", "workers", "ours, pairs/s", "MB/s", "webdataset, pairs/s", "MB/s", "ours / webdataset")
+    return (
+        f"{sum(shards.counts)} pairs of {megabytes:.2f} MB of latents in {len(shards.counts)} shards, micro-batches of {BATCH}, better of two. "
+        "Ours checks each pair's crc32, members, shapes and finite values; webdataset (raw bytes, safetensors) checks nothing. "
+        "Cold: the files' pages dropped by posix_fadvise; what lies below the machine may still cache.\n\n" + table(head, rows)
+    )
 
 
 def measure(batches: Callable[[], Iterator[int]]) -> float:
@@ -133,7 +144,6 @@ class Latents(PairDataset):
 
 def stock(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
     """webdataset's fastest safe way: raw bytes, safetensors decoded by hand, its own shuffle of shards and of a buffer of 8 shards' size."""
-    import safetensors.torch
     import webdataset
 
     urls = [str(path) for path in sorted(folder.glob("[0-9]*.tar"))]
@@ -143,7 +153,6 @@ def stock(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
     data = data.map(_decode).batched(BATCH, collation_fn=_stack, partial=False)
     for batch in webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
         yield len(batch["latents"])
-    del safetensors
 
 
 def _decode(sample: dict) -> dict:
@@ -209,18 +218,14 @@ def manifest(rows: list[dict], files: list[dict], distinct: int) -> dict:
     }
 
 
-def bench_resume(args: argparse.Namespace, folder: Path) -> None:
+def bench_resume(args: argparse.Namespace, folder: Path) -> str:
     """A million samples of which one shard is there: opening, and finding positions anywhere."""
     row = {"samples": 1000, "bytes": 266_000_000, "sha256": "0" * 64, "index": {"bytes": 50_000, "sha256": "0" * 64}}
     shards = [{"name": f"{number:05d}", **row} for number in range(args.samples // 1000)]
     distinct = 59 * PROMPTS_PER_FILE
     files = [{"name": f"prompts-{number:05d}", **row, "samples": PROMPTS_PER_FILE} for number in range(59)]
     write_manifest(folder, manifest(shards, files, distinct))
-    print(
-        f"{args.samples:,} samples in {len(shards)} shards, manifest of {(folder / 'manifest.json').stat().st_size / 1e3:.0f} kB\n"
-    )
-    print("| at position | open, ms | first micro-batch located, ms | next 1,000 positions, ms |")
-    print("| --- | --- | --- | --- |")
+    size, rows = (folder / "manifest.json").stat().st_size, []
     for position in (0, args.samples // 2, 10 * args.samples + 7, 10**12):
         started = time.perf_counter()
         opened = ShardSet(folder, check_sizes=False)  # the files are not there
@@ -231,12 +236,13 @@ def bench_resume(args: argparse.Namespace, folder: Path) -> None:
         located = time.perf_counter()
         for offset in range(1000):
             order.locate(position + offset)
-        end = time.perf_counter()
-        times = (after_open - started, located - after_open, end - located)
-        print(f"| {position:,} | " + " | ".join(f"{1e3 * seconds:.1f}" for seconds in times) + " |")
+        times = (after_open - started, located - after_open, time.perf_counter() - located)
+        rows.append((f"{position:,}", *(f"{1e3 * seconds:.1f}" for seconds in times)))
+    head = ("resumed at position", "manifest read and checked, ms", f"first {BATCH} positions located, ms", "next 1,000, ms")
+    return f"{args.samples:,} samples in {len(shards)} shards, a synthetic manifest of {size / 1e3:.0f} kB.\n\n{table(head, rows)}"
 
 
-def bench_encode(args: argparse.Namespace, folder: Path) -> None:
+def bench_encode(args: argparse.Namespace, folder: Path) -> str:
     source = find_pairs(args.input)
     encoder = Encoder(args.model, device=args.device)
     recipe = Recipe(args.model, encoder.resolution, args.pairs_per_shard, args.batch)
@@ -264,9 +270,9 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> None:
             work()
             times[name].append(time.perf_counter() - started)
     tool, loop = (2 * pairs / min(times[name]) for name in ("tool", "plain loop"))
-    print(json.dumps({"pairs": pairs, "resolution": recipe.resolution, "device": args.device, "batch": args.batch}))
-    print("| tool, images/s | plain diffusers loop, images/s | ratio |\n| --- | --- | --- |")
-    print(f"| {tool:.1f} | {loop:.1f} | {tool / loop:.2f} |")
+    about = f"{pairs} pairs at {recipe.resolution} pixels, {args.batch} at a time, model {args.model}; better of two."
+    head = ("tool, images/s", "plain diffusers loop, images/s", "tool / loop")
+    return f"{about}\n\n{table(head, [(f'{tool:.1f}', f'{loop:.1f}', f'{tool / loop:.2f}')])}"
 
 
 if __name__ == "__main__":
