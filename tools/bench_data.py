@@ -2,6 +2,7 @@
 
     python tools/bench_data.py read --pairs 2000            # loader against webdataset, on the same tars
     python tools/bench_data.py resume                       # start-up and resume at a million samples
+    python tools/bench_data.py memory                       # reading parquet of images, row group by row group
     python tools/bench_data.py encode --model launchers/demo/base --input launchers/demo/pairs/held_out.parquet
 
 Every ratio is of two measurements in one run. Nothing is asserted: numbers are printed as rows of a Markdown table.
@@ -52,7 +53,9 @@ def main() -> int:
     encode.add_argument("--batch", type=int, default=8)
     encode.add_argument("--pairs-per-shard", type=int, default=64)
     encode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for command in (read, resume, encode):
+    memory = commands.add_parser("memory", help="memory of reading parquet, by the size of its row groups")
+    memory.add_argument("--rows", type=int, default=4000)
+    for command in (read, resume, encode, memory):
         command.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
     quiet_libraries()
@@ -60,6 +63,7 @@ def main() -> int:
         "read": (bench_read, "Reading shards"),
         "resume": (bench_resume, "Starting and resuming"),
         "encode": (bench_encode, "Making shards"),
+        "memory": (bench_memory, "Memory of reading parquet"),
     }[args.command]
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -273,6 +277,64 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> str:
     about = f"{pairs} pairs at {recipe.resolution} pixels, {args.batch} at a time, model {args.model}; better of two."
     head = ("tool, images/s", "plain diffusers loop, images/s", "tool / loop")
     return f"{about}\n\n{table(head, [(f'{tool:.1f}', f'{loop:.1f}', f'{tool / loop:.2f}')])}"
+
+
+def bench_memory(args: argparse.Namespace, folder: Path) -> str:
+    """Parquet files of 300 kB images, read from end to end; and only the pairs of the last shard."""
+    image, rows = 300_000, []
+    for group, batch in itertools.product((100, 1000), (1024, 8)):
+        path = folder / f"{group}.parquet"
+        in_a_process(lambda path=path, group=group, batch=batch: write_parquet(path, args.rows, group, batch, image))
+        source = find_pairs([str(path)])
+        numbers = source.survey().rows
+        for what, wanted in (("all", numbers), ("the last 100", numbers[-100:])):
+            peak, rate = in_a_process(lambda source=source, wanted=wanted: peak_of_reading(source, wanted))
+            size = 2 * image * group / 1e6
+            rows.append((str(group), f"{size:.0f}", str(min(batch, group)), what, f"{peak / 1e6:.0f}", f"{rate:.0f}"))
+        path.unlink()
+    return f"{args.rows} rows of two images of {image / 1e3:.0f} kB.\n\n" + table(
+        ("rows a row group", "MB a row group", "rows a page", "read", "memory on top, MB", "pairs/s"), rows
+    )
+
+
+def write_parquet(path: Path, rows: int, group: int, batch: int, image: int) -> tuple[float, float]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema({"caption": pa.string(), "label_0": pa.float64(), "jpg_0": pa.binary(), "jpg_1": pa.binary()})
+    with pq.ParquetWriter(path, schema, compression="none", write_batch_size=batch) as writer:
+        for low in range(0, rows, group):
+            count = min(group, rows - low)
+            images = [[os.urandom(image) for _ in range(count)] for _ in range(2)]
+            writer.write_table(pa.table([["word"] * count, [1.0] * count, *images], schema=schema), row_group_size=group)
+    return 0.0, 0.0
+
+
+def peak_of_reading(source, wanted: np.ndarray) -> tuple[float, float]:
+    """Bytes of memory on top of what the process had, and pairs a second."""
+    before, peak, started = resident(), 0, time.perf_counter()
+    for number, _ in enumerate(source.read(wanted)):
+        if number % 16 == 0:
+            peak = max(peak, resident())
+    return peak - before, len(wanted) / (time.perf_counter() - started)
+
+
+def in_a_process(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Numbers measured in a process of their own: what an allocator keeps from the last measurement is none of this one's."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, " ".join(map(str, work())).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        first, second = map(float, answer.read().split())
+    os.wait()
+    return first, second
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,26 @@ def test_nan_in_a_latent_stops_two_ranks_and_saves_nothing(config, tmp_path, sd_
     assert not list((run / "checkpoints").glob("step-*")) if (run / "checkpoints").exists() else True
 
 
+def test_two_ranks_replace_what_they_may(config, tmp_path, sd_shards):
+    """Two sources, one with a damaged pair. The run ends, and says what it did."""
+    copy = shutil.copytree(sd_shards, tmp_path / "shards")
+    index = json.loads((copy / "00001.json").read_bytes())
+    damaged = bytearray((copy / "00001.tar").read_bytes())
+    damaged[sum(index["members"][2][1:3]) - 600] ^= 1
+    (copy / "00001.tar").write_bytes(damaged)
+    sources = f"data.sources=[{{path: {sd_shards}, weight: 1}}, {{path: {copy}, weight: 3}}]"
+    arguments = ("data.path=null", sources, "data.workers=1", "steps=5", "batch.pairs=16")
+    process = launch(config, *arguments, "data.max_bad_samples=1")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "00001.tar, sample 000000008: " in process.stderr
+    assert "is trained on in its place" in process.stderr
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found[-1]["data/substitutions"] >= 1
+    assert all(row["data/bytes_per_s"] > 0 and 0 <= row["perf/data_wait"] <= 1 for row in found)
+    (line,) = error_lines(alone(config, *arguments, f"output={tmp_path / 'other'}"))
+    assert f"shard {copy}/00001.tar, sample 000000008: " in line
+
+
 def test_shape_that_the_manifest_does_not_say(config, tmp_path, sd_shards):
     copy = reshard(
         sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()}
