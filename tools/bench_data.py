@@ -102,11 +102,9 @@ def bench_read(args: argparse.Namespace, temporary: Path) -> str:
 
 
 def measure(batches: Callable[[], Iterator[int]]) -> float:
-    """Pairs a second, from the first micro-batch to the last: starting worker processes is not reading."""
-    iterator = batches()
-    next(iterator)
+    """Pairs a second of a whole epoch, from nothing: starting the workers and filling a shuffle buffer are part of it."""
     started = time.perf_counter()
-    pairs = sum(iterator)
+    pairs = sum(batches())
     return pairs / (time.perf_counter() - started)
 
 
@@ -166,7 +164,8 @@ def _decode(sample: dict) -> dict:
 
 
 def _stack(samples: list[dict]) -> dict:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    # webdataset adds each sample's key to what map() gives back.
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if not key.startswith("__")}
 
 
 def drop_pages(folder: Path) -> None:

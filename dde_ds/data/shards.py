@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -205,12 +206,19 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict, where: str) -> No
         if found is None or tuple(found.shape) != shape or found.dtype != dtype:
             have = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
             raise DamagedData(f"{where}: {name} have shape {have}, manifest.json says {shape} {dtype}".replace("torch.", ""))
-        if dtype.is_floating_point and not bool(found.isfinite().all()):
+        if dtype.is_floating_point and not _is_finite(found):
             raise DamagedData(
                 f"{where}: {name} hold NaN or infinity: encode again with --vae-dtype float32 and --text-dtype float32"
             )
     if len(tensors) > len(expected):
         raise DamagedData(f"{where}: holds {sorted(set(tensors) - set(expected))} that manifest.json does not speak of")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype != torch.float16:
+        return bool(tensor.isfinite().all())
+    # NaN and infinity have all exponent bits set. On the CPU torch's isfinite takes 20 times as long for a float16 latent.
+    return int((tensor.view(torch.int16).numpy() & 0x7C00).max()) < 0x7C00
 
 
 def unpack(data: bytes, number: int, where: str) -> tuple[bytes, bytes]:
