@@ -93,6 +93,11 @@ class MixedShards:
         sample = one.read(own, row)
         return {**sample, "prompt": sample["prompt"] + self._first_prompt[self._set_of[shard]]}
 
+    def announce(self, shard: int, row: int) -> None:
+        """As :meth:`ShardSet.announce`."""
+        one, own = self._places[shard]
+        one.announce(own, row)
+
     def prompt(self, row: int) -> dict[str, torch.Tensor]:
         """As :meth:`ShardSet.prompt`."""
         number = int(np.searchsorted(self._first_prompt, row, side="right")) - 1

@@ -45,6 +45,8 @@ class PairDataset(Dataset):
     def __getitems__(self, positions: list[int]) -> dict | UserError:
         # An exception that leaves a worker is rewritten with its traceback; handed over as a value it keeps its one line.
         try:
+            for position in positions:
+                self.shards.announce(*self.order.locate(position))
             batch = self.collate([self.pair(position) for position in positions])
         except UserError as error:
             return error

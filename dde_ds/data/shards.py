@@ -19,6 +19,7 @@ error. Reading runs no code: runs of bytes are taken by offset, must hold exactl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -104,6 +105,15 @@ class ShardSet:
         if not 0 <= int(tensors["prompt"]) < self.manifest["prompts"]["distinct"]:
             raise DamagedData(f"{self._where(file, number)}: names prompt {int(tensors['prompt'])}, which no prompts file holds")
         return tensors
+
+    def announce(self, shard: int, row: int) -> None:
+        """Say that a pair will be read soon, so that a disk has several requests to work on. Whatever is wrong, reading says."""
+        if self.storage.is_remote:  # there the loader's processes fetch side by side
+            return
+        file = self.manifest["shards"][shard]
+        with contextlib.suppress(UserError):
+            _, offset, size, _ = self.index(file)[row].tolist()
+            self.storage.announce(f"{file['name']}.tar", offset, size)
 
     def describe(self, shard: int, row: int) -> dict:
         """What the sample says of itself in words: caption, source row, uids. Raises as :meth:`read`."""

@@ -16,7 +16,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import Ranks, any_rank, mean_over_ranks, start
+from dde_ds.distributed import Ranks, any_rank, mean_over_ranks, start, union_over_ranks
 from dde_ds.engine import checkpoint
 from dde_ds.engine.zero import complete_config, initialize, read_config
 from dde_ds.errors import UserError
@@ -270,13 +270,12 @@ def _reading(run: RunConfig, reading: ReadingTotals, ranks: Ranks, device: torch
     names = ("bytes", "pairs", "cache_hits", "cache_misses")
     values = torch.tensor([reading.counters[name] for name in names] + [len(reading.bad)], dtype=torch.float64, device=device)
     reading.counters.clear()
-    *sums, bad = (mean_over_ranks(values) * ranks.world).tolist()
+    *sums, met = (mean_over_ranks(values) * ranks.world).tolist()
     found = dict(zip(names, sums, strict=True))
+    bad = len(union_over_ranks(set(reading.bad))) if met else 0  # two ranks may have met the same
     if bad > run.data.max_bad_samples:
-        raise UserError(
-            f"{bad:.0f} damaged samples on all ranks, reported above; data.max_bad_samples is {run.data.max_bad_samples}"
-        )
-    row = {"data/bytes_per_s": found["bytes"] / max(1.0, found["pairs"]) * pairs_per_s, "data/substitutions": round(bad)}
+        raise UserError(f"{bad} damaged samples on all ranks, reported above; data.max_bad_samples is {run.data.max_bad_samples}")
+    row = {"data/bytes_per_s": found["bytes"] / max(1.0, found["pairs"]) * pairs_per_s, "data/substitutions": bad}
     asked = found["cache_hits"] + found["cache_misses"]
     return row | ({"data/cache_hits": found["cache_hits"] / asked} if asked else {})
 

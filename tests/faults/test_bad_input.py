@@ -115,7 +115,7 @@ def test_two_ranks_replace_what_they_may(config, tmp_path, sd_shards):
     assert "00001.tar, sample 000000008: " in process.stderr
     assert "is trained on in its place" in process.stderr
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert found[-1]["data/substitutions"] >= 1
+    assert found[-1]["data/substitutions"] == 1  # though both ranks met it
     assert all(row["data/bytes_per_s"] > 0 and 0 <= row["perf/data_wait"] <= 1 for row in found)
     (line,) = error_lines(alone(config, *arguments, f"output={tmp_path / 'other'}"))
     assert f"shard {copy}/00001.tar, sample 000000008: " in line
