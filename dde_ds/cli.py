@@ -29,10 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
     picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
     picture.add_argument("--output", type=Path, default=Path("explain.png"))
+    model = commands.add_parser("export", help="make a diffusers folder from a run's newest checkpoint, or from one of your choice")
+    model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
+    model.add_argument("--output", type=Path, required=True, help="folder to write")
+    model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
     args = parser.parse_args(arguments)
     try:
         if args.command == "explain":
             explain(args)
+        elif args.command == "export":
+            export(args.source, args.output, args.dtype)
         else:
             validate(args.config, args.overrides, args.ranks)
     except UserError as error:
@@ -74,6 +80,24 @@ def explain(args: argparse.Namespace) -> None:
         table.add_row(*row)
     Console().print(table)
     print(args.output)
+
+
+def export(source: Path, output: Path, dtype: str) -> None:
+    """A diffusers folder from a checkpoint, without a GPU."""
+    from dde_ds.engine import checkpoint
+    from dde_ds.engine.export import export_checkpoint
+    from dde_ds.training.metrics import read_rows
+
+    chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
+    if not chosen:
+        raise UserError(f"{source}: neither a run folder with a finished checkpoint nor a checkpoint")
+    if wrong := checkpoint.damage(chosen[-1]):
+        raise UserError(f"checkpoint {chosen[-1]}: damaged: {wrong}; export an older one")
+    run_folder = chosen[-1].parent.parent
+    run = load_config(run_folder / "config.yaml")
+    rows = [row for row in read_rows(run_folder / "metrics.jsonl") if row["step"] <= checkpoint.step_of(chosen[-1])]
+    export_checkpoint(chosen[-1], run, rows[-1] if rows else {}, output, dtype)
+    print(f"{chosen[-1].name} → {output}")
 
 
 def validate(config: str, overrides: list[str], ranks: int) -> None:

@@ -206,11 +206,15 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes about 14 bytes a parameter."""
+    """Newest checkpoints that are kept. Each takes 12 bytes a parameter: float32 weights and AdamW's two moments."""
+
+    keep_every: int | None = None
+    """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""
 
     def __post_init__(self):
         _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
+        _require(self.keep_every is None or self.keep_every >= 1, "checkpoint.keep_every", self.keep_every, "must be 1 or more")
 
 
 @dataclass(frozen=True)

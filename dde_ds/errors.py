@@ -17,6 +17,10 @@ class RankError(UserError):
     """Bad input that the other ranks may not have met, such as one damaged sample: the rank that meets it reports it."""
 
 
+class OtherRankError(UserError):
+    """Another rank met an error and reports it itself; this one only has to end."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to ``name``, otherwise the list of known names."""
     known = sorted(known)

@@ -15,7 +15,7 @@ import traceback
 from typing import NoReturn
 
 from dde_ds.config import load_config
-from dde_ds.errors import RankError, UserError
+from dde_ds.errors import OtherRankError, RankError, UserError
 
 
 def main() -> int:
@@ -56,6 +56,8 @@ def leave(error: UserError, rank: str) -> NoReturn:
     if rank != "0" and not isinstance(error, RankError):
         # Most likely all ranks met it and the first one reports it: the launcher then ends this one while it sleeps.
         time.sleep(10)
+    if isinstance(error, OtherRankError):
+        os._exit(1)
     where = "" if rank == "0" else f" (rank {rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 import torch
 
-from dde_ds import __version__
 from dde_ds.config import RunConfig, load_config
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import Ranks, any_rank, mean_over_ranks, start, union_over_ranks
+from dde_ds.distributed import any_rank, start
 from dde_ds.engine import checkpoint
-from dde_ds.engine.zero import complete_config, initialize, read_config
+from dde_ds.engine.export import export_policy
+from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
@@ -29,6 +28,8 @@ from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
+from dde_ds.training.reading import reading_row
+from dde_ds.training.resume import choose_checkpoint, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
 from dde_ds.training.watch import Watch
@@ -52,11 +53,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     quiet_libraries()
     folder = Path(run.output)
     shards, held_out_shards = open_shards(run)
-    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
-    resumed = _choose_checkpoint(run, shards, checkpoints, resume, folder)
     objective = build_run_objective(run)
     ranks, device = start()
     ds_config = complete_config(run, ranks.world)
+    resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
     policy, reference = _load_engines(run, ds_config, objective)
     dtype = next(policy.parameters()).dtype
@@ -90,7 +90,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                 save_row(images, folder / "samples" / f"step-{step:08d}.png")
 
     def save_checkpoint(step: int) -> None:
-        checkpoint.save(folder / "checkpoints", policy, objective, _state(run, shards, ranks, step), run.checkpoint.keep)
+        started = time.perf_counter()
+        state, keep = state_at(run, shards, step), run.checkpoint
+        path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every)
+        progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
 
     if first_step == 0:
         draw_samples(0)
@@ -100,6 +103,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
             + (f"; resumed after step {first_step}" if first_step else "")
         )
+        row: dict[str, float] = {}
         clock.read()  # what came before was not training
         for step in range(first_step + 1, run.steps + 1):
             finite = torch.ones((), dtype=torch.bool, device=device)
@@ -126,7 +130,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     looked = look(objective)
             if looked or step % run.log.every == 0 or last:
                 row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
-                row |= _reading(run, reading, ranks, device, row["perf/pairs_per_s"])
+                row |= reading_row(reading, run.data.max_bad_samples, row["perf/pairs_per_s"], device)
                 row |= {"grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
                 if log:
                     log.write(step, step * run.batch.pairs, row, objective)
@@ -142,7 +146,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             if stopping:
                 progress.say(f"stopped after step {step} as asked; go on with --resume")
                 return STOPPED
-    checkpoint.export(policy, run.model.path, run.model.revision, folder / "export")
+    export_policy(policy, run, run.steps, row, folder / "export")
     if ranks.is_first:
         (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
     return DONE
@@ -222,72 +226,6 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
         raise UserError(
             f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
         )
-
-
-def _choose_checkpoint(
-    run: RunConfig, shards: ShardSet | MixedShards, checkpoints: list[Path], resume: str | None, folder: Path
-) -> Path | None:
-    if resume is None:
-        if checkpoints or (folder / "DONE").exists():
-            raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
-        return None
-    if not checkpoints:
-        if resume == "required":
-            raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
-        return None
-    newest = checkpoints[-1]
-    state = checkpoint.read_state(newest)
-    if run.steps < state["step"]:
-        raise UserError(f"steps is {run.steps}, but {newest} is at step {state['step']} already; raise steps to train on")
-    for key, value in _identity(run, shards).items():
-        if state["identity"].get(key) != value:
-            raise UserError(
-                f"{key} is {value!r}, but {newest} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run"
-            )
-    return newest
-
-
-def _identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
-    """What a run may not change on resume: it would mix two orders, two objectives or two models in one."""
-    return {
-        "seed": run.seed,
-        "batch.pairs": run.batch.pairs,
-        "data": shards.digest,
-        "data.block_shards": run.data.block_shards,
-        "data.caption_dropout": run.data.caption_dropout,
-        "data.flip": run.data.flip,
-        "model.path": run.model.path,
-        "model.revision": run.model.revision,
-        "precision": run.precision,
-        "ZeRO stage": read_config(run.deepspeed).get("zero_optimization", {}).get("stage", 0),
-        # As JSON has it: tuples are lists there.
-        "objective": json.loads(json.dumps(asdict(run.objective))),
-    }
-
-
-def _reading(run: RunConfig, reading: ReadingTotals, ranks: Ranks, device: torch.device, pairs_per_s: float) -> dict:
-    """What all ranks read since the last row and have replaced so far. Collective: the limit on bad samples is the run's, not a rank's."""
-    names = ("bytes", "pairs", "cache_hits", "cache_misses")
-    values = torch.tensor([reading.counters[name] for name in names] + [len(reading.bad)], dtype=torch.float64, device=device)
-    reading.counters.clear()
-    *sums, met = (mean_over_ranks(values) * ranks.world).tolist()
-    found = dict(zip(names, sums, strict=True))
-    bad = len(union_over_ranks(set(reading.bad))) if met else 0  # two ranks may have met the same
-    if bad > run.data.max_bad_samples:
-        raise UserError(f"{bad} damaged samples on all ranks, reported above; data.max_bad_samples is {run.data.max_bad_samples}")
-    row = {"data/bytes_per_s": found["bytes"] / max(1.0, found["pairs"]) * pairs_per_s, "data/substitutions": bad}
-    asked = found["cache_hits"] + found["cache_misses"]
-    return row | ({"data/cache_hits": found["cache_hits"] / asked} if asked else {})
-
-
-def _state(run: RunConfig, shards: ShardSet | MixedShards, ranks: Ranks, step: int) -> dict:
-    return {
-        "step": step,
-        "position": step * run.batch.pairs,
-        "world": ranks.world,
-        "identity": _identity(run, shards),
-        "versions": {"dde_ds": __version__, "torch": torch.__version__},
-    }
 
 
 def _open_folder(folder: Path, run: RunConfig) -> None:

@@ -1,0 +1,85 @@
+"""Whether a run starts or goes on, and from what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dde_ds import __version__
+from dde_ds.config import RunConfig
+from dde_ds.data.mixture import MixedShards
+from dde_ds.data.shards import ShardSet
+from dde_ds.engine import checkpoint
+from dde_ds.errors import UserError
+
+
+def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, device: torch.device, say) -> Path | None:
+    """The checkpoint to go on from, or None to start. Collective: the first rank's view of the folder counts, since a network
+    file system may show each rank another one.
+
+    Args:
+        resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
+        say: takes one line for the user.
+
+    Raises:
+        UserError: a run is there and ``resume`` is None; nothing is there to resume; every checkpoint is damaged; or the newest
+            whole one is of another run.
+    """
+    folder = Path(run.output)
+    view = [(checkpoint.list_checkpoints(folder / "checkpoints"), (folder / "DONE").exists())]
+    dist.broadcast_object_list(view, 0)
+    checkpoints, done = view[0]
+    if resume is None:
+        if checkpoints or done:
+            raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
+        return None
+    if not checkpoints:
+        if resume == "required":
+            raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
+        return None
+    chosen = checkpoint.newest_whole(checkpoints, device, say)
+    if chosen is None:
+        raise UserError(
+            f"output {run.output}: all {len(checkpoints)} checkpoints are damaged; restore one from a copy, or delete the folder to start anew"
+        )
+    state = checkpoint.read_state(chosen)
+    if run.steps < state["step"]:
+        raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
+    for key, value in identity(run, shards).items():
+        if state["identity"].get(key) != value:
+            raise UserError(
+                f"{key} is {value!r}, but {chosen} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run"
+            )
+    return chosen
+
+
+def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
+    """What a run may not change on resume: it would mix two orders, two objectives or two models in one. Ranks, micro-batches and
+    ZeRO stages may change."""
+    return {
+        "seed": run.seed,
+        "batch.pairs": run.batch.pairs,
+        "data": shards.digest,
+        "data.block_shards": run.data.block_shards,
+        "data.caption_dropout": run.data.caption_dropout,
+        "data.flip": run.data.flip,
+        "model.path": run.model.path,
+        "model.revision": run.model.revision,
+        "precision": run.precision,
+        # As JSON has it: tuples are lists there.
+        "objective": json.loads(json.dumps(asdict(run.objective))),
+    }
+
+
+def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
+    """What a checkpoint says of itself."""
+    return {
+        "step": step,
+        "position": step * run.batch.pairs,
+        "identity": identity(run, shards),
+        "versions": {"dde_ds": __version__, "torch": torch.__version__},
+    }

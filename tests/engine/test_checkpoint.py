@@ -1,0 +1,268 @@
+"""A state that any stage and number of ranks wrote, any other goes on from; and what a kill, a flipped bit or a full disk leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from dde_ds import NoiseSchedule, UserError, build_objective
+from dde_ds.engine import checkpoint
+
+pytestmark = pytest.mark.slow
+SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
+PAIRS = 8
+
+
+def engine(stage, world, bf16=False):
+    """Layers whose sizes divide by nothing, so that partitions cut through them and the last one is padded."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3))
+    module[2].bias.requires_grad_(False)  # as a part of a model that is not trained
+    config = {
+        "train_batch_size": PAIRS,
+        "train_micro_batch_size_per_gpu": PAIRS // world,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "bf16": {"enabled": bf16},
+    } | ({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {})
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=module, model_parameters=trained, config=config)[0]
+
+
+def train(policy, objective, steps, rank, world):
+    """Losses over this rank's part of each step's batch; fills the table as well."""
+    losses = []
+    for step in steps:
+        x = torch.randn(PAIRS, 5, generator=torch.Generator().manual_seed(step))[rank::world]
+        out = policy(x.to(next(policy.parameters()).dtype)).float()
+        loss = (out - 1).square().mean()
+        policy.backward(loss)
+        policy.step()
+        objective.table.add(torch.tensor([step]), loss.detach()[None], torch.zeros(4, 1))
+        objective.commit()
+        losses.append(loss.item())
+    return losses
+
+
+def one_rank(rank, world, port, folder, plan, results):
+    """Each leg of ``plan``: (stage, bf16, steps). A leg resumes what is there, trains, and saves."""
+    from dde_ds.distributed import start
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    start()
+    for stage, bf16, steps in plan:
+        policy, objective = engine(stage, world, bf16), build_objective("dde", SCHEDULE)
+        found = checkpoint.list_checkpoints(folder)
+        if found:
+            assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
+            checkpoint.load(found[-1], policy, objective)
+        losses = train(policy, objective, steps, rank, world)
+        checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
+        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist())
+
+
+def run(world, folder, plan):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(one_rank, (world, port, folder, plan, results), nprocs=world)
+        by_step = {}
+        for (_, first), (losses, table) in sorted(results.items()):
+            for i, loss in enumerate(losses):
+                by_step.setdefault(first + i, []).append(loss)
+            last = table
+        return [sum(values) / len(values) for _, values in sorted(by_step.items())], last
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return {bf16: run(1, tmp_path_factory.mktemp("unbroken"), [(1, bf16, range(6))]) for bf16 in (False, True)}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16):
+    """ZeRO-2, 3, 1, 3, 2, one step each, each from the checkpoint of the one before."""
+    stages = [2, 2, 3, 1, 3, 2]
+    losses, table = run(2, tmp_path, [(stage, bf16, range(step, step + 1)) for step, stage in enumerate(stages)])
+    expected, expected_table = unbroken[bf16]
+    assert losses == pytest.approx(expected, abs=2e-3 if bf16 else 1e-6)
+    assert table == pytest.approx(expected_table, abs=2e-3 if bf16 else 1e-6)
+    assert max(expected) - min(expected) > 0.1, "a run that learns nothing would agree as well"
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2)), ((2, 2), (1, 3)), ((1, 3), (2, 2))])
+def test_another_number_of_ranks(tmp_path, unbroken, before, after):
+    """(ranks, stage) before and after."""
+    first, _ = run(before[0], tmp_path, [(before[1], False, range(3))])
+    second, table = run(after[0], tmp_path, [(after[1], False, range(3, 6))])
+    assert first + second == pytest.approx(unbroken[False][0], abs=1e-6)
+    assert table == pytest.approx(unbroken[False][1], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """An engine in this process, after two steps."""
+    from dde_ds.distributed import start
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    start()
+    policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
+    train(policy, objective, range(2), 0, 1)
+    return policy, objective
+
+
+EVENTS = ("os.mkdir", "open", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
+
+
+def save_in_a_child(folder, kill_at: int) -> bool:
+    """A forked process resumes what is there, trains a step and saves, keeping one checkpoint; it is killed at its n-th touch of a
+    checkpoint file during the save. True if it was."""
+    child = os.fork()
+    if child == 0:
+        alarm = signal.alarm(60)  # a hang is a failure, not a wait
+        assert alarm == 0
+        from dde_ds.distributed import start
+
+        start()
+        policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
+        first = 0
+        if found := checkpoint.list_checkpoints(folder):
+            checkpoint.load(found[-1], policy, objective)
+            first = checkpoint.step_of(found[-1])
+        train(policy, objective, range(first, first + 1), 0, 1)
+        seen = 0
+
+        def count(name, arguments):
+            nonlocal seen
+            if name in EVENTS and "checkpoints" in str(arguments[0]):
+                seen += 1
+                if seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        checkpoint.save(folder, policy, objective, {"step": first + 1}, keep=1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), f"ended with status {status}"
+    return status != 0
+
+
+def kill_everywhere(folder, outcomes) -> None:
+    """In a process that has no process group yet: one that was forked from under gloo's threads could not go on."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401 (loaded once for all children)
+
+    assert not save_in_a_child(folder, 0)
+    kept = shutil.copytree(folder, folder.parent / "kept")
+    event = 1
+    while save_in_a_child(folder, event):
+        found = checkpoint.list_checkpoints(folder)
+        assert found, f"killed at event {event}: no checkpoint is left"
+        assert checkpoint.damage(found[-1]) is None, f"killed at event {event}"
+        outcomes.append(found[-1].name)
+        if event % 8 == 1:  # the next save clears what this one left
+            assert not save_in_a_child(folder, 0)
+            assert len(list(folder.iterdir())) == 1
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        event += 2  # every other one: each takes a second
+
+
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    """At files that the save opens, makes, renames or removes: the newest checkpoint is whole, the old or the new."""
+    with mp.Manager() as manager:
+        outcomes = manager.list()
+        mp.spawn(_spawned, (tmp_path / "checkpoints", outcomes))
+        assert len(outcomes) >= 10
+        assert set(outcomes) == {"step-00000001", "step-00000002"}
+
+
+def _spawned(_, folder, outcomes):
+    kill_everywhere(folder, outcomes)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "table"])
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(folder, *alone, {"step": step}, keep=2)
+    newest = folder / "step-00000002"
+    (weights,) = newest.glob("state-*.safetensors")
+    if harm == "flip":
+        data = bytearray(weights.read_bytes())
+        data[-5] ^= 1
+        weights.write_bytes(data)
+    elif harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif harm == "remove":
+        weights.unlink()
+    elif harm == "manifest":
+        (newest / checkpoint.MANIFEST).write_text('{"format": "dde_ds checkpoint 1", "fil')
+    else:
+        (newest / checkpoint.TABLE).write_bytes(b"")
+    said = []
+    found = checkpoint.newest_whole(checkpoint.list_checkpoints(folder), alone[0].device, said.append)
+    assert found == folder / "step-00000001"
+    assert len(said) == 1
+    assert f"checkpoint {newest}: damaged" in said[0]
+
+
+def test_of_another_model(tmp_path, alone):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, *alone, {"step": 1}, keep=1)
+    import deepspeed
+
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    config = {
+        "train_batch_size": 1,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    }
+    other = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+    with pytest.raises(UserError, match=r"is not of this model: 2\.weight"):
+        checkpoint.load(folder / "step-00000001", other, alone[1])
+
+
+def test_a_full_disk(tmp_path, alone):
+    """A real one: first no room for the weights, then room for them and not for what comes after."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs privileges")
+    try:
+        folder = disk / "checkpoints"
+        checkpoint.save(folder, *alone, {"step": 1}, keep=1)
+        filler = disk / "filler"
+        for left, message in ((0, r"0\.0 GB free, one takes"), (2, "not writable: .*; older checkpoints are as they were")):
+            filler.write_bytes(b"")
+            free = shutil.disk_usage(disk).free
+            filler.write_bytes(bytes(free - left * 4096))
+            with pytest.raises(UserError, match=message):
+                checkpoint.save(folder, *alone, {"step": 2}, keep=1)
+            filler.unlink()
+            assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000001"]
+            assert checkpoint.damage(folder / "step-00000001") is None
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, alone):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match=r"checkpoints: not writable"):
+        checkpoint.save(tmp_path / "checkpoints", *alone, {"step": 1}, keep=1)
