@@ -31,10 +31,11 @@ class Cache:
         path = self._path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)
-            return data
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # removed meanwhile, or not ours to touch
+            os.utime(path)
+        return data
 
     def put(self, key: str, data: bytes) -> None:
         """Keep ``data`` unless it alone is more than its bucket may hold. A full or failing disk only means that nothing is kept."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -31,23 +32,14 @@ class ParquetPairs:
     """
 
     def __init__(self, inputs: Sequence[str]):
-        import pyarrow as pa
-
         self.files = [file for pattern in inputs for file in _find(pattern)]
         self.groups: list[np.ndarray] = []
         """For each file, the first row of each row group and, last, of the next file; counted through all files."""
         self.identity: list[dict] = []
         rows = 0
         for file in self.files:
-            try:
-                with _open(file) as parquet:
-                    metadata, schema = parquet.metadata, parquet.schema_arrow
-            except FileNotFoundError:
-                raise UserError(
-                    f"--input {file}: no such file; give parquet files or a quoted glob such as 'pickapic/train-*.parquet'"
-                ) from None
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"--input {file}: not readable as parquet: {str(error).splitlines()[0]}") from None
+            with _opened(file) as parquet:
+                metadata, schema = parquet.metadata, parquet.schema_arrow
             check_columns(file, schema)
             sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
             self.groups.append(rows + np.cumsum([0, *sizes]))
@@ -63,7 +55,7 @@ class ParquetPairs:
     def survey(self) -> Survey:
         found = SurveyBuilder()
         for file in self.files:
-            with _open(file) as parquet:
+            with _opened(file) as parquet:
                 for batch in parquet.iter_batches(columns=["caption", "label_0"]):
                     for caption, label in zip(batch["caption"].to_pylist(), batch["label_0"].to_pylist(), strict=True):
                         found.add(caption, label)
@@ -74,7 +66,7 @@ class ParquetPairs:
             own = rows[(rows >= groups[0]) & (rows < groups[-1])]
             if not len(own):
                 continue
-            with _open(file) as parquet:
+            with _opened(file) as parquet:
                 columns = [*COLUMNS, *(name for name in PROVENANCE if name in parquet.schema_arrow.names)]
                 for number in np.unique(np.searchsorted(groups, own, side="right") - 1).tolist():
                     wanted = set(own[(own >= groups[number]) & (own < groups[number + 1])].tolist())
@@ -117,6 +109,25 @@ def _find(pattern: str) -> list[str]:
     if not found:
         raise UserError(f"--input {pattern}: no file matches")
     return found
+
+
+@contextlib.contextmanager
+def _opened(file: str):
+    """An open parquet file; whatever its bytes or the network do while it is read ends in one line."""
+    try:
+        with _open(file) as parquet:
+            yield parquet
+    except (UserError, AttributeError, NameError):  # ours, or a bug
+        raise
+    except FileNotFoundError:
+        raise UserError(
+            f"--input {file}: no such file; give parquet files or a quoted glob such as 'pickapic/train-*.parquet'"
+        ) from None
+    except Exception as error:  # pyarrow's, the file system's, and every remote driver's own
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"--input {file}: not readable as parquet: {problem}; what is made is kept, a second run goes on"
+        ) from error
 
 
 def _open(file: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from dde_ds.errors import RankError, UserError
 
+DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,7 +63,11 @@ def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int
             _dry_run(args, rank)
         else:
             _shard(args, rank, world, local_rank)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in DISK_PROBLEMS:
+                raise
+            error = RankError(f"--output {args.output}: {error.strerror.lower()}; whole shards are kept, a second run goes on")
         if rank and not isinstance(error, RankError):
             time.sleep(10)  # all ranks met it, the first one reports it: the launcher then ends this one while it sleeps
         where = f" (rank {rank})" if rank else ""

@@ -250,6 +250,26 @@ def test_columns_of_other_types(parquet, tmp_path):
         find_pairs([str(tmp_path / "bad.parquet")])
 
 
+def test_damaged_parquet_is_one_line(grouped, encoder, tmp_path):
+    """Bytes of a column chunk, not of the footer: met while shards are being made. The whole file's start over gives the same bytes."""
+    path = Path(grouped[0].replace("*", "0"))
+    copy = tmp_path / "part-0.parquet"
+    metadata = pq.ParquetFile(path).metadata
+    last = metadata.row_group(metadata.num_row_groups - 1)
+    column = next(last.column(i) for i in range(last.num_columns) if last.column(i).path_in_schema == "jpg_0")
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 40] = bytes(40)
+    copy.write_bytes(data)
+    with pytest.raises(UserError, match=r"part-0\.parquet: not readable as parquet: .*a second run goes on"):
+        make(find_pairs([str(copy)]), tmp_path / "out", encoder)
+    assert (tmp_path / "out" / "00000.json").exists()
+    shutil.copy(path, copy)
+    assert make(find_pairs([str(copy)]), tmp_path / "out", encoder) is not None
+    make(find_pairs([str(path)]), tmp_path / "whole", encoder)
+    assert {n: d for n, d in contents(tmp_path / "out").items() if not n.endswith(".partial")} == contents(tmp_path / "whole")
+
+
 def images() -> list[bytes]:
     import io
 
