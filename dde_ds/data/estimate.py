@@ -8,6 +8,7 @@ import numpy as np
 
 from dde_ds.data.inputs import PairSource
 from dde_ds.data.make import Recipe
+from dde_ds.errors import UserError
 from dde_ds.models.encode import FORMATS
 from dde_ds.models.unet import family, load_component_config
 
@@ -26,6 +27,8 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
     kind = family(recipe.model, revision)
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    if recipe.resolution % factor:
+        raise UserError(f"--resolution {recipe.resolution}: must be a multiple of {factor}, the VAE's factor")
     latent = 2 * 2 * vae["latent_channels"] * (recipe.resolution // factor) ** 2
     copies = 1 + recipe.flip + (recipe.latents == "mean+logvar")
     unet = load_component_config(recipe.model, "unet", revision)
