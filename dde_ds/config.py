@@ -261,6 +261,13 @@ class LogConfig:
     every: int = 1
     """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. A row costs one host synchronisation."""
 
+    tensorboard: bool = False
+    """Write the rows to ``tensorboard/`` in the run folder as well. Needs the extra ``track``."""
+
+    wandb_project: str | None = None
+    """Send the rows and the configuration to this Weights & Biases project as well. Needs the extra ``track`` and a login; with
+    ``WANDB_MODE=offline`` they stay in the run folder."""
+
     def __post_init__(self):
         _require(self.every >= 1, "log.every", self.every, "must be 1 or more")
 

@@ -18,8 +18,9 @@ PIPELINES = {
 
 
 # float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
+# Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
-LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict:

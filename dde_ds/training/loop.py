@@ -32,6 +32,7 @@ from dde_ds.training.reading import reading_row
 from dde_ds.training.resume import choose_checkpoint, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
+from dde_ds.training.track import open_trackers
 from dde_ds.training.watch import Watch
 
 DONE, STOPPED = 0, 75
@@ -80,7 +81,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
-    log = RunLog(folder, first_step) if ranks.is_first else None
+    log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
     stop = StopRequest(folder)
 
     def draw_samples(step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
 from dde_ds.objective.objective import Objective, ObjectiveOutput
+from dde_ds.training.track import Write
 
 
 class Averages:
@@ -90,12 +92,15 @@ class Clock:
 class RunLog:
     """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row."""
 
-    def __init__(self, folder: Path, resume_step: int):
+    def __init__(self, folder: Path, resume_step: int, trackers: Sequence[Write] = ()):
+        self._trackers = trackers
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
         self._correction = RowFile(folder / "correction.jsonl", resume_step)
 
     def write(self, step: int, position: int, row: dict[str, float], objective: Objective) -> None:
         self._metrics.write({"step": step, "position": position, **row})
+        for track in self._trackers:
+            track(step, row)
         if objective.correction_weight:
             steps = objective.schedule.timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))
