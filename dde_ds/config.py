@@ -73,12 +73,30 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
     path: str
-    """Folder of shards that ``tools/shard_pickapic.py`` wrote."""
+    """Folder or URL of shards."""
+
+    weight: float = 1.0
+    """Share of the pairs that come from here, in proportion to the other sources' weights; resolved to a thousandth."""
+
+    def __post_init__(self):
+        _require(self.weight > 0, "data.sources weight", self.weight, "must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None
+    """Shards that ``tools/shard_pickapic.py`` wrote: a folder, or a URL of ``http(s)://``, ``s3://``, ``gs://``, ``hf://`` …"""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Several folders or URLs in the place of ``path``, each ``{path, weight}``. Of one model and resolution."""
 
     caption_dropout: float = 0.0
     """Share of pairs whose caption is replaced by the empty one, which keeps classifier-free guidance alive. 0.2 in Diffusion-DPO's recipe."""
+
+    flip: bool = False
+    """Train on half of the pairs mirrored. Needs shards made with ``--flip``."""
 
     block_shards: int = 8
     """Shards that are shuffled into one another. More mixes better and opens more files."""
@@ -86,10 +104,35 @@ class DataConfig:
     workers: int = 2
     """Loader processes a rank. 0 reads in the training process. Changes nothing of what is trained on."""
 
+    max_bad_samples: int = 0
+    """Damaged samples that a run may replace by their neighbours, each reported once, before it stops. 0 stops at the first."""
+
+    cache_dir: str | None = None
+    """Folder where a node keeps what it has fetched of remote shards, for all its processes and later runs. None keeps nothing."""
+
+    cache_gb: float = 100.0
+    """Size that the cache folder is held to; what was used longest ago goes first."""
+
+    timeout_s: float = 60.0
+    """Seconds that one attempt at a range of a remote shard may take. Five attempts are made."""
+
     def __post_init__(self):
+        _require((self.path is None) != (not self.sources), "data.path", self.path, "give either data.path or data.sources")
         _require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "must lie in [0, 1)")
         _require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be 1 or more")
         _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        _require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "must be 0 or more")
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "must be above 0")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "must be above 0")
+
+    @property
+    def weighted_paths(self) -> list[tuple[str, float]]:
+        return [(source.path, source.weight) for source in self.sources] or [(self.path, 1.0)]
+
+    @property
+    def name(self) -> str:
+        """The shards, for a message."""
+        return self.path or ", ".join(source.path for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -332,6 +375,8 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
             raise UserError(f"{key} is {value!r}: expected a list" + (f" of {len(parts)}" if fixed else ""))
         return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key + ".")
     if kind is float and not isinstance(value, bool):
         try:
             number = float(value)  # also "1e-5", which YAML 1.1 reads as a string

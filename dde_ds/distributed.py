@@ -90,6 +90,15 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return sum_over_ranks(values).div_(dist.get_world_size())
 
 
+def union_over_ranks(items: set) -> set:
+    """What any rank has. Collective; items are pickled, so it is for rare and small sets."""
+    if dist.get_world_size() == 1:
+        return items
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return set().union(*gathered)
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether a gloo collective failed because another rank is gone: a bare RuntimeError that only its text tells apart."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)

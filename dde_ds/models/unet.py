@@ -67,6 +67,16 @@ def load_unet_config(path: str, revision: str | None = None) -> dict:
         raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
 
 
+def load_component_config(path: str, component: str, revision: str | None = None) -> dict:
+    """``config.json`` of a component of the pipeline, such as ``vae``, without its weights."""
+    index = pipeline_index(path, revision)
+    file = Path(path) / component / "config.json"
+    if component not in index or (Path(path).exists() and not file.is_file()):
+        raise UserError(f"model.path {path}: no {component}/config.json in it")
+    found = file if file.is_file() else _from_hub(path, f"{component}/config.json", revision)
+    return json.loads(Path(found).read_text(encoding="utf-8"))
+
+
 def load_scheduler_config(path: str, revision: str | None = None) -> dict:
     """``scheduler_config.json`` of the pipeline: the only source of the noise schedule."""
     from diffusers import DDIMScheduler
