@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+TRASH = ".deleted"
+
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
@@ -31,9 +33,17 @@ def publish(staging: Path, target: Path) -> None:
     for path in [*staging.rglob("*"), staging]:
         _sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        discard(target)
     staging.rename(target)
     _sync(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder. It loses its name first: a half-deleted one must not be taken for whole, nor stay for ever."""
+    trash = folder.with_name(TRASH)
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
 def _sync(path: Path) -> None:

@@ -105,7 +105,7 @@ def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2)), ((2, 2), (1, 3)), ((1, 3), (2, 2))])
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2))])
 def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     """(ranks, stage) before and after."""
     first, _ = run(before[0], tmp_path, [(before[1], False, range(3))])
@@ -176,7 +176,7 @@ def kill_everywhere(folder, outcomes) -> None:
         assert found, f"killed at event {event}: no checkpoint is left"
         assert checkpoint.damage(found[-1]) is None, f"killed at event {event}"
         outcomes.append(found[-1].name)
-        if event % 8 == 1:  # the next save clears what this one left
+        if event % 6 == 1:  # the next save clears what this one left
             assert not save_in_a_child(folder, 0)
             assert len(list(folder.iterdir())) == 1
         shutil.rmtree(folder)

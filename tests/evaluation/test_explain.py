@@ -8,7 +8,7 @@ from PIL import Image
 
 from dde_ds import build_objective
 from dde_ds.cli import main
-from dde_ds.engine.checkpoint import STATE, TABLE
+from dde_ds.engine.checkpoint import MANIFEST, TABLE
 from tests.launching import write_config
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -60,7 +60,7 @@ def test_from_a_run(tmp_path, sd_model, sd_shards, schedule, capsys):
     objective = build_objective("dde", schedule)
     checkpoint = tmp_path / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
-    (checkpoint / STATE).write_text(json.dumps({"step": 2}))
+    (checkpoint / MANIFEST).write_text("{}")
     safetensors.save_file(objective.state_dict(), checkpoint / TABLE)
     assert main(arguments) == 1
     assert "holds no sample yet" in capsys.readouterr().err
