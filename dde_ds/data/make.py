@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dde_ds.data.inputs import PairRow, PairSource, Survey
 from dde_ds.data.manifest import PROMPTS_PER_FILE
-from dde_ds.data.writer import Sample, finished_shard, write_atomically, write_manifest, write_shard
+from dde_ds.data.writer import Sample, finished_shard, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
+from dde_ds.files import write_atomically
 from dde_ds.models.encode import Encoder, Prepared, prepare_image, time_ids
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dde_ds.data.manifest import PROMPTS_PER_FILE
 from dde_ds.data.shards import ShardSet
-from dde_ds.data.writer import sha256_of
 from dde_ds.errors import UserError
+from dde_ds.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ The format is described in :mod:`dde_ds.data.shards`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import socket
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import webdataset
 from torch import Tensor
 
 from dde_ds.data.manifest import FORMAT, manifest_digest
+from dde_ds.files import put_in_place, sha256_of, staged_path, write_atomically
 
 # One timestamp for every member, so that the same pairs give the same bytes.
 MTIME = 0  # whole: a float would add an extended header of 1 kB to every member
@@ -35,16 +34,6 @@ class Sample:
     description: dict
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """``path`` holds either all of ``data`` or what it held before, whenever the machine stops."""
-    staged = _staged(path)
-    with staged.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _publish(staged, path)
-
-
 def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_digest: str, errors: list[dict]) -> dict:
     """Write one tar and then its index; give back its row of the manifest. Memory stays that of one sample.
 
@@ -54,7 +43,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
     path = folder / f"{name}.tar"
     for left in folder.glob(f".{name}.tar.*.partial"):  # by a process that was killed in this shard
         left.unlink(missing_ok=True)
-    staged = _staged(path)
+    staged = staged_path(path)
     numbers, ends = [], []
     with staged.open("wb") as file:
         # TarWriter gets an open file: given a path it would go through webdataset's URL handlers.
@@ -72,7 +61,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
         sums, sha256 = _checksums(file, sizes)
     members = [list(row) for row in zip(numbers, [0, *ends][:-1], sizes, sums, strict=True)] if numbers else []
     row = {"name": name, "samples": len(members), "bytes": staged.stat().st_size, "sha256": sha256}
-    _publish(staged, path)
+    put_in_place(staged, path)
     index = (json.dumps({**row, "settings": settings_digest, "errors": errors, "members": members}) + "\n").encode()
     write_atomically(folder / f"{name}.json", index)
     return _row(row, index)
@@ -102,11 +91,6 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_atomically(folder / "manifest.json", json_bytes({**whole, "digest": manifest_digest(whole)}))
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return _checksums(file, [])[1]
-
-
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
@@ -125,19 +109,3 @@ def _checksums(file: io.BufferedReader, sizes: list[int]) -> tuple[list[int], st
     while data := file.read(1 << 20):
         digest.update(data)
     return sums, digest.hexdigest()
-
-
-def _staged(path: Path) -> Path:
-    # By process: two that write the same manifest must not write into each other's.
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
-def _publish(staged: Path, path: Path) -> None:
-    """Rename, and make the rename survive a loss of power where the file system can."""
-    staged.replace(path)
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

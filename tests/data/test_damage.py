@@ -25,7 +25,8 @@ from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_bat
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData
 from dde_ds.data.verify import verify
-from dde_ds.data.writer import sha256_of, write_manifest
+from dde_ds.data.writer import write_manifest
+from dde_ds.files import sha256_of
 from tests.data.tiny import write_tiny
 
 MUTATIONS = 10_000
