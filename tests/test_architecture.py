@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dde_ds"
 FLOORS = {
     "errors": set(),
     "config": {"errors"},
-    "distributed": {"errors"},
+    "ranks": {"errors"},
+    "distributed": {"errors", "ranks"},
     "objective": {"errors"},
     "models": {"errors"},
     "data": {"errors", "models"},
