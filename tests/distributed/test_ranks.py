@@ -12,7 +12,7 @@ import pytest
 
 from dde_ds import load_config
 from tests.conftest import ROOT
-from tests.launching import alone, environment, free_port, rows, write_config
+from tests.launching import alone, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -35,14 +35,6 @@ def slurm_task(rank: int, config, *arguments, world: int = 2, port: int) -> subp
     )
 
 
-def wait_for_rows(run, count: int, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < count:
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_two_slurm_tasks(config, tmp_path):
     port = free_port()
     tasks = [slurm_task(rank, config, port=port) for rank in range(2)]
@@ -61,7 +53,7 @@ def test_a_silent_rank_ends_the_others(config, tmp_path):
     arguments = ("steps=100000", "optimizer.learning_rate=1e-6", "timeout_minutes=0.1")
     tasks = [slurm_task(rank, config, *arguments, port=port) for rank in range(2)]
     try:
-        wait_for_rows(tmp_path / "run", 2, tasks)
+        wait_for_rows(tmp_path / "run", 2, *tasks)
         tasks[1].send_signal(signal.SIGSTOP)
         _, stderr = tasks[0].communicate(timeout=100)  # gloo's own default is half an hour
     finally:
