@@ -5,6 +5,7 @@ Nothing of the machine's own network is touched. Needs root and iproute2.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,15 @@ from pathlib import Path
 import pytest
 
 NAMES = ("dde0", "dde1")
-ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+# A host's own name, and its own /etc/hosts and ssh_config.
+ENTER = """
+set -e
+mount --bind "$1/hosts" /etc/hosts
+if [ -e "$1/ssh_config" ]; then mount --bind "$1/ssh_config" /etc/ssh/ssh_config; fi
+hostname "$2"
+shift 2
+exec "$@"
+"""
 
 
 def missing(*programs: str) -> str | None:
@@ -88,15 +97,13 @@ class Hosts:
         for name in ("switch", *NAMES):
             pids = subprocess.run([find("ip"), "netns", "pids", name + self._suffix], capture_output=True, text=True).stdout
             for pid in map(int, pids.split()):  # what the above had started in turn
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
-                except ProcessLookupError:
-                    pass
             ip("netns", "delete", name + self._suffix)
 
     def command(self, host: str, *command: str) -> list[str]:
         inside = [f"--net=/run/netns/{host}{self._suffix}", "unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
-        return [find("nsenter"), *inside, str(self.folder / "hosts"), host, *map(str, command)]
+        return [find("nsenter"), *inside, str(self.folder), host, *map(str, command)]
 
     def start(self, host: str, *command: str, log: Path | None = None, **options) -> subprocess.Popen:
         """A process in a host; its output goes to ``log``, or to pipes."""
