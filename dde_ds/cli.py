@@ -29,10 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
     picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
     picture.add_argument("--output", type=Path, default=Path("explain.png"))
+    doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
+    doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     args = parser.parse_args(arguments)
     try:
         if args.command == "explain":
             explain(args)
+        elif args.command == "doctor":
+            from dde_ds.doctor import diagnose
+
+            return diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
         else:
             validate(args.config, args.overrides, args.ranks)
     except UserError as error:

@@ -22,6 +22,7 @@ FLOORS = {
     "data": {"errors", "models"},
     "engine": {"errors", "config", "distributed", "models", "objective"},
     "evaluation": {"errors", "data", "models", "objective"},
+    "doctor": {"errors", "config", "ranks", "distributed", "models"},
     "training": {"", "errors", "config", "distributed", "data", "models", "objective", "engine", "evaluation"},
     "cli": None,
 }
