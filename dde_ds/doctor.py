@@ -34,7 +34,7 @@ SHARED_MEMORY = 512 * 2**20
 OPEN_FILES = 1024
 CLOCK_SECONDS = 2.0
 # A file that one node wrote may show late on another: attributes are cached, by NFS for some seconds.
-SHOWS_SECONDS = 15.0
+SHOWS_SECONDS = 10.0
 TRAFFIC_BYTES = 64 * 2**20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -113,3 +114,19 @@ def test_dockerfile():
     if not find("hadolint"):
         pytest.skip("not installed: hadolint")
     subprocess.run(["hadolint", ROOT / "docker" / "Dockerfile"], check=True)
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_the_images_hold_what_is_tested(target):
+    """The lock files name the versions of constraints.txt, with hashes, and what setup.py asks for."""
+    lock = (ROOT / "docker" / f"requirements-{target}.txt").read_text()
+    locked = dict(re.findall(r"^([a-z0-9-]+)==([^ \n]+)", lock, re.MULTILINE))
+    tested = dict(re.findall(r"^([a-z0-9-]+)==([^ \n]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {name: version for name, version in locked.items() if name in tested and tested[name] != version} == {}
+    assert {"deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy", "rich", "pyyaml", "pyarrow"} <= set(
+        locked
+    )
+    assert ("torch" in locked) == (target == "gpu")
+    entries = re.split(r"^(?=[a-z0-9-]+==)", lock, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(locked)
+    assert all("--hash=sha256:" in entry for entry in entries)

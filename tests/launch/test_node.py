@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from dde_ds import load_config
+from launchers.node import main
 from tests.conftest import ROOT
 from tests.launching import environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
@@ -101,7 +102,7 @@ def test_no_orphans(config, tmp_path):
         (("--port", "0"), "--port '0': expected a whole number, 1 to 65535"),
     ],
 )
-def test_wrong_options(arguments, named):
+def test_wrong_options(arguments, named, capsys):
     process = subprocess.run(
         [sys.executable, NODE, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
     )

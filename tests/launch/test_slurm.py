@@ -83,15 +83,15 @@ class Slurm:
         return "".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))
 
 
-@pytest.fixture
-def slurm(tmp_path):
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
     need("slurmctld", "slurmd", "sbatch", "munged")
-    with Hosts(tmp_path) as hosts, Slurm(hosts) as slurm:
+    with Hosts(tmp_path_factory.mktemp("slurm")) as hosts, Slurm(hosts) as slurm:
         yield slurm
 
 
 def test_signalled_preempted_and_finished(slurm, tmp_path, sd_model, sd_shards):
-    config = write_config(tmp_path / "run.yaml", sd_model, sd_shards, steps=60)
+    config = write_config(tmp_path / "run.yaml", sd_model, sd_shards, steps=40)
     changes = ("optimizer.learning_rate=1e-5",)
     run, out = tmp_path / "run", tmp_path / "job.log"
     options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={out}", "--parsable"]
@@ -106,7 +106,7 @@ def test_signalled_preempted_and_finished(slurm, tmp_path, sd_model, sd_shards):
     slurm("scancel", "--signal=USR1", job)
     wait_until(lambda: slurm.state(job)["Restarts"] == "1", slurm.log)
     first = seen()
-    assert first < 60
+    assert first < 40
     wait_until(lambda: seen() > first + 1, slurm.log)
     # A job that matters more takes the nodes: ours gets TERM, and a minute.
     more = slurm(
@@ -114,13 +114,13 @@ def test_signalled_preempted_and_finished(slurm, tmp_path, sd_model, sd_shards):
     ).strip()
     wait_until(lambda: slurm.state(job)["Restarts"] == "2", slurm.log)
     second = seen()
-    assert first < second < 60
+    assert first < second < 40
     wait_until(lambda: slurm.state(job)["JobState"] == "COMPLETED", slurm.log, 90)
     assert slurm.state(more)["JobState"] == "COMPLETED"
     assert slurm.state(job)["ExitCode"] == "0:0"
     assert (run / "DONE").exists()
     assert out.read_text().count("stopped after step") == 2, out.read_text()
-    assert [row["step"] for row in rows(run)] == list(range(1, 61))
+    assert [row["step"] for row in rows(run)] == list(range(1, 41))
     expected = plain_losses(load_config(config, changes))
     assert [row["loss"] for row in rows(run)] == pytest.approx(expected, abs=1e-5)
 
