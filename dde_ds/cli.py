@@ -33,12 +33,20 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
     model.add_argument("--output", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
+    doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
+    doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     args = parser.parse_args(arguments)
     try:
         if args.command == "explain":
             explain(args)
         elif args.command == "export":
             export(args.source, args.output, args.dtype)
+        elif args.command == "doctor":
+            from dde_ds.doctor import diagnose
+
+            return diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
         else:
             validate(args.config, args.overrides, args.ranks)
     except UserError as error:

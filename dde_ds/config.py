@@ -298,12 +298,22 @@ class RunConfig:
     precision: str = "bf16"
     """``bf16`` or ``fp32``, of policy and reference alike."""
 
+    max_hours: float | None = None
+    """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
+    launch. For clusters that end jobs at a time limit: leave room for one step and one checkpoint. None never stops."""
+
+    timeout_minutes: float = 10.0
+    """Minutes that a rank waits for the others in one collective before it ends with an error: so long can a lost node go unseen.
+    Raise it where the longest thing that one rank does alone, writing the export to a slow file system, takes longer."""
+
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout, each a pure function of (seed, pairs consumed)."""
 
     def __post_init__(self):
         _require(self.steps >= 1, "steps", self.steps, "must be 1 or more")
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
+        _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
+        _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
 
     def to_yaml(self) -> str:

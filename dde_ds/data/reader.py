@@ -160,6 +160,7 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     # Launchers send TERM to the whole process group; a worker that died of it would break the step that saves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -25,6 +25,7 @@ from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
@@ -52,10 +53,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         UserError: unusable input.
     """
     quiet_libraries()
+    deadline = None if run.max_hours is None else time.monotonic() + 3600 * run.max_hours
     folder = Path(run.output)
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
-    ranks, device = start()
+    ranks, device = start(run.timeout_minutes)
     ds_config = complete_config(run, ranks.world)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
@@ -82,7 +84,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
-    stop = StopRequest(folder)
+    heartbeat = Heartbeat(folder) if ranks.is_first else None
+    stop = StopRequest(folder, deadline)
+    if heartbeat:
+        heartbeat.beat(first_step)
 
     def draw_samples(step: int) -> None:
         if prompts:
@@ -119,6 +124,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     for group in policy.optimizer.param_groups:
                         group["lr"] = run.optimizer.rate(step - 1)
                 policy.step()
+            if heartbeat:
+                heartbeat.beat(step)
             norm = float(policy.get_global_grad_norm())
             _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
             objective.commit()
