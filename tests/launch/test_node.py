@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from dde_ds import load_config
+from launchers.node import main
 from tests.conftest import ROOT
 from tests.launching import environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
