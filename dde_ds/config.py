@@ -259,7 +259,7 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 1
-    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. A row costs one host synchronisation."""
+    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. Writing a row makes the host wait for the device a few times."""
 
     tensorboard: bool = False
     """Write the rows to ``tensorboard/`` in the run folder as well. Needs the extra ``track``."""

@@ -66,7 +66,10 @@ def save(
     if dist.get_rank() == 0:
         try:
             _finish(staging, target, [row for rank in everyone for row in rank], policy, objective, state)
-            for old in list_checkpoints(folder)[:-keep]:
+            finished = list_checkpoints(folder)
+            for later in (path for path in finished if step_of(path) > state["step"]):
+                discard(later)  # damaged, or the run would not have gone on from before it: not to be kept in this one's place
+            for old in [path for path in finished if step_of(path) <= state["step"]][:-keep]:
                 if not keep_every or step_of(old) % keep_every:
                     discard(old)
         except (OSError, SafetensorError) as error:

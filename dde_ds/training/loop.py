@@ -213,7 +213,8 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None
     held_out = open_sources([(run.evaluation.path, 1.0)], **remote) if run.evaluation.path else None
     if held_out:
         _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
-    if held_out and held_out.digest == training.digest:
+    trained_on = {one.digest for one in (training.sets if isinstance(training, MixedShards) else [training])}
+    if held_out and held_out.digest in trained_on:
         raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of data.path; held-out pairs are needed")
     return training, held_out
 

@@ -223,6 +223,16 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
     assert f"checkpoint {newest}: damaged" in said[0]
 
 
+def test_a_damaged_later_checkpoint_takes_no_place(tmp_path, alone):
+    """The newest is damaged, the run goes on from the one before and stops early: what it saves must be what stays."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 4):
+        checkpoint.save(folder, *alone, {"step": step}, keep=2)
+    (folder / "step-00000004" / checkpoint.TABLE).write_bytes(b"")
+    checkpoint.save(folder, *alone, {"step": 2}, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
 def test_of_another_model(tmp_path, alone):
     folder = tmp_path / "checkpoints"
     checkpoint.save(folder, *alone, {"step": 1}, keep=1)
