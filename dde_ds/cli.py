@@ -18,13 +18,11 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
-    picture.add_argument(
-        "--objective", nargs="+", default=["dde", "dde_single", "dde_step", "uniform", "discounted"], metavar="NAME"
-    )
+    picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all five that compare pairs")
     picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
-    picture.add_argument("--beta", type=float, default=2000.0)
+    picture.add_argument("--beta", type=float, help="default: 2000")
     picture.add_argument(
-        "--margin", type=float, default=1e-3, help="how far ahead every pair is assumed to be, as a mean squared error"
+        "--margin", type=float, help="how far ahead every pair is assumed to be, as a mean squared error; default: 1e-3"
     )
     picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
@@ -66,21 +64,27 @@ def explain(args: argparse.Namespace) -> None:
     from dde_ds.objective.schedule import NoiseSchedule
 
     if args.run:
+        own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
+        if own:
+            raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
         from dde_ds.training.loop import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
         print(args.output)
         return
-    if not args.margin > 0:
-        raise UserError(f"--margin {args.margin}: must be above 0")
+    margin = 1e-3 if args.margin is None else args.margin
+    if not margin > 0:
+        raise UserError(f"--margin {margin}: must be above 0")
+    beta = 2000.0 if args.beta is None else args.beta
+    names = args.objective or ["dde", "dde_single", "dde_step", "uniform", "discounted"]
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
-    objectives = [build_objective(name, schedule, beta=args.beta) for name in args.objective]
-    found = pictures.profiles(objectives, args.margin)
-    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {args.beta:g}, every pair {args.margin:g} ahead"
+    objectives = [build_objective(name, schedule, beta=beta) for name in names]
+    found = pictures.profiles(objectives, margin)
+    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {beta:g}, every pair {margin:g} ahead"
     if args.credit_only:
         pictures.draw_credit(found, args.output, title)
     else:
-        pictures.draw_objectives(found, schedule, args.margin, args.output)
+        pictures.draw_objectives(found, schedule, margin, args.output)
     table = Table(title=title)
     for column in ("objective", "peak at t", "middle half of the credit", "saturated timesteps"):
         table.add_column(column)

@@ -41,6 +41,7 @@ def test_from_the_schedule_of_a_model(tmp_path, sd_model, capsys):
         (["--objective", "ddee"], "did you mean 'dde'"),
         (["--margin", "0"], "--margin 0.0: must be above 0"),
         (["--run", "/nowhere"], "--run /nowhere: no config.yaml"),
+        (["--run", "/nowhere", "--beta", "500"], "--beta: a run has its own objective"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )
