@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dde_ds.config import load_config
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError, UserError
+from dde_ds.evaluation.commands import add_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,18 +37,35 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
     model.add_argument("--output", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
+    add_commands(commands)
     args = parser.parse_args(arguments)
-    try:
+
+    def act() -> None:
         if args.command == "explain":
             explain(args)
         elif args.command == "export":
             export(args.source, args.output, args.dtype)
-        else:
+        elif args.command == "validate":
             validate(args.config, args.overrides, args.ranks)
+        else:
+            args.act(args)
+
+    return report_errors(act)
+
+
+def report_errors(act: Callable[[], None]) -> int:
+    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        act()
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank != "0" and not isinstance(error, RankError):
+            time.sleep(10)  # the launcher ends this rank while it sleeps
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+        if world != "1":
+            os._exit(1)  # Python's own exit would wait for the other ranks' collectives
         return 1
-    return 0
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -119,3 +140,7 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     print(
         f"{run.steps} steps = {run.steps * run.batch.pairs} pairs = {run.steps * run.batch.pairs / samples:.2f} epochs of {samples}"
     )
+
+
+if __name__ == "__main__":  # `deepspeed --module dde_ds.cli evaluate …`: the same over many ranks
+    sys.exit(main())

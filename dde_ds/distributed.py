@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,3 +94,18 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def is_lost_peer(error: Exception) -> bool:
     """Whether a gloo collective failed because another rank is gone: a bare RuntimeError that only its text tells apart."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def agree(ranks: Ranks, device: torch.device) -> None:
+    """Wait for all ranks; a lone process, which may have no process group, goes on. Collective."""
+    if ranks.world > 1:
+        any_rank(False, device)
+
+
+def first_says(value: Any, ranks: Ranks) -> Any:
+    """The first rank's ``value`` on every rank; plain data only. Collective."""
+    if ranks.world == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
