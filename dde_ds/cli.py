@@ -16,6 +16,7 @@ from dde_ds.evaluation.commands import add_commands
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dde-ds", description=__doc__)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
     check.add_argument("config", help="YAML of a run")

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--prompts", required=True, help="txt (one a line), jsonl or parquet (caption, prompt or text)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     add_drawing(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_args()
     return report_errors(lambda: generate(args))
 

@@ -43,13 +43,12 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images-per-prompt", type=int, default=8)
     parser.add_argument("--limit", type=int, help="only the first so many distinct prompts")
     parser.add_argument("--seed", type=int, default=0, help="an image's noise is a function of seed, prompt and image number")
-    parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler, pndm or unipc")
+    parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler or unipc")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, help="default: 7.5 for Stable Diffusion, 5 for SDXL")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--precision", help="of the UNet: fp32, bf16 or fp16; default: fp16 on a GPU, fp32 on the CPU")
     parser.add_argument("--batch", type=int, default=8, help="images drawn, or scored, at a time")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
 
 def _add_comparing(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,6 @@ SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
