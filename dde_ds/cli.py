@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dde_ds.config import load_config
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError, UserError
+from dde_ds.evaluation.commands import add_commands
+from dde_ds.ranks import read_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dde-ds", description=__doc__)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
+    check.set_defaults(act=lambda args: validate(args.config, args.overrides, args.ranks))
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
+    picture.set_defaults(act=explain)
     picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all five that compare pairs")
     picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
     picture.add_argument("--beta", type=float, help="default: 2000")
@@ -28,29 +36,44 @@ def main(arguments: list[str] | None = None) -> int:
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
     picture.add_argument("--output", type=Path, default=Path("explain.png"))
     model = commands.add_parser("export", help="make a diffusers folder from a run's newest checkpoint, or from one of your choice")
+    model.set_defaults(act=lambda args: export(args.source, args.output, args.dtype))
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
     model.add_argument("--output", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
     doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
+    doctor.set_defaults(act=diagnose)
     doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
+    add_commands(commands)
     args = parser.parse_args(arguments)
-    try:
-        if args.command == "explain":
-            explain(args)
-        elif args.command == "export":
-            export(args.source, args.output, args.dtype)
-        elif args.command == "doctor":
-            from dde_ds.doctor import diagnose
+    return report_errors(lambda: args.act(args))
 
-            return diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
-        else:
-            validate(args.config, args.overrides, args.ranks)
+
+def report_errors(act: Callable[[], int | None]) -> int:
+    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
+    rank = 0
+    try:
+        rank = read_environment().rank
+        return act() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank and not isinstance(error, RankError):
+            time.sleep(10)  # the launcher ends this rank while it sleeps
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        if torch_is_distributed():
+            os._exit(1)  # Python's own exit would wait for the other ranks' collectives
         return 1
-    return 0
+
+
+def torch_is_distributed() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+
+
+def diagnose(args: argparse.Namespace) -> int:
+    from dde_ds import doctor
+
+    return doctor.diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -131,3 +154,7 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     print(
         f"{run.steps} steps = {run.steps * run.batch.pairs} pairs = {run.steps * run.batch.pairs / samples:.2f} epochs of {samples}"
     )
+
+
+if __name__ == "__main__":  # `deepspeed --module dde_ds.cli evaluate …`: the same over many ranks
+    sys.exit(main())

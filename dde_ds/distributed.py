@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,3 +87,18 @@ def union_over_ranks(items: set) -> set:
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed, most likely because another rank is gone. Gloo raises a bare RuntimeError, told by its text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def agree(ranks: Ranks, device: torch.device) -> None:
+    """Wait for all ranks; a lone process, which may have no process group, goes on. Collective."""
+    if ranks.world > 1:
+        any_rank(False, device)
+
+
+def first_says(value: Any, ranks: Ranks) -> Any:
+    """The first rank's ``value`` on every rank; plain data only. Collective."""
+    if ranks.world == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

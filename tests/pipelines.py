@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 TOKENS = 12
 
 
-def _tokenizer() -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizer:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
     vocabulary = {
         token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)])
@@ -75,7 +75,7 @@ def _scheduler(prediction_type: str) -> DDIMScheduler:
 def save_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A Stable Diffusion 1.x pipeline: 16x16 images, 4x8x8 latents."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=_text_encoder(tokenizer),
@@ -92,13 +92,13 @@ def save_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
 def save_sdxl(folder: Path) -> Path:
     """An SDXL pipeline: two text encoders, pooled embeddings, size conditioning."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=_text_encoder(tokenizer),
         text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=make_tokenizer(),
         unet=_unet(
             32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
         ),

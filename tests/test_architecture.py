@@ -22,7 +22,7 @@ FLOORS = {
     "models": {"errors"},
     "data": {"errors", "files", "models"},
     "engine": {"", "errors", "files", "config", "distributed", "models", "objective"},
-    "evaluation": {"errors", "files", "data", "models", "objective"},
+    "evaluation": {"", "errors", "files", "config", "distributed", "data", "models", "objective"},
     "training": {"", "errors", "files", "config", "distributed", "data", "models", "objective", "engine", "evaluation"},
     "doctor": {"errors", "config", "ranks", "distributed", "models"},
     "cli": None,

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dde_ds.errors import UserError
 from dde_ds.models.unet import LOADING, family
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -31,19 +32,14 @@ class PromptSet:
     """
 
     def __init__(self, model: str, revision: str | None, prompts: Sequence[str], device: torch.device, dtype: torch.dtype):
-        from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+        from diffusers import DDIMScheduler
 
         self.prompts, self._device, self._dtype = list(prompts), device, dtype
-        xl = family(model, revision) == "sdxl"
-        kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-        unused = {"unet": None} if xl else {"unet": None, "safety_checker": None, "feature_extractor": None}
-        self._pipeline = pipeline = kind.from_pretrained(model, revision=revision, **LOADING, **unused)
+        self._pipeline = pipeline = load_pipeline(model, revision, unet=None)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
-        pipeline.vae.enable_slicing()  # one image at a time: at 1024 pixels a batch would take the memory of the policy
         with torch.no_grad():
-            embedded = [_embed(pipeline, prompt, device, xl) for prompt in self.prompts]
+            embedded = [embed(pipeline, prompt, device) for prompt in self.prompts]
         self._embeddings = {key: torch.cat([item[key] for item in embedded]).to(dtype) for key in embedded[0]}
         pipeline.register_modules(**{name: None for name in TEXT_PARTS if hasattr(pipeline, name)})
 
@@ -70,9 +66,7 @@ class PromptSet:
                 width=side,
                 output_type="latent",
             ).images
-            # Decoded by hand: the VAE stays in float32, where half-precision ones overflow.
-            decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
-            images.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+            images.append(decode(pipeline.vae, latents))
         pipeline.unet = None
         return torch.cat(images)
 
@@ -90,8 +84,36 @@ def save_row(images: Tensor, path: Path) -> None:
     Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()).save(path)
 
 
-def _embed(pipeline: Any, prompt: str, device: torch.device, xl: bool) -> dict[str, Tensor]:
+def load_pipeline(model: str, revision: str | None = None, **parts: Any) -> Any:
+    """The Stable Diffusion or SDXL pipeline of a folder or hub id, in float32, without progress bars and without safety checker.
+
+    ``parts`` replace the pipeline's own: ``unet=None`` loads none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    xl = family(model, revision) == "sdxl"
+    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    unused = {} if xl else {"safety_checker": None, "feature_extractor": None}
+    try:
+        pipeline = kind.from_pretrained(model, revision=revision, **LOADING, **unused, **parts)
+    except OSError as error:
+        raise UserError(f"model {model}: not loadable: {' '.join(str(error).split())}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # one image at a time: at 1024 pixels a batch would take the memory of the policy
+    return pipeline
+
+
+def embed(pipeline: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
     """Embeddings of a prompt and of the empty negative prompt, by the names that the pipeline takes them under."""
     found = pipeline.encode_prompt(prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names[: 4 if xl else 2], found, strict=True))
+    return dict(zip(names[: len(found)], found, strict=True))  # Stable Diffusion gives two, SDXL four
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images (N,3,H,W) uint8 on the CPU of scaled latents. By hand: the VAE stays in float32, where half-precision ones overflow."""
+    decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
+    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dde_ds.evaluation.compare import frechet_distance, win_rate
+from dde_ds.evaluation import compare
+from dde_ds.evaluation.compare import frechet_distance, paired_difference, sign_test, win_rate
 
 
 def test_win_rate_counts_ties_half():
@@ -41,3 +42,46 @@ def test_frechet_distance_of_gaussians():
     b = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 1.0, 0.5]) + torch.tensor([3.0, 0.0, 0.0])
     assert frechet_distance(a, b) == pytest.approx(9 + 1, rel=0.02)  # ‖μ‖² + (2-1)²
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_paired_difference_against_the_t_interval():
+    """For many prompts the bootstrap's interval is mean ± 1.96 standard errors of the per-prompt means."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2000, 4, generator=generator, dtype=torch.float64)
+    model = base + 0.1 + torch.randn(2000, 1, generator=generator, dtype=torch.float64)
+    found = paired_difference(model, base)
+    by_prompt = (model - base).mean(1)
+    error = float(by_prompt.std()) / 2000**0.5
+    assert found.mean == pytest.approx(float(by_prompt.mean()))
+    assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * error, found.mean + 1.96 * error), abs=error * 0.08)
+    assert (found.prompts_better, found.prompts_worse, found.prompts_equal) == (
+        int((by_prompt > 0).sum()),
+        int((by_prompt < 0).sum()),
+        0,
+    )
+
+
+def test_bootstrap_in_pieces_is_the_bootstrap(monkeypatch):
+    values = torch.randn(37, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = compare.bootstrap_interval(values, resamples=500)
+    monkeypatch.setattr(compare, "CHUNK", 37 * 13)
+    assert compare.bootstrap_interval(values, resamples=500) == whole
+
+
+def test_sign_test():
+    # By hand: of 5 coins, none or one heads in 6 of 32 ways, on either side.
+    assert sign_test(4, 1) == pytest.approx(12 / 32)
+    assert sign_test(1, 4) == sign_test(4, 1)
+    assert sign_test(5, 0) == pytest.approx(2 / 32)
+    assert sign_test(3, 3) == sign_test(0, 0) == 1.0
+    # 2^-2000 is no float; Chernoff's bound, 2 exp(-2000 KL(¼‖½)), is 5.1e-114, and short of it by a factor of order √2000.
+    assert 5.1e-114 / 2000 < sign_test(1500, 500) < 5.1e-114
+
+
+def test_ties_are_counted_and_left_out_of_the_sign_test():
+    base = torch.zeros(6, 2)
+    model = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [3.0, 1.0]])
+    found = paired_difference(model, base)
+    assert (found.prompts_better, found.prompts_worse, found.prompts_equal) == (3, 1, 2)
+    assert found.sign_test_p == sign_test(3, 1)
+    assert win_rate(model, base).rate == pytest.approx((1 + 0.5 + 0.5 + 0.75 + 0.25 + 1) / 6)

@@ -1,0 +1,174 @@
+"""The command lines of evaluation: ``launchers/generate.py`` and ``dde-ds evaluate``, ``compare`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dde_ds.errors import UserError
+
+
+def add_commands(commands: Any) -> None:
+    """``evaluate``, ``compare`` and ``report`` among the subcommands; each sets ``act``, which takes the parsed arguments."""
+    make = commands.add_parser("evaluate", help="draw, score and compare models with a base: is it better, and how sure are we")
+    make.add_argument("--base", required=True, metavar="[NAME=]DIR", help="diffusers folder or hub id, or a folder of its images")
+    make.add_argument("--model", required=True, action="append", metavar="[NAME=]DIR", help="likewise; may be given several times")
+    make.add_argument("--prompts", help="txt, jsonl or parquet; needed where images are to be drawn")
+    add_drawing(make)
+    _add_comparing(make)
+    make.set_defaults(act=evaluate)
+
+    compare = commands.add_parser("compare", help="compare folders of images that are scored already")
+    compare.add_argument("--base", required=True, metavar="[NAME=]DIR", help="folder of images with their scores")
+    compare.add_argument(
+        "--model", required=True, action="append", metavar="[NAME=]DIR", help="likewise; may be given several times"
+    )
+    _add_comparing(compare)
+    compare.set_defaults(act=compare_scored)
+
+    report = commands.add_parser("report", help="one HTML page from a run folder, from a comparison, or from both")
+    report.add_argument("source", nargs="+", type=Path, help="run folder, folder of a comparison, or its comparison.json")
+    report.add_argument("--output", type=Path, help="default: report.html in the first of them")
+    report.add_argument(
+        "--pictures", type=int, default=6, help="how many of the largest gains, of the largest losses and at random"
+    )
+    report.set_defaults(act=write_report)
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images-per-prompt", type=int, default=8)
+    parser.add_argument("--limit", type=int, help="only the first so many distinct prompts")
+    parser.add_argument("--seed", type=int, default=0, help="an image's noise is a function of seed, prompt and image number")
+    parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler or unipc")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, help="default: 7.5 for Stable Diffusion, 5 for SDXL")
+    parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
+    parser.add_argument("--precision", help="of the UNet: fp32, bf16 or fp16; default: fp16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--batch", type=int, default=8, help="images drawn, or scored, at a time")
+
+
+def _add_comparing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scorers",
+        nargs="+",
+        required=True,
+        metavar="NAME[=MODEL[,PROCESSOR]]",
+        help="clip, pickscore, hps_v2, hps_v2.1; MODEL is a local folder or file, or a hub id with @revision if wanted",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and comparison.md")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """What ``launchers/generate.py`` does, on every rank."""
+    from dde_ds.evaluation.draw import draw_folder
+    from dde_ds.evaluation.prompts import read_prompts
+
+    options = draw_options(args)
+    prompts, repeated = read_prompts(args.prompts, args.limit)
+    ranks, device = join()
+    with progress("images", ranks) as advance:
+        draw_folder(args.model, args.revision, prompts, args.out, options, ranks, device, args.batch, advance)
+    if ranks.is_first:
+        _say_prompts(prompts, repeated)
+        print(f"{len(prompts) * options.images_per_prompt} images: {args.out}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Draw what is not there, score what is not scored, compare. Every rank calls this; the first one writes."""
+    from dde_ds.evaluation.comparison import name_sources
+    from dde_ds.evaluation.draw import draw_folder
+    from dde_ds.evaluation.pictures import open_pictures, require_whole
+    from dde_ds.evaluation.prompts import read_prompts
+    from dde_ds.evaluation.scorers import build_scorers
+    from dde_ds.evaluation.scoring import score_folder
+
+    options = draw_options(args)
+    sources = name_sources([args.base, *args.model])
+    drawn = {name: source for name, source in sources.items() if not (Path(source) / "manifest.json").is_file()}
+    if drawn and not args.prompts:
+        raise UserError(f"--prompts: needed to draw the images of {', '.join(drawn)}")
+    prompts, repeated = read_prompts(args.prompts, args.limit) if drawn else ([], 0)
+    ranks, device = join()
+    scorers = build_scorers(args.scorers, device)  # before hours of drawing
+    folders = {name: Path(source) for name, source in sources.items()}
+    for name, source in drawn.items():
+        folders[name] = args.out / "images" / name
+        with progress(f"images of {name}", ranks) as advance:
+            draw_folder(source, None, prompts, folders[name], options, ranks, device, args.batch, advance)
+    for name, folder in folders.items():
+        pictures = open_pictures(folder)
+        require_whole(pictures)
+        for scorer in scorers:
+            with progress(f"{scorer.name} of {name}", ranks) as advance:
+                score_folder(pictures, scorer, ranks, device, args.batch, advance)
+    if ranks.is_first:
+        if drawn:
+            _say_prompts(prompts, repeated)
+        _compare(folders, [scorer.name for scorer in scorers], {s.name: s.digest for s in scorers}, args.out)
+
+
+def compare_scored(args: argparse.Namespace) -> None:
+    from dde_ds.evaluation.comparison import name_sources
+
+    folders = {name: Path(source) for name, source in name_sources([args.base, *args.model]).items()}
+    _compare(folders, [name.partition("=")[0] for name in args.scorers], None, args.out)
+
+
+def write_report(args: argparse.Namespace) -> None:
+    from dde_ds.evaluation.report import report
+
+    if args.pictures < 0:
+        raise UserError(f"--pictures {args.pictures}: must be 0 or more")
+    print(report(args.source, args.output, args.pictures))
+
+
+def draw_options(args: argparse.Namespace) -> Any:
+    from dde_ds.evaluation.draw import DrawOptions
+
+    names = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
+    return DrawOptions(**{name: getattr(args, name) for name in names})
+
+
+def join() -> tuple[Any, Any]:
+    """Ranks and device: the process group where a launcher made one, otherwise this process alone."""
+    import torch
+
+    from dde_ds.distributed import read_environment, start
+    from dde_ds.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    ranks = read_environment()
+    if ranks.world > 1:
+        return start()
+    return ranks, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def progress(what: str, ranks: Any) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the first rank's terminal, which shows that rank's share; nothing in a pipe."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (ranks.is_first and console.is_terminal)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _compare(folders: dict[str, Path], scorers: list[str], digests: dict[str, str] | None, out: Path) -> None:
+    from dde_ds.evaluation.comparison import compare_folders, print_table, write_comparison
+
+    found = compare_folders(folders, scorers, digests)
+    write_comparison(found, out)
+    print_table(found)
+    print(f"{out / 'comparison.json'}, {out / 'comparison.md'}")
+
+
+def _say_prompts(prompts: list[str], repeated: int) -> None:
+    if repeated:
+        print(f"{len(prompts)} distinct prompts; {repeated} repetitions left out", file=sys.stderr)

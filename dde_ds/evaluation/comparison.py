@@ -1,0 +1,242 @@
+"""N models against one base on the same prompts and noise: the numbers, as a table, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dde_ds.errors import UserError
+from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, win_rate
+from dde_ds.evaluation.pictures import Pictures, open_pictures, require_whole
+from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores
+from dde_ds.files import write_atomically
+
+FORMAT = "dde_ds comparison 1"
+# What must agree for two images to be a pair; what else differs (steps, guidance, …) is said beside the numbers.
+PAIRED = ("images_per_prompt", "seed", "resolution")
+# Fewer prompts than this, and the intervals are too wide for the differences that alignment makes.
+ENOUGH_PROMPTS = 500
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    scorer: str
+    base_mean: float
+    model_mean: float
+    difference: Difference
+    beats: WinRate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    base: str
+    folders: dict[str, Path]
+    """By name, the base first."""
+    prompts: list[str]
+    settings: dict[str, dict]
+    """Of the images, by name."""
+    scorers: dict[str, str]
+    """Digest by name."""
+    scores: dict[str, dict[str, Tensor]]
+    """By name and scorer, (prompts, images a prompt) float64."""
+    rows: list[Row]
+
+    @property
+    def models(self) -> list[str]:
+        return [name for name in self.folders if name != self.base]
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know."""
+        found = []
+        if len(self.prompts) < ENOUGH_PROMPTS:
+            found.append(
+                f"{len(self.prompts)} prompts: fewer than {ENOUGH_PROMPTS}, so small differences cannot be told from chance"
+            )
+        for name in self.models:
+            keys = ("scheduler", "steps", "guidance", "precision", "family")
+            base, other = self.settings[self.base], self.settings[name]
+            if differing := [f"{key} {base.get(key)} and {other.get(key)}" for key in keys if base.get(key) != other.get(key)]:
+                found.append(f"{self.base} and {name} were drawn with different settings: {'; '.join(differing)}")
+            if base.get("weights") == other.get("weights"):
+                found.append(f"{self.base} and {name} are the same weights")
+        if len(self.rows) > 1:
+            found.append(f"{len(self.rows)} comparisons are made here, each at 95 %: about one in twenty misses by chance")
+        return found
+
+
+def name_sources(sources: Sequence[str]) -> dict[str, str]:
+    """Names of ``NAME=DIR`` or plain sources, in order: the shortest end of the path that tells them apart.
+
+    Raises:
+        UserError: the same name or the same source twice.
+    """
+    given = [source.partition("=") for source in sources]
+    paths = [path if equals else name for name, equals, path in given]
+    chosen = [name if equals else None for name, equals, _ in given]
+    if any(not path for path in paths) or any(name == "" for name in chosen):
+        raise UserError(f"--base and --model: {sources} holds an empty name or folder; expected DIR or NAME=DIR")
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [name or "-".join(part for part in own[-length:] if part != "/") for name, own in zip(chosen, parts, strict=True)]
+        if len(set(names)) == len(names):
+            if bad := [name for name in names if "/" in name or name in (".", "..")]:
+                raise UserError(f"--base and --model: {bad[0]!r} is no name; write NAME=DIR")
+            return dict(zip(names, paths, strict=True))
+    raise UserError(f"--base and --model: two of {', '.join(sources)} have the same name or folder; write NAME=DIR")
+
+
+def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests: Mapping[str, str] | None = None) -> Comparison:
+    """Compare folders of scored images; the first is the base.
+
+    Args:
+        scorers: names; ``name@digest`` picks one of several versions whose scores are cached.
+        digests: of the scorers, by name; None takes the one version that all folders have scores of.
+
+    Raises:
+        UserError: images or scores that are missing, or folders that are not of the same prompts and noise.
+    """
+    pictures = {name: open_pictures(folder) for name, folder in folders.items()}
+    base = next(iter(pictures))
+    for name in list(pictures)[1:]:
+        _require_paired(pictures[base], pictures[name])
+    for each in pictures.values():
+        require_whole(each)
+    chosen = dict(digests) if digests else dict(_cached_version(list(pictures.values()), name) for name in scorers)
+    scores = {
+        name: {scorer: load_scores(each, scorer, digest) for scorer, digest in chosen.items()} for name, each in pictures.items()
+    }
+    rows = [
+        Row(
+            model,
+            scorer,
+            float(scores[base][scorer].mean()),
+            float(scores[model][scorer].mean()),
+            paired_difference(scores[model][scorer], scores[base][scorer]),
+            win_rate(scores[model][scorer], scores[base][scorer]),
+        )
+        for scorer in chosen
+        for model in list(pictures)[1:]
+    ]
+    settings = {name: each.settings for name, each in pictures.items()}
+    return Comparison(base, dict(folders), pictures[base].prompts, settings, chosen, scores, rows)
+
+
+def write_comparison(found: Comparison, out: Path) -> None:
+    """``comparison.json``, from which a report is made, and ``comparison.md``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: not writable: {error.strerror.lower()}") from None
+    # Relative, so that a folder that is moved as a whole stays whole.
+    places = {name: os.path.relpath(folder.resolve(), out.resolve()) for name, folder in found.folders.items()}
+    data = {
+        "format": FORMAT,
+        "base": found.base,
+        "folders": places,
+        "settings": found.settings,
+        "scorers": found.scorers,
+        "notes": found.notes(),
+        "results": [asdict(row) for row in found.rows],
+        "prompts": found.prompts,
+        "scores": {name: {scorer: values.tolist() for scorer, values in own.items()} for name, own in found.scores.items()},
+    }
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items())
+    write_atomically(out / "comparison.json", f"{{\n{lines}\n}}\n".encode())
+    write_atomically(out / "comparison.md", markdown(found).encode())
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """``comparison.json`` of a folder, or the file itself.
+
+    Raises:
+        UserError: not there, or not one of ours.
+    """
+    path = path / "comparison.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{path}: is no comparison; expected the comparison.json of dde-ds evaluate or compare")
+    return data
+
+
+COLUMNS = ("scorer", "model", "base", "mean", "difference, 95 %", "beats the base, 95 %", "prompts + / - / =", "sign test")
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of results as text, under :data:`COLUMNS`."""
+    difference, beats = row["difference"], row["beats"]
+    return (
+        row["scorer"],
+        row["model"],
+        f"{row['base_mean']:.3f}",
+        f"{row['model_mean']:.3f}",
+        f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]",
+        f"{beats['rate']:.1%} [{beats['low']:.1%}, {beats['high']:.1%}]",
+        f"{difference['prompts_better']} / {difference['prompts_worse']} / {difference['prompts_equal']}",
+        f"p = {difference['sign_test_p']:.2g}",
+    )
+
+
+def title(prompts: int, images_per_prompt: int, base: str) -> str:
+    return f"{prompts} prompts, {images_per_prompt} images each, against {base}"
+
+
+def markdown(found: Comparison) -> str:
+    lines = [f"**{title(len(found.prompts), found.settings[found.base]['images_per_prompt'], found.base)}**", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(asdict(row))) + " |" for row in found.rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in found.notes()), ""])
+
+
+def print_table(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base))
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for row in found.rows:
+        table.add_row(*cells(asdict(row)))
+    console = Console()
+    console.print(table)
+    for note in found.notes():
+        console.print(f"- {note}", highlight=False, markup=False)
+
+
+def _require_paired(base: Pictures, other: Pictures) -> None:
+    for key in PAIRED:
+        if base.settings.get(key) != other.settings.get(key):
+            raise UserError(
+                f"{other.folder}: its {key} is {other.settings.get(key)!r}, that of {base.folder} {base.settings.get(key)!r}: "
+                "the images are no pairs; generate both with the same"
+            )
+    if base.prompts != other.prompts:
+        absent = [prompt for prompt in base.prompts if prompt not in set(other.prompts)]
+        what = f"lacks the prompt {absent[0]!r} ({len(absent)} in all)" if absent else "has other prompts, or another order of them"
+        raise UserError(f"{other.folder}: {what}; generate both from the same file")
+
+
+def _cached_version(pictures: Sequence[Pictures], name: str) -> tuple[str, str]:
+    name, _, wanted = name.partition("@")
+    common = set.intersection(*(cached_digests(each, name) for each in pictures))
+    matching = sorted(digest for digest in common if digest.startswith(wanted[:DIGITS]))
+    if len(matching) == 1:
+        return name, matching[0]
+    if matching:
+        raise UserError(
+            f"--scorers {name}: scores of {len(matching)} versions are cached; pick one: {', '.join(f'{name}@{d}' for d in matching)}"
+        )
+    lacking = [str(each.folder) for each in pictures if not cached_digests(each, name)]
+    where = f"{', '.join(lacking)} holds none" if lacking else "no version is in all folders"
+    raise UserError(f"--scorers {name}: no scores to compare: {where}; score with dde-ds evaluate")

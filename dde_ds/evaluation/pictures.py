@@ -1,0 +1,150 @@
+"""A folder of generated images: what it was made with, and which of its images are there and whole.
+
+folder/
+  manifest.json          settings, their digest, and the prompts; written first, never changed
+  images/00012-03.png    prompt 12, image 3, both counted from 0; its text chunks say what it shows and how it was made
+  scores/                cached scores, see scoring.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from dde_ds.errors import UserError
+from dde_ds.files import write_atomically
+
+FORMAT = "dde_ds images 1"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    folder: Path
+    prompts: list[str]
+    settings: dict[str, Any]
+    """``images_per_prompt``, ``seed``, ``model``, ``weights`` (their SHA-256), scheduler, steps, guidance, …"""
+
+    @property
+    def per_prompt(self) -> int:
+        return self.settings["images_per_prompt"]
+
+    @property
+    def digest(self) -> str:
+        return settings_digest(self.settings, self.prompts)
+
+    def path(self, prompt: int, index: int) -> Path:
+        return self.folder / "images" / f"{prompt:05d}-{index:02d}.png"
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """(prompt, image index) of every image that belongs here."""
+        return ((prompt, index) for prompt in range(len(self.prompts)) for index in range(self.per_prompt))
+
+    def is_whole(self, prompt: int, index: int) -> bool:
+        """Whether the image is there, undamaged (the checksums of its chunks), and made with these settings."""
+        try:
+            with Image.open(self.path(prompt, index), formats=["PNG"]) as image:
+                text = dict(image.info)
+                image.verify()
+        except (OSError, SyntaxError, ValueError):
+            return False
+        expected = self._text(prompt, index)
+        return all(text.get(key) == value for key, value in expected.items())
+
+    def save(self, prompt: int, index: int, pixels) -> None:
+        """``pixels``: (H,W,3) uint8 array."""
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in self._text(prompt, index).items():
+            chunks.add_text(key, value)  # tEXt, or iTXt where Latin-1 does not do
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+        write_atomically(self.path(prompt, index), file.getvalue())
+
+    def _text(self, prompt: int, index: int) -> dict[str, str]:
+        return {
+            "prompt": self.prompts[prompt],
+            "image": str(index),
+            "seed": str(self.settings["seed"]),
+            "model": str(self.settings["model"]),
+            "settings": self.digest,
+        }
+
+
+def settings_digest(settings: Mapping, prompts: list[str]) -> str:
+    return hashlib.sha256(json.dumps([dict(settings), prompts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def claim(pictures: Pictures) -> None:
+    """Mark the folder as belonging to these settings, or find that it does.
+
+    Raises:
+        UserError: the folder was begun with other settings or prompts, or holds something else.
+    """
+    path = pictures.folder / "manifest.json"
+    if path.is_file():
+        before = open_pictures(pictures.folder)
+        differing = [
+            f"{key} {before.settings.get(key)!r}, now {value!r}"
+            for key, value in pictures.settings.items()
+            if before.settings.get(key) != value
+        ]
+        if before.prompts != pictures.prompts:
+            differing.append(f"{len(before.prompts)} prompts, now {len(pictures.prompts)} or others")
+        if differing:
+            raise UserError(
+                f"--out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
+            )
+        return
+    if pictures.folder.exists() and any(pictures.folder.iterdir()):
+        raise UserError(f"--out {pictures.folder}: is not empty and holds no images of ours; choose another folder")
+    try:
+        (pictures.folder / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {pictures.folder}: not writable: {error.strerror.lower()}") from None
+    manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
+    write_atomically(path, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
+
+
+def open_pictures(folder: str | Path) -> Pictures:
+    """A folder that :func:`claim` made.
+
+    Raises:
+        UserError: no manifest there, or one that cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no manifest.json in it; make images there with launchers/generate.py")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: its format is {manifest['format']!r}, expected {FORMAT!r}")
+        pictures = Pictures(folder, manifest["prompts"], manifest["settings"])
+        whole = manifest["digest"] == pictures.digest and pictures.per_prompt >= 1
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a manifest of images: {type(error).__name__} {error}") from None
+    if not whole:
+        raise UserError(f"{path}: was changed by hand (its digest differs); generate the images again")
+    return pictures
+
+
+def require_whole(pictures: Pictures) -> None:
+    """Raises:
+    UserError: images are missing or damaged; the message names the first of them and how many there are.
+    """
+    missing = [pictures.path(*item).name for item in pictures.items() if not pictures.is_whole(*item)]
+    if missing:
+        named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        total = len(pictures.prompts) * pictures.per_prompt
+        raise UserError(
+            f"{pictures.folder}: {len(missing)} of {total} images are missing or damaged ({named}); "
+            "generate again into the same folder to make what is missing"
+        )

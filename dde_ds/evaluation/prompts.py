@@ -1,0 +1,97 @@
+"""Prompts from a text file, JSON lines, or parquet in Pick-a-Pic's columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dde_ds.errors import UserError
+
+# The name of the prompt's column, in this order, in a parquet file and in JSON lines.
+COLUMNS = ("caption", "prompt", "text")
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str], int]:
+    """Distinct prompts of a file in the order in which they first come, and how many repetitions were left out.
+
+    A repeated prompt would give the same images again, since an image is a function of (seed, prompt, image index).
+
+    Args:
+        path: ``.txt``: one prompt a line, blank lines skipped. ``.jsonl``: one object (or string) a line. ``.parquet``: Pick-a-Pic.
+        limit: keep only the first so many distinct prompts.
+
+    Raises:
+        UserError: a missing or unreadable file, no such column, an empty prompt, no prompt at all.
+    """
+    path = Path(path)
+    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise UserError(f"--prompts {path}: unknown kind of file {path.suffix!r}; expected {', '.join(readers)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: must be 1 or more")
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file")
+    found: dict[str, None] = {}
+    repeated = 0
+    for place, prompt in readers[path.suffix](path):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"--prompts {path}, {place}: the prompt is {prompt!r}, expected text")
+        if prompt in found:
+            repeated += 1
+        elif limit is None or len(found) < limit:
+            found[prompt] = None
+    if not found:
+        raise UserError(f"--prompts {path}: holds no prompt")
+    return list(found), repeated
+
+
+def _text(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield f"line {number}", line.strip()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"--prompts {path}, line {number}: not valid JSON: {line[:80]!r}") from None
+        if isinstance(row, dict):
+            column = next((name for name in COLUMNS if name in row), None)
+            if column is None:
+                raise UserError(f"--prompts {path}, line {number}: no key {' or '.join(COLUMNS)}; found {', '.join(map(str, row))}")
+            row = row[column]
+        yield f"line {number}", row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"--prompts {path}: pyarrow is not installed, which reads parquet: pip install 'dde_ds[shard]'") from None
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"--prompts {path}: not readable as parquet: {str(error).splitlines()[0]}") from None
+    names = file.schema_arrow.names
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise UserError(f"--prompts {path}: no column {' or '.join(COLUMNS)}; found {', '.join(names)}")
+    number = 0
+    for batch in file.iter_batches(columns=[column]):
+        for prompt in batch[column].to_pylist():
+            yield f"row {number}", prompt
+            number += 1
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines(): a prompt may hold a form feed or U+2028, which are no line ends of these formats.
+        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: not UTF-8 at byte {error.start}") from None

@@ -1,0 +1,173 @@
+"""Scorers: how well an image fits its prompt, or how much people would like it.
+
+clip       100 max(cos, 0) of CLIP's embeddings of image and prompt (arXiv 2104.08718, by 100 in the place of 2.5)
+pickscore  exp(logit scale) · cos, of a CLIP that was tuned on Pick-a-Pic (arXiv 2305.01569)
+hps_v2     100 cos, of a CLIP that was tuned on HPD v2 (arXiv 2306.09341), in the unit of its benchmark's tables
+hps_v2.1   the same with the weights of 2024: another scale, not to be mixed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dde_ds.errors import UserError, nearest
+from dde_ds.evaluation import clip_files as files
+
+
+class Scorer(Protocol):
+    name: str
+    digest: str
+    """SHA-256 of weights, processors and formula: scores of another digest are other scores."""
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """(N,) float64 on the CPU, for N images and the prompt of each; higher is better. Loads the model at the first call."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    model: str
+    processor: str | None
+    """None: the model's own."""
+    weights: str | None = None
+    """Name of the weights file, where they are open_clip's; the architecture's config.json then comes with the processor."""
+
+
+LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+KINDS = {
+    "clip": Kind("openai/clip-vit-large-patch14", None),
+    "pickscore": Kind("yuvalkirstain/PickScore_v1", LAION_H),
+    "hps_v2": Kind("xswu/HPSv2", LAION_H, "HPS_v2_compressed.pt"),
+    "hps_v2.1": Kind("xswu/HPSv2", LAION_H, "HPS_v2.1_compressed.pt"),
+}
+# Raise it when a formula or a preprocessing below changes: cached scores of before are then not taken.
+FORMULA = 1
+
+
+def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer]:
+    """Scorers of ``NAME[=MODEL[,PROCESSOR]]``, their files found and digested, their models not loaded yet.
+
+    Raises:
+        UserError: an unknown or repeated name, or files that are not there.
+    """
+    found: dict[str, Scorer] = {}
+    for specification in specifications:
+        name, _, sources = specification.partition("=")
+        if name not in KINDS:
+            raise UserError(f"--scorers {name!r}{nearest(name, KINDS)}")
+        if name in found:
+            raise UserError(f"--scorers: {name} is given twice")
+        model, _, processor = sources.partition(",")
+        found[name] = (OpenClipScorer if KINDS[name].weights else ClipScorer)(name, model or None, processor or None, device)
+    return list(found.values())
+
+
+class ClipScorer:
+    """``clip`` and ``pickscore``: transformers CLIP models, stored as safetensors."""
+
+    def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
+        kind, self.name, self._key, self._device = KINDS[name], name, f"--scorers {name}", device
+        self._folder = files.resolve(model or kind.model, files.CONFIG + files.WEIGHTS + files.PROCESSOR, self._key)
+        if not self._folder.is_dir():
+            raise UserError(f"{self._key} {self._folder}: is a file, expected the folder of a transformers CLIP model")
+        files.require(self._folder, ("model*.safetensors",), self._key, "save the model with save_pretrained")
+        self._processor = self._folder
+        if processor or (kind.processor and not (self._folder / "preprocessor_config.json").is_file()):
+            self._processor = files.resolve(processor or kind.processor, files.PROCESSOR, self._key)
+        files.require(self._processor, files.PROCESSOR[:2], self._key, "name its processor: NAME=MODEL,PROCESSOR")
+        weights = files.files_digest(self._folder, files.CONFIG + files.WEIGHTS)
+        self.digest = _digest(name, weights, files.files_digest(self._processor, files.PROCESSOR))
+        self._loaded: tuple[Any, Any, Any] | None = None
+
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        if self._loaded is None:
+            model = files.load_clip(self._folder, self._key).to(self._device)
+            self._loaded = (model, *files.load_processors(self._processor, self._key))
+        model, tokenizer, processor = self._loaded
+        pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        cosine = _cosine(model, tokenizer, pixels.to(self._device), prompts)
+        if self.name == "pickscore":
+            return cosine * model.logit_scale.double().exp().cpu()
+        return 100 * cosine.clamp_min(0)
+
+
+class OpenClipScorer:
+    """``hps_v2`` and ``hps_v2.1``: open_clip weights in one file, tokenizer and architecture from elsewhere."""
+
+    def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
+        kind, self.name, self._key, self._device = KINDS[name], name, f"--scorers {name}", device
+        source = files.resolve(model or kind.model, (kind.weights,), self._key)
+        self._weights = source if source.is_file() else source / kind.weights
+        if not self._weights.is_file():
+            raise UserError(f"{self._key} {source}: holds no {kind.weights}; name the file itself if it is called otherwise")
+        needed = files.CONFIG + files.TOKENIZER
+        self._folder = files.resolve(processor or kind.processor, needed, self._key)
+        files.require(self._folder, files.CONFIG, self._key, "its processor must carry the architecture's config.json")
+        self.digest = _digest(name, files.files_digest(self._weights, ()), files.files_digest(self._folder, needed))
+        self._loaded: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        if self._loaded is None:
+            from transformers import CLIPTokenizer
+
+            model = files.load_open_clip(self._weights, self._folder, self._key).to(self._device)
+            self._loaded = model, CLIPTokenizer.from_pretrained(self._folder)
+        model, tokenizer = self._loaded
+        side = model.config.vision_config.image_size
+        pixels = torch.stack([hps_pixels(image, side) for image in images])
+        # open_clip's tokenizer takes HTML entities for what they stand for, twice over.
+        texts = [html.unescape(html.unescape(prompt)) for prompt in prompts]
+        return 100 * _cosine(model, tokenizer, pixels.to(self._device), texts)
+
+
+def hps_pixels(image: Image.Image, side: int) -> Tensor:
+    """(3,side,side) float32 as HPS v2 sees an image: longest side scaled to ``side``, padded with black in the middle.
+
+    Scaled as a tensor, bicubic with antialiasing, as its package does with torchvision 0.17 and newer.
+    """
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).copy()).permute(2, 0, 1) / 255
+    height, width = pixels.shape[1:]
+    scale = side / max(height, width)
+    if scale != 1:
+        size = (round(height * scale), round(width * scale))
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+        rows, columns = side - size[0], side - size[1]
+        pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_DEVIATION))
+    return (pixels - mean) / deviation
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _cosine(model: Any, tokenizer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(N,) float64 on the CPU. Every distinct prompt is embedded once."""
+    distinct = list(dict.fromkeys(prompts))
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(distinct, padding=True, truncation=True, max_length=length, return_tensors="pt").to(pixels.device)
+    text = _features(model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]))
+    vision = _features(model.get_image_features(pixel_values=pixels))
+    row = {prompt: number for number, prompt in enumerate(distinct)}
+    return F.cosine_similarity(vision, text[[row[prompt] for prompt in prompts]], dim=1).cpu()
+
+
+def _features(output: Any) -> Tensor:
+    """Projected embeddings in float64: a tensor in older transformers 5, a field of an output object in newer."""
+    return (output if isinstance(output, Tensor) else output.pooler_output).double()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps([FORMULA, *parts]).encode()).hexdigest()

@@ -1,0 +1,217 @@
+"""Folders of images: each a function of (model, seed, prompt, image number), made once, refused when begun otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dde_ds.distributed import Ranks
+from dde_ds.errors import UserError
+from dde_ds.evaluation.draw import DrawOptions, draw_folder
+from dde_ds.evaluation.generate import initial_noise
+from dde_ds.evaluation.pictures import open_pictures, require_whole
+from tests.conftest import ROOT
+from tests.launching import LAUNCHER, environment, free_port
+from tests.pipelines import save_sd
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0)
+PROMPTS = ["red fire", "penguin", "größer – 狐"]
+OPTIONS = DrawOptions(images_per_prompt=2, steps=3)
+
+
+def draw(model, folder, prompts=PROMPTS, options=OPTIONS, batch=2, ranks=ALONE):
+    return draw_folder(str(model), None, prompts, folder, options, ranks, CPU, batch)
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted((folder / "images").iterdir())}
+
+
+def assert_same_within_rounding(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one) == list(other)
+    assert max(np.abs(one[name] - other[name]).max() for name in one) <= 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, sd_model) -> Path:
+    return draw(sd_model, tmp_path_factory.mktemp("images") / "sd").folder
+
+
+def test_noise_is_a_function_of_seed_prompt_and_number():
+    one = initial_noise(0, "fire", 1, (4, 8, 8))
+    assert torch.equal(one, initial_noise(0, "fire", 1, (4, 8, 8)))
+    for other in ((1, "fire", 1), (0, "fires", 1), (0, "fire", 2), (0, "1\nfire", 0)):
+        assert not torch.equal(one, initial_noise(*other, (4, 8, 8)))
+    many = torch.stack([initial_noise(0, "fire", number, (4, 64, 64)) for number in range(16)])
+    assert abs(float(many.mean())) < 0.01
+    assert float(many.std()) == pytest.approx(1, abs=0.01)
+    assert float(torch.corrcoef(many.flatten(1)).fill_diagonal_(0).abs().max()) < 0.05
+
+
+def test_images_and_their_metadata(drawn, sd_model):
+    manifest = json.loads((drawn / "manifest.json").read_text())
+    assert manifest["prompts"] == PROMPTS
+    settings = manifest["settings"]
+    expected = {"scheduler": "ddim", "steps": 3, "guidance": 7.5, "seed": 0, "precision": "fp32", "resolution": 16, "family": "sd"}
+    assert expected.items() <= settings.items()
+    names = [f"{prompt:05d}-{number:02d}.png" for prompt in range(3) for number in range(2)]
+    assert sorted(path.name for path in (drawn / "images").iterdir()) == names
+    for name in names:
+        image = Image.open(drawn / "images" / name)
+        prompt, number = int(name[:5]), int(name[6:8])
+        assert image.info == {
+            "prompt": PROMPTS[prompt],
+            "image": str(number),
+            "seed": "0",
+            "model": str(sd_model),
+            "settings": manifest["digest"],
+        }
+        assert image.size == (16, 16)
+    assert len({array.tobytes() for array in pixels(drawn).values()}) == 6
+
+
+def test_any_batch_and_any_share_give_the_same_images(tmp_path, drawn, sd_model):
+    draw(sd_model, tmp_path / "one", batch=1)
+    assert_same_within_rounding(pixels(drawn), pixels(tmp_path / "one"))
+    draw(sd_model, tmp_path / "all", batch=6)
+    assert_same_within_rounding(pixels(drawn), pixels(tmp_path / "all"))
+    # The same batches again: the same bytes.
+    draw(sd_model, tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in (drawn / "images").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "again" / "images").iterdir()
+    }
+
+
+def test_order_of_prompts_changes_no_image(tmp_path, drawn, sd_model):
+    draw(sd_model, tmp_path / "reversed", PROMPTS[::-1])
+    turned = {f"{2 - int(name[:5]):05d}{name[5:]}": array for name, array in pixels(tmp_path / "reversed").items()}
+    assert_same_within_rounding(pixels(drawn), dict(sorted(turned.items())))
+
+
+def test_the_image_is_what_diffusers_draws(drawn, sd_model):
+    """The same noise through the pipeline's own call, prompts and all."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_model)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise(0, "penguin", 1, (4, 8, 8))[None]
+    image = pipeline("penguin", latents=noise, num_inference_steps=3, guidance_scale=7.5, output_type="np").images[0]
+    assert np.abs(image * 255 - pixels(drawn)["00001-01.png"]).max() <= 1
+
+
+def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(tmp_path, drawn, sd_model):
+    folder = shutil.copytree(drawn, tmp_path / "copy")
+    images = folder / "images"
+    (images / "00000-01.png").unlink()
+    data = bytearray((images / "00001-00.png").read_bytes())
+    data[data.index(b"IDAT") + 10] ^= 1
+    (images / "00001-00.png").write_bytes(data)
+    (images / "00002-00.png").write_bytes((images / "00002-00.png").read_bytes()[:300])
+    shutil.copy(images / "00002-01.png", images / "00001-01.png")  # whole, but another prompt's
+    before = {path.name: path.stat().st_mtime_ns for path in images.iterdir()}
+    with pytest.raises(
+        UserError, match=r"4 of 6 images are missing or damaged \(00000-01.png, 00001-00.png, 00001-01.png, 00002-00.png\)"
+    ):
+        require_whole(open_pictures(folder))
+    draw(sd_model, folder)
+    require_whole(open_pictures(folder))
+    assert_same_within_rounding(pixels(drawn), pixels(folder))
+    kept = {path.name for path in images.iterdir() if before.get(path.name) == path.stat().st_mtime_ns}
+    assert kept == {"00000-00.png", "00002-01.png"}
+
+
+def test_a_folder_begun_otherwise_is_refused(tmp_path, drawn, sd_model):
+    folder = shutil.copytree(drawn, tmp_path / "copy")
+    for change, named in (
+        ({"options": DrawOptions(images_per_prompt=2, steps=4)}, "steps 3, now 4"),
+        ({"options": DrawOptions(images_per_prompt=2, steps=3, seed=1)}, "seed 0, now 1"),
+        ({"options": DrawOptions(images_per_prompt=2, steps=3, guidance=5)}, "guidance 7.5, now 5.0"),
+        ({"options": DrawOptions(images_per_prompt=2, steps=3, scheduler="euler")}, "scheduler 'ddim', now 'euler'"),
+        ({"prompts": PROMPTS[:2]}, "3 prompts, now 2"),
+    ):
+        with pytest.raises(UserError, match=named):
+            draw(sd_model, folder, **change)
+    # Another model under the same path.
+    model = shutil.copytree(sd_model, tmp_path / "model")
+    draw(model, tmp_path / "images", PROMPTS[:1])
+    torch.manual_seed(1)
+    other = save_sd(tmp_path / "other", prediction_type="epsilon")
+    weights = next((other / "unet").glob("*.safetensors"))
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(weights)
+    tensors["conv_in.weight"] += 1e-3
+    safetensors.torch.save_file(tensors, model / "unet" / weights.name)
+    with pytest.raises(UserError, match="weights"):
+        draw(model, tmp_path / "images", PROMPTS[:1])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not empty and holds no images of ours"):
+        draw(sd_model, tmp_path / "mine")
+
+
+def test_bad_options(tmp_path, sd_model):
+    for options, named in (
+        ({"images_per_prompt": 0}, "--images-per-prompt 0"),
+        ({"scheduler": "ddmi"}, "did you mean 'ddim'"),
+        ({"precision": "int8"}, "--precision 'int8'"),
+        ({"guidance": 0.5}, "--guidance 0.5"),
+    ):
+        with pytest.raises(UserError, match=named):
+            DrawOptions(**options)
+    with pytest.raises(UserError, match="--resolution 18: must be a multiple of 4"):
+        draw(sd_model, tmp_path / "images", options=DrawOptions(resolution=18))
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
+def test_other_samplers_draw_nothing_of_their_own(tmp_path, sd_model, scheduler):
+    options = DrawOptions(images_per_prompt=1, steps=3, scheduler=scheduler, resolution=32)
+    torch.manual_seed(0)
+    draw(sd_model, tmp_path / "one", PROMPTS[:2], options)
+    torch.manual_seed(1)
+    draw(sd_model, tmp_path / "two", PROMPTS[:2], options)
+    one, two = pixels(tmp_path / "one"), pixels(tmp_path / "two")
+    assert one["00000-00.png"].shape == (32, 32, 3)
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_sdxl(tmp_path, sdxl_model):
+    folder = draw(sdxl_model, tmp_path / "images").folder
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["guidance"] == 5.0
+    draw(sdxl_model, tmp_path / "one", batch=1)
+    assert_same_within_rounding(pixels(folder), pixels(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path, drawn, sd_model):
+    """Half the images each, all of them those of one process; what one run left is kept by the next."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    folder = shutil.copytree(drawn, tmp_path / "images")
+    for name in ("00000-00", "00000-01", "00002-01"):
+        (folder / "images" / f"{name}.png").unlink()
+    launcher = [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), "--quiet", ROOT / "launchers" / "generate.py"]
+    arguments = ["--model", sd_model, "--prompts", prompts, "--images-per-prompt", "2", "--steps", "3", "--out", folder]
+    run = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 300}
+    process = subprocess.run([*launcher, *arguments], **run)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"6 images: {folder}" in process.stdout
+    require_whole(open_pictures(folder))
+    assert_same_within_rounding(pixels(drawn), pixels(folder))
+
+    alone = [sys.executable, ROOT / "launchers" / "generate.py", *arguments, "--steps", "4"]
+    process = subprocess.run(alone, **run)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"error: --out {folder}: was begun with other settings (steps 3, now 4)")
+    assert "Traceback" not in process.stderr
