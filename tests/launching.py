@@ -17,9 +17,14 @@ from tests.conftest import ROOT
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
+# What a process of one rank exports for DeepSpeed, as this one may have: a launch must not inherit it.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     # The CPU, also on a machine with a GPU: the numbers are compared with those of a loop on the CPU.
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return inherited | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def free_port() -> int:
