@@ -12,6 +12,7 @@ from pathlib import Path
 from dde_ds.config import load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
+from dde_ds.ranks import read_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,54 +20,60 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
+    check.set_defaults(act=lambda args: validate(args.config, args.overrides, args.ranks))
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
-    picture.add_argument(
-        "--objective", nargs="+", default=["dde", "dde_single", "dde_step", "uniform", "discounted"], metavar="NAME"
-    )
+    picture.set_defaults(act=explain)
+    picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all five that compare pairs")
     picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
-    picture.add_argument("--beta", type=float, default=2000.0)
+    picture.add_argument("--beta", type=float, help="default: 2000")
     picture.add_argument(
-        "--margin", type=float, default=1e-3, help="how far ahead every pair is assumed to be, as a mean squared error"
+        "--margin", type=float, help="how far ahead every pair is assumed to be, as a mean squared error; default: 1e-3"
     )
     picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
     picture.add_argument("--output", type=Path, default=Path("explain.png"))
     model = commands.add_parser("export", help="make a diffusers folder from a run's newest checkpoint, or from one of your choice")
+    model.set_defaults(act=lambda args: export(args.source, args.output, args.dtype))
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
     model.add_argument("--output", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
+    doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
+    doctor.set_defaults(act=diagnose)
+    doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     add_commands(commands)
     args = parser.parse_args(arguments)
-
-    def act() -> None:
-        if args.command == "explain":
-            explain(args)
-        elif args.command == "export":
-            export(args.source, args.output, args.dtype)
-        elif args.command == "validate":
-            validate(args.config, args.overrides, args.ranks)
-        else:
-            args.act(args)
-
-    return report_errors(act)
+    return report_errors(lambda: args.act(args))
 
 
-def report_errors(act: Callable[[], None]) -> int:
+def report_errors(act: Callable[[], int | None]) -> int:
     """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    rank = 0
     try:
-        act()
-        return 0
+        rank = read_environment().rank
+        return act() or 0
     except UserError as error:
-        if rank != "0" and not isinstance(error, RankError):
+        if rank and not isinstance(error, RankError):
             time.sleep(10)  # the launcher ends this rank while it sleeps
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        if world != "1":
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        if torch_is_distributed():
             os._exit(1)  # Python's own exit would wait for the other ranks' collectives
         return 1
+
+
+def torch_is_distributed() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+
+
+def diagnose(args: argparse.Namespace) -> int:
+    from dde_ds import doctor
+
+    return doctor.diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -80,21 +87,27 @@ def explain(args: argparse.Namespace) -> None:
     from dde_ds.objective.schedule import NoiseSchedule
 
     if args.run:
+        own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
+        if own:
+            raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
         from dde_ds.training.loop import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
         print(args.output)
         return
-    if not args.margin > 0:
-        raise UserError(f"--margin {args.margin}: must be above 0")
+    margin = 1e-3 if args.margin is None else args.margin
+    if not margin > 0:
+        raise UserError(f"--margin {margin}: must be above 0")
+    beta = 2000.0 if args.beta is None else args.beta
+    names = args.objective or ["dde", "dde_single", "dde_step", "uniform", "discounted"]
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
-    objectives = [build_objective(name, schedule, beta=args.beta) for name in args.objective]
-    found = pictures.profiles(objectives, args.margin)
-    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {args.beta:g}, every pair {args.margin:g} ahead"
+    objectives = [build_objective(name, schedule, beta=beta) for name in names]
+    found = pictures.profiles(objectives, margin)
+    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {beta:g}, every pair {margin:g} ahead"
     if args.credit_only:
         pictures.draw_credit(found, args.output, title)
     else:
-        pictures.draw_objectives(found, schedule, args.margin, args.output)
+        pictures.draw_objectives(found, schedule, margin, args.output)
     table = Table(title=title)
     for column in ("objective", "peak at t", "middle half of the credit", "saturated timesteps"):
         table.add_column(column)

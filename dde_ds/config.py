@@ -73,12 +73,30 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
     path: str
-    """Folder of shards that ``tools/shard_pickapic.py`` wrote."""
+    """Folder or URL of shards."""
+
+    weight: float = 1.0
+    """Share of the pairs that come from here, in proportion to the other sources' weights; resolved to a thousandth."""
+
+    def __post_init__(self):
+        _require(self.weight > 0, "data.sources weight", self.weight, "must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None
+    """Shards that ``tools/shard_pickapic.py`` wrote: a folder, or a URL of ``http(s)://``, ``s3://``, ``gs://``, ``hf://`` …"""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Several folders or URLs in the place of ``path``, each ``{path, weight}``. Of one model and resolution."""
 
     caption_dropout: float = 0.0
     """Share of pairs whose caption is replaced by the empty one, which keeps classifier-free guidance alive. 0.2 in Diffusion-DPO's recipe."""
+
+    flip: bool = False
+    """Train on half of the pairs mirrored. Needs shards made with ``--flip``."""
 
     block_shards: int = 8
     """Shards that are shuffled into one another. More mixes better and opens more files."""
@@ -86,10 +104,35 @@ class DataConfig:
     workers: int = 2
     """Loader processes a rank. 0 reads in the training process. Changes nothing of what is trained on."""
 
+    max_bad_samples: int = 0
+    """Damaged samples that a run may replace by their neighbours, each reported once, before it stops. 0 stops at the first."""
+
+    cache_dir: str | None = None
+    """Folder where a node keeps what it has fetched of remote shards, for all its processes and later runs. None keeps nothing."""
+
+    cache_gb: float = 100.0
+    """Size that the cache folder is held to; what was used longest ago goes first."""
+
+    timeout_s: float = 60.0
+    """Seconds that one attempt at a range of a remote shard may take. Five attempts are made."""
+
     def __post_init__(self):
+        _require((self.path is None) != (not self.sources), "data.path", self.path, "give either data.path or data.sources")
         _require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "must lie in [0, 1)")
         _require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be 1 or more")
         _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        _require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "must be 0 or more")
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "must be above 0")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "must be above 0")
+
+    @property
+    def weighted_paths(self) -> list[tuple[str, float]]:
+        return [(source.path, source.weight) for source in self.sources] or [(self.path, 1.0)]
+
+    @property
+    def name(self) -> str:
+        """The shards, for a message."""
+        return self.path or ", ".join(source.path for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -216,7 +259,14 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 1
-    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. A row costs one host synchronisation."""
+    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. Writing a row makes the host wait for the device a few times."""
+
+    tensorboard: bool = False
+    """Write the rows to ``tensorboard/`` in the run folder as well. Needs the extra ``track``."""
+
+    wandb_project: str | None = None
+    """Send the rows and the configuration to this Weights & Biases project as well. Needs the extra ``track`` and a login; with
+    ``WANDB_MODE=offline`` they stay in the run folder."""
 
     def __post_init__(self):
         _require(self.every >= 1, "log.every", self.every, "must be 1 or more")
@@ -248,12 +298,22 @@ class RunConfig:
     precision: str = "bf16"
     """``bf16`` or ``fp32``, of policy and reference alike."""
 
+    max_hours: float | None = None
+    """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
+    launch. For clusters that end jobs at a time limit: leave room for one step and one checkpoint. None never stops."""
+
+    timeout_minutes: float = 10.0
+    """Minutes that a rank waits for the others in one collective before it ends with an error: so long can a lost node go unseen.
+    Raise it where the longest thing that one rank does alone, writing the export to a slow file system, takes longer."""
+
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout, each a pure function of (seed, pairs consumed)."""
 
     def __post_init__(self):
         _require(self.steps >= 1, "steps", self.steps, "must be 1 or more")
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
+        _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
+        _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
 
     def to_yaml(self) -> str:
@@ -325,6 +385,8 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
             raise UserError(f"{key} is {value!r}: expected a list" + (f" of {len(parts)}" if fixed else ""))
         return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key + ".")
     if kind is float and not isinstance(value, bool):
         try:
             number = float(value)  # also "1e-5", which YAML 1.1 reads as a string

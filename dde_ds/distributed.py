@@ -1,72 +1,56 @@
-"""Ranks: the one reader of the launchers' variables, and the few collectives that training needs."""
+"""The process group: joining it, and the few collectives that training needs."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dde_ds.errors import UserError
+from dde_ds.errors import RankError
+from dde_ds.ranks import Ranks, read_environment
+
+# Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL's own default.
+TIMEOUT_MINUTES = 10.0
 
 
-@dataclass(frozen=True)
-class Ranks:
-    rank: int
-    world: int
-    local_rank: int
+def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[Ranks, torch.device]:
+    """Join the process group through DeepSpeed and pick this rank's device: its GPU, or the CPU (gloo).
 
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-
-def read_environment() -> Ranks:
-    """Rank, number of ranks and local rank as ``deepspeed`` or ``torchrun`` exported them; a lone process is rank 0 of 1.
+    Args:
+        timeout_minutes: how long any collective, and this call, wait for the other ranks before this one ends.
 
     Raises:
-        UserError: some of RANK, WORLD_SIZE, LOCAL_RANK are set and others not, or not a number.
+        UserError: the launcher's variables are wrong, or the other ranks did not come.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    missing = [name for name in names if name not in os.environ]
-    if len(missing) == len(names):
-        return Ranks(0, 1, 0)
-    if missing:
-        raise UserError(
-            f"environment: {', '.join(missing)} not set beside the other of {', '.join(names)}; start with deepspeed or torchrun"
-        )
-    try:
-        rank, world, local = (int(os.environ[name]) for name in names)
-    except ValueError:
-        raise UserError(f"environment: {', '.join(f'{n}={os.environ[n]!r}' for n in names)}: expected whole numbers") from None
-    return Ranks(rank, world, local)
-
-
-def start() -> tuple[Ranks, torch.device]:
-    """Join the process group through DeepSpeed and pick this rank's device: its GPU, or the CPU (gloo)."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     ranks = read_environment()
-    if ranks.world == 1:
-        for name, value in (
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("LOCAL_RANK", "0"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", "0"),
-        ):
-            os.environ.setdefault(name, value)
+    ranks.export()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory collective here: a minute with a compiler, a crash without one. It has no
         # switch for it; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
+        if ranks.local_rank >= accelerator.device_count():
+            raise RankError(
+                f"rank {ranks.rank} is number {ranks.local_rank} on its node, but sees {accelerator.device_count()} GPUs: start one rank "
+                "a GPU, and let each see all of its node's (Slurm: --gpus-per-node, not --gpus-per-task)"
+            )
         accelerator.set_device(ranks.local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    # ZeRO makes groups of its own without a timeout: they take these, which would be 10 minutes on NCCL and 30 on gloo.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    try:
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.world} did not meet the others at {ranks.address}:{ranks.port} in {timeout_minutes:g} minutes: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
     return ranks, torch.device(accelerator.current_device_name())
 
 
@@ -91,9 +75,18 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return sum_over_ranks(values).div_(dist.get_world_size())
 
 
+def union_over_ranks(items: set) -> set:
+    """What any rank has. Collective; items are pickled, so it is for rare and small sets."""
+    if dist.get_world_size() == 1:
+        return items
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return set().union(*gathered)
+
+
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a gloo collective failed because another rank is gone: a bare RuntimeError that only its text tells apart."""
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    """Whether a collective failed, most likely because another rank is gone. Gloo raises a bare RuntimeError, told by its text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def agree(ranks: Ranks, device: torch.device) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
+
+TRASH = ".deleted"
 
 
 def sha256_of(path: Path) -> str:
@@ -18,12 +22,24 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """``path`` holds either all of ``data`` or what it held before, whenever the machine stops."""
-    staged = path.with_name(f".{path.name}.partial")
+    staged = staged_path(path)
     with staged.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    put_in_place(staged, path)
+
+
+def staged_path(path: Path) -> Path:
+    """Where this process writes a file before it gets its name: two that write the same must not write into each other's."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def put_in_place(staged: Path, path: Path) -> None:
+    """Rename a written file, and make the rename survive a loss of power where the file system can."""
     staged.replace(path)
+    with contextlib.suppress(OSError):
+        _sync(path.parent)
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -31,9 +47,17 @@ def publish(staging: Path, target: Path) -> None:
     for path in [*staging.rglob("*"), staging]:
         _sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        discard(target)
     staging.rename(target)
     _sync(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder. It loses its name first: a half-deleted one must not be taken for whole, nor stay for ever."""
+    trash = folder.with_name(TRASH)
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from dde_ds.config import load_config
 from dde_ds.errors import OtherRankError, RankError, UserError
+from dde_ds.ranks import read_environment
 
 
 def main() -> int:
@@ -34,8 +35,9 @@ def main() -> int:
     if args.resume not in (None, "required", "auto"):  # an override that stood right behind --resume
         args.overrides.append(args.resume)
         args.resume = "required"
-    rank = os.environ.get("RANK", "0")
+    rank = 0
     try:
+        rank = read_environment().rank
         run = load_config(args.config, args.overrides)
         from dde_ds.training.loop import train
 
@@ -51,14 +53,14 @@ def main() -> int:
         leave(RankError(f"{type(error).__name__}: this is a bug; please report it with the lines above"), rank)
 
 
-def leave(error: UserError, rank: str) -> NoReturn:
+def leave(error: UserError, rank: int) -> NoReturn:
     """Print one line and end this process at once: Python's own exit would wait for loader workers and for collectives."""
-    if rank != "0" and not isinstance(error, RankError):
+    if rank != 0 and not isinstance(error, RankError):
         # Most likely all ranks met it and the first one reports it: the launcher then ends this one while it sleeps.
         time.sleep(10)
     if isinstance(error, OtherRankError):
         os._exit(1)
-    where = "" if rank == "0" else f" (rank {rank})"
+    where = "" if rank == 0 else f" (rank {rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -43,18 +43,14 @@ def parquet(tmp_path_factory) -> Path:
     return path
 
 
-def shard(parquet: Path, model: Path, output: Path, **options) -> Path:
-    from dde_ds.data.make import make_shards
+def shard(parquet: Path, model: Path, output: Path, rank: int = 0, world: int = 1, **options) -> Path:
+    from dde_ds.data.inputs import find_pairs
+    from dde_ds.data.make import Recipe, make_shards
     from dde_ds.models.encode import Encoder
 
     encoder = Encoder(str(model))
-    make_shards(
-        [str(parquet)],
-        output,
-        encoder,
-        str(model),
-        **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options},
-    )
+    recipe = Recipe(str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
+    make_shards(find_pairs([str(parquet)]), output, encoder, recipe, rank, world)
     return output
 
 

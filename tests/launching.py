@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -72,3 +73,12 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
 
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_rows(run: Path, count: int, *processes: subprocess.Popen) -> None:
+    """Until ``metrics.jsonl`` holds ``count`` rows. Fails when one of the processes ends before."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < count:
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

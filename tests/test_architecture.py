@@ -16,13 +16,15 @@ FLOORS = {
     "errors": set(),
     "files": set(),
     "config": {"errors"},
-    "distributed": {"errors"},
+    "ranks": {"errors"},
+    "distributed": {"errors", "ranks"},
     "objective": {"errors"},
     "models": {"errors"},
     "data": {"errors", "files", "models"},
     "engine": {"", "errors", "files", "config", "distributed", "models", "objective"},
     "evaluation": {"", "errors", "files", "config", "distributed", "data", "models", "objective"},
     "training": {"", "errors", "files", "config", "distributed", "data", "models", "objective", "engine", "evaluation"},
+    "doctor": {"errors", "config", "ranks", "distributed", "models"},
     "cli": None,
 }
 # `distributed` joins the process group, which DeepSpeed must do.

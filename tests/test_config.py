@@ -42,6 +42,14 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
     assert load_config(again) == run
 
 
+def test_sources(file, tmp_path):
+    run = load_config(file, ["data.path=null", "data.sources=[{path: a, weight: 3}, {path: s3://b/c}]"])
+    assert run.data.weighted_paths == [("a", 3.0), ("s3://b/c", 1.0)]
+    assert load_config(file).data.weighted_paths == [("shards", 1.0)]
+    (tmp_path / "again.yaml").write_text(run.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == run
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -57,6 +65,11 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
         ("data=shards", "data is 'shards': expected keys and values"),
         ("samples.prompts=cat", "samples.prompts is 'cat': expected a list"),
         ("model.path=", "model.path is None: expected text"),
+        ("data.path=", "data.path is None: give either data.path or data.sources"),
+        ("data.sources=[{path: a}]", "data.path is 'shards': give either data.path or data.sources"),
+        ("data.sources=[{path: a, wait: 1}]", "unknown key data.sources[0].wait; did you mean 'weight'?"),
+        ("data.sources=[a]", "data.sources[0] is 'a': expected keys and values"),
+        ("data.sources=[{path: a, weight: 0}]", "data.sources weight is 0.0: must be above 0"),
         ("steps", "override 'steps': expected key=value"),
         ("steps.x=1", "override 'steps.x=1': 'steps' holds a value"),
     ],

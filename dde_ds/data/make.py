@@ -1,170 +1,294 @@
-"""From parquet to shards: decided pairs, encoded, a fixed range of pairs to each shard, resumable shard by shard."""
+"""From pairs to shards: encoded, a fixed range of pairs to each shard, resumable shard by shard, by any number of ranks.
+
+The work is a list of parts, prompts files first, then shards. Which pairs or prompts are in a part follows from the input
+alone, so ranks need not talk: each makes its own consecutive parts and takes those that are whole already. Whoever finds all
+parts whole writes the manifest; two that do so write the same bytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dde_ds.data import shards
-from dde_ds.data.pickapic import PairRow, count_captions, find_parquet, read_pairs
-from dde_ds.errors import UserError
+from dde_ds.data.inputs import PairRow, PairSource, Survey
+from dde_ds.data.manifest import PROMPTS_PER_FILE
+from dde_ds.data.writer import Sample, finished_shard, write_manifest, write_shard
+from dde_ds.errors import RankError, UserError
+from dde_ds.files import write_atomically
 from dde_ds.models.encode import Encoder, Prepared, prepare_image, time_ids
+
+# Chunks of pairs whose images are decoded while the GPU encodes those before them.
+LOOKAHEAD = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pairs become samples."""
+
+    model: str
+    """What to call the model in the manifest."""
+    resolution: int
+    """Side of the square that images are scaled and cropped to, in pixels."""
+    pairs_per_shard: int = 1000
+    batch: int = 8
+    """Pairs encoded at a time. Not among the settings: it may be lowered on a restart, and then changes a last bit here and there."""
+    latents: str = "mean"
+    """``mean`` of the VAE's posterior, one ``sample`` of it, or ``mean+logvar``: a new draw each time a pair is read."""
+    flip: bool = False
+    """Encode the mirrored images too, so that training may flip."""
+    min_side: int | None = None
+    """Images with a shorter side are left out. Default: a quarter of the resolution."""
+
+    def settings(self, encoder: Encoder, source: PairSource) -> dict:
+        """What makes these shards these shards, for the manifest."""
+        return {
+            "model": self.model,
+            "weights": encoder.weights,
+            "vae_dtype": str(encoder.vae_dtype),
+            "text_dtype": str(encoder.text_dtype),
+            "family": encoder.family,
+            "resolution": self.resolution,
+            "min_side": self.shortest,
+            "latents": self.latents,
+            "scaling_factor": encoder.scaling_factor,
+            "flip": self.flip,
+            "empty_prompt": "zeros" if encoder.zero_empty_prompt else "encoded",
+            "pairs_per_shard": self.pairs_per_shard,
+            "input": source.identity,
+        }
+
+    @property
+    def shortest(self) -> int:
+        return max(1, self.resolution // 4) if self.min_side is None else self.min_side
 
 
 def make_shards(
-    inputs: Sequence[str],
+    source: PairSource,
     output: Path,
     encoder: Encoder,
-    model: str,
-    resolution: int,
-    pairs_per_shard: int,
-    batch: int,
+    recipe: Recipe,
+    rank: int = 0,
+    world: int = 1,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
-    """Write the shards of all decided pairs of ``inputs`` into ``output`` and give back the manifest.
+) -> dict | None:
+    """Write this rank's part of the shards of all decided pairs of ``source`` into ``output``.
 
-    Decided pair k belongs to shard k // pairs_per_shard whatever happens, so a second run with the same settings takes the
-    shards that are whole and makes only what is missing. A pair with a missing or undecodable image is left out of its
-    shard, counted in the manifest's ``rows`` and listed in ``errors.jsonl``.
+    A second run with the same settings, at any number of ranks, takes the shards that are whole and makes only what is missing.
+    A pair with an unusable image is left out of its shard, counted in the manifest's ``rows`` and listed in ``errors.jsonl``.
 
     Args:
-        model: what to call the model in the manifest.
-        resolution: side of the square that images are scaled and cropped to, in pixels.
-        batch: pairs encoded at a time.
-        on_progress: called with pairs done and pairs in all.
+        on_progress: called with pairs done and pairs in all, of this rank.
+
+    Returns:
+        The manifest, or None while other ranks are still at work: the last of them writes it.
 
     Raises:
         UserError: unusable input, or an output folder that was begun with other settings.
     """
-    latent_shape = encoder.latent_shape(resolution)
-    files = find_parquet(inputs)
-    captions, counts = count_captions(files)
-    if not captions:
-        raise UserError(f"--input: no decided pair in {len(files)} files ({dict(counts)}): label_0 must be 1 or 0 in some rows")
-    settings = {
-        "model": model,
-        "weights": encoder.digest(),
-        "vae_dtype": str(encoder.vae_dtype),
-        "family": encoder.family,
-        "resolution": resolution,
-        "latents": "mean",
-        "scaling_factor": encoder.scaling_factor,
-        "flip": False,
-        "pairs_per_shard": pairs_per_shard,
-        "input": [{"name": file.name, "sha256": shards.sha256_of(file)} for file in files],
-    }
+    latent_shape = encoder.latent_shape(recipe.resolution)
+    survey = source.survey()
+    if not len(survey.rows):
+        raise UserError(f"--input: no decided pair ({dict(survey.counts)}): label_0 must be 1 or 0 in some rows")
+    settings = recipe.settings(encoder, source)
     digest = _claim(output, settings)
+    captions = ["", *(caption for caption in survey.captions if caption)]
+    shapes = {name: list(value.shape[1:]) for name, value in encoder.prompts([""]).items()}
 
-    prompt_row = {caption: row for row, caption in enumerate(dict.fromkeys(["", *captions]))}
-    prompt_files = _write_prompts(output, encoder, list(prompt_row), 2 * batch)
-    rows, errors = [], []
-    pairs = read_pairs(files)
-    for number, first in enumerate(range(0, len(captions), pairs_per_shard)):
-        own = itertools.islice(pairs, pairs_per_shard)
-        finished = shards.finished_shard(output, number, digest)
-        if finished is None:
+    for number in _own(-(-len(captions) // PROMPTS_PER_FILE), rank, world):
+        name = f"prompts-{number:05d}"
+        if finished_shard(output, name, digest) is None:
+            low = number * PROMPTS_PER_FILE
+            own = captions[low : low + PROMPTS_PER_FILE]
+            write_shard(output, name, _encode_prompts(own, low, encoder, 2 * recipe.batch), digest, [])
+
+    _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank, world, on_progress)
+    return _finish(source, survey, output, settings, digest, len(captions), latent_shape, shapes)
+
+
+def _own(parts: int, rank: int, world: int) -> range:
+    """A rank's parts: consecutive, so that it reads few row groups that another reads too."""
+    return range(parts * rank // world, parts * (rank + 1) // world)
+
+
+def _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank, world, on_progress) -> None:
+    size, total = recipe.pairs_per_shard, len(survey.rows)
+    own = _own(-(-total // size), rank, world)
+    missing = [number for number in own if finished_shard(output, f"{number:05d}", digest) is None]
+    pairs_in = {number: min(size, total - number * size) for number in own}
+    done = sum(count for number, count in pairs_in.items() if number not in set(missing))
+    on_progress(done, sum(pairs_in.values()))
+    if not missing:
+        return
+    prompt_of = {caption: row for row, caption in enumerate(captions)}
+    rows = [survey.rows[number * size : (number + 1) * size] for number in missing]
+    pairs = source.read(np.concatenate(rows))
+    with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) // world))) as decoders:
+        for number in missing:
             failed: list[dict] = []
-            samples = _encode(own, first, encoder, prompt_row, resolution, batch, failed)
-            finished = shards.write_shard(output, number, samples, digest, failed), failed
-        else:
-            for _ in own:  # the next shard's pairs come after these
-                pass
-        rows.append(finished[0])
-        errors += finished[1]
-        on_progress(min(first + pairs_per_shard, len(captions)), len(captions))
+            chunk = itertools.islice(pairs, pairs_in[number])
+            prepared = _prepare(chunk, number * size, recipe, decoders)
+            samples = _encode(prepared, encoder, prompt_of, recipe, failed)
+            write_shard(output, f"{number:05d}", _reporting(samples, on_progress, done, pairs_in), digest, failed)
+            done += pairs_in[number]
+            on_progress(done, sum(pairs_in.values()))
 
-    kept = sum(row["samples"] for row in rows)
+
+def _reporting(samples: Iterable[Sample], on_progress, done: int, pairs_in: dict[int, int]) -> Iterator[Sample]:
+    for number, sample in enumerate(samples, 1):
+        yield sample
+        on_progress(done + number, sum(pairs_in.values()))
+
+
+def _finish(source, survey: Survey, output: Path, settings: dict, digest: str, prompts: int, latent_shape, shapes) -> dict | None:
+    """Write ``errors.jsonl`` and the manifest if every part is there."""
+    parts = -(-len(survey.rows) // settings["pairs_per_shard"])
+    shards = [finished_shard(output, f"{number:05d}", digest, verify=False) for number in range(parts)]
+    files = [
+        finished_shard(output, f"prompts-{number:05d}", digest, verify=False) for number in range(-(-prompts // PROMPTS_PER_FILE))
+    ]
+    if None in shards or None in files:
+        return None
+    kept = sum(row["samples"] for row, _ in shards)
+    failed = [error for _, errors in shards for error in errors]
+    undecided = [{"row": row, "source": source.name(row), "reason": reason} for row, reason in survey.excluded.items()]
+    errors = sorted([*failed, *undecided], key=lambda error: error["row"])
     lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
-    shards.write_atomically(output / "errors.jsonl", lines.encode())
+    write_atomically(output / "errors.jsonl", lines.encode())
     if kept == 0:
         raise UserError(
-            f"--input: none of {len(captions)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}"
+            f"--input: none of {len(survey.rows)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}"
         )
-    counts.update(error["reason"].partition(":")[0] for error in errors)
+    counts = survey.counts
+    counts.update(error["reason"].partition(":")[0] for error in failed)
     manifest = {
         "settings": settings,
         "settings_digest": digest,
         "latents": {"shape": list(latent_shape), "dtype": "float16", "scaled": True},
-        "prompts": {"distinct": len(prompt_row), "files": prompt_files},
+        "prompts": {"distinct": prompts, "tensors": shapes, "files": [row for row, _ in files]},
         "samples": kept,
         "rows": dict(sorted(counts.items())),
-        "shards": rows,
+        "shards": [row for row, _ in shards],
     }
-    shards.write_manifest(output, manifest)
+    write_manifest(output, manifest)
     return manifest
 
 
 def _claim(output: Path, settings: dict) -> str:
     """Mark the folder as belonging to these settings, or find that it does; give back their digest."""
     path = output / "settings.json"
-    output.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        before = json.loads(path.read_bytes())
-        differing = [key for key in settings if before.get(key) != settings[key]]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"--output {output}: was begun with other settings ({key} {before.get(key)!r}, now {settings[key]!r}); "
-                "choose another folder or delete this one"
-            )
-    elif any(output.iterdir()):
-        raise UserError(f"--output {output}: is not empty and holds no shards of ours; choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # Before looking for the settings: another rank may write them now, and its shards only after them.
+        foreign = [entry for entry in output.iterdir() if not entry.name.startswith(".settings.json.")]
+    except OSError as error:
+        raise UserError(f"--output {output}: not writable: {error.strerror.lower()}") from None
     data = json.dumps(settings, ensure_ascii=False, indent=1).encode()
-    shards.write_atomically(path, data)
+    if not path.is_file():
+        if foreign and not path.is_file():
+            raise UserError(f"--output {output}: is not empty and holds no shards of ours; choose another folder")
+        write_atomically(path, data)
+    try:
+        before = json.loads(path.read_bytes())
+        differing = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
+    except (ValueError, TypeError):
+        raise UserError(f"--output {output}: its settings.json is damaged; delete the folder") from None
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"--output {output}: was begun with other settings ({key} {before.get(key)!r}, now {settings.get(key)!r}); "
+            "choose another folder or delete this one"
+        )
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_prompts(output: Path, encoder: Encoder, captions: Sequence[str], batch: int) -> list[dict]:
-    rows = []
-    for number, low in enumerate(range(0, len(captions), shards.PROMPTS_PER_FILE)):
-        chunk = captions[low : low + shards.PROMPTS_PER_FILE]
-        parts = [encoder.prompts(chunk[i : i + batch]) for i in range(0, len(chunk), batch)]
-        tensors = {key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}
-        rows.append(shards.write_prompts(output, number, tensors))
-    return rows
+def _encode_prompts(captions: list[str], first: int, encoder: Encoder, batch: int) -> Iterator[Sample]:
+    for low in range(0, len(captions), batch):
+        chunk = captions[low : low + batch]
+        embeddings = {name: value.half() for name, value in encoder.prompts(chunk).items()}
+        for line, caption in enumerate(chunk):
+            tensors = {name: value[line].contiguous() for name, value in embeddings.items()}
+            if not all(bool(value.isfinite().all()) for value in tensors.values()):
+                raise RankError(f"the embedding of {caption!r} holds NaN or infinity; use --text-dtype float32")
+            yield Sample(first + low + line, tensors, {"caption": caption})
+
+
+Decoded = tuple[int, PairRow, "Future[Prepared]", "Future[Prepared]"]
+
+
+def _prepare(pairs: Iterable[PairRow], first: int, recipe: Recipe, decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
+    """Consecutive pairs in chunks of a batch, numbered from ``first``, the images of the next chunks already being decoded."""
+    numbered = enumerate(pairs, first)
+    ahead: deque[list[Decoded]] = deque()
+    prepare = partial(_prepared, recipe=recipe)
+    while True:
+        while len(ahead) <= LOOKAHEAD and (chunk := list(itertools.islice(numbered, recipe.batch))):
+            ahead.append(
+                [(k, pair, decoders.submit(prepare, pair.winner), decoders.submit(prepare, pair.loser)) for k, pair in chunk]
+            )
+        if not ahead:
+            return
+        yield ahead.popleft()
+
+
+def _prepared(data: bytes | None, recipe: Recipe) -> Prepared:
+    if data is None:
+        raise ValueError("missing image")
+    return prepare_image(data, recipe.resolution, recipe.shortest)
 
 
 def _encode(
-    pairs: Iterable[PairRow],
-    first: int,
-    encoder: Encoder,
-    prompt_row: dict[str, int],
-    resolution: int,
-    batch: int,
-    failed: list[dict],
-) -> Iterator[shards.Sample]:
-    """Samples of consecutive pairs; ``first`` is the number of the first. Rows that cannot be used go to ``failed``."""
-    numbered = enumerate(pairs, first)
-    while chunk := list(itertools.islice(numbered, batch)):
-        usable = [(number, pair, images) for number, pair in chunk if (images := _images(pair, resolution, failed))]
+    chunks: Iterable[list[Decoded]], encoder: Encoder, prompt_of: dict[str, int], recipe: Recipe, failed: list[dict]
+) -> Iterator[Sample]:
+    """Samples of the pairs; those that cannot be used go to ``failed``."""
+    for chunk in chunks:
+        usable = [(number, pair, images) for number, pair, *both in chunk if (images := _images(pair, both, failed))]
         if not usable:
             continue
         pixels = torch.stack([image.pixels for _, _, images in usable for image in images])
-        latents = encoder.latents(pixels).half().unflatten(0, (-1, 2))
-        for (number, pair, images), latent in zip(usable, latents, strict=True):
-            if not bool(latent.isfinite().all()):
-                raise UserError(f"{pair.source}: its latents hold NaN or infinity; the VAE overflowed: use --vae-dtype float32")
-            tensors: dict[str, Tensor] = {"latents": latent.contiguous(), "prompt": torch.tensor(prompt_row[pair.caption])}
+        numbers = [number for number, _, _ in usable]
+        stored = _latents(encoder, pixels, numbers, recipe, 0)
+        if recipe.flip:
+            stored["latents_flipped"] = _latents(encoder, pixels.flip(-1), numbers, recipe, 1)["latents"]
+        for line, (number, pair, images) in enumerate(usable):
+            tensors = {name: value[line].contiguous() for name, value in stored.items()}
+            if not all(bool(value.isfinite().all()) for value in tensors.values()):
+                raise RankError(f"{pair.source}: its latents hold NaN or infinity; the VAE overflowed: use --vae-dtype float32")
+            tensors["prompt"] = torch.tensor(prompt_of[pair.caption])
             if encoder.family == "sdxl":
-                tensors["time_ids"] = torch.stack([time_ids(image, resolution) for image in images])
-            yield shards.Sample(f"{number:09d}", tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
+                tensors["time_ids"] = torch.stack([time_ids(image, recipe.resolution) for image in images])
+            yield Sample(number, tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
 
 
-def _images(pair: PairRow, resolution: int, failed: list[dict]) -> list[Prepared] | None:
+def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: Recipe, stream: int) -> dict[str, Tensor]:
+    """What is stored of images (2N,3,H,W): tensors (N,2,C,h,w) float16."""
+    mean, logvar = (value.unflatten(0, (-1, 2)) for value in encoder.posterior(pixels))
+    if recipe.latents == "sample":
+        # By the pair's number, so that a shard made again is the same shard.
+        draws = [np.random.Generator(np.random.Philox(counter=[0, stream, number, 0])) for number in numbers]
+        noise = torch.from_numpy(np.stack([draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]))
+        return {"latents": (mean + (0.5 * logvar).exp() * noise).half()}
+    return {"latents": mean.half()} | ({"logvar": logvar.half()} if recipe.latents == "mean+logvar" else {})
+
+
+def _images(pair: PairRow, both: list[Future[Prepared]], failed: list[dict]) -> list[Prepared] | None:
     """Winner and loser, or None after noting why not."""
     prepared = []
-    for role, data in (("winner", pair.winner), ("loser", pair.loser)):
+    for role, image in zip(("winner", "loser"), both, strict=True):
         try:
-            if data is None:
-                raise ValueError("missing image")
-            prepared.append(prepare_image(data, resolution))
+            prepared.append(image.result())
         except ValueError as error:
-            failed.append({"source": pair.source, "image": role, "reason": str(error)})
+            failed.append({"row": pair.row, "source": pair.source, "image": role, "reason": str(error)})
             return None
     return prepared

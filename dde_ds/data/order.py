@@ -1,7 +1,8 @@
 """The order of training: a pure function from (seed, position) to a sample.
 
 *Position*, the number of pairs consumed since the start, is the one clock of a run. Each epoch permutes the shards, then
-the samples within consecutive blocks of shards, so that a reader has few files open and still mixes well. Nothing here
+the samples within consecutive blocks of shards, so that a reader has few files open and still mixes well: a full shuffle
+where a block holds all shards; with more, each sample is still equally likely anywhere, but near those of its own block. Nothing here
 knows of ranks, workers or batches: they take slices of one sequence, and a run goes on anywhere from a single number.
 
 Every sample comes exactly once an epoch, and epochs follow each other without a gap: nothing is dropped at their ends.
@@ -38,12 +39,11 @@ class Order:
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, row in the shard) of a position ≥ 0."""
         epoch, offset = divmod(position, self.samples)
-        shards, ends = self._epoch(epoch)
+        _, ends = self._epoch(epoch)
         block = int(np.searchsorted(ends, offset, side="right"))
         start = int(ends[block - 1]) if block else 0
-        flat = int(self._block(epoch, block)[offset - start])
-        members = shards[block * self.block : (block + 1) * self.block]
-        bounds = np.cumsum(self.counts[members])
+        members, bounds, permutation = self._block(epoch, block)
+        flat = int(permutation[offset - start])
         slot = int(np.searchsorted(bounds, flat, side="right"))
         return int(members[slot]), flat - (int(bounds[slot - 1]) if slot else 0)
 
@@ -54,11 +54,11 @@ class Order:
         last = np.minimum(np.arange(self.block, len(shards) + self.block, self.block), len(shards)) - 1
         return shards, ends[last]
 
-    def _block(self, epoch: int, block: int) -> np.ndarray:
-        """Permutation of the samples of one block, numbered through its shards."""
-        _, ends = self._epoch(epoch)
-        size = int(ends[block]) - (int(ends[block - 1]) if block else 0)
-        return self._random(epoch, block + 1).permutation(size)
+    def _block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards of one block, where each ends among the block's samples, and the permutation of those."""
+        members = self._epoch(epoch)[0][block * self.block : (block + 1) * self.block]
+        bounds = np.cumsum(self.counts[members])
+        return members, bounds, self._random(epoch, block + 1).permutation(int(bounds[-1]))
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, stream])

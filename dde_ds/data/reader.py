@@ -2,11 +2,16 @@
 
 A micro-batch of B pairs is a dict of tensors: ``latents`` (2B,C,H,W) winners then losers, ``noise`` (B or 2B,C,H,W),
 ``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled`` (2B,P) and ``time_ids`` (2B,6), and ``positions`` (B,).
+
+Position, which the trainer counts at its optimizer steps, is all the state there is: what was prefetched beyond it is
+simply read again after a resume. So ranks, workers, prefetch and micro-batches change nothing of what is trained on.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -15,29 +20,91 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
+from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
+
+REPORT = "report"
+"""Key under which a worker hands over its :class:`Report` beside the tensors."""
 
 
 class PairDataset(Dataset):
-    """Micro-batches by their positions. Indexed by a list, so that a worker hands over one whole micro-batch."""
+    """Micro-batches by their positions. Indexed by a list, so that a worker hands over one whole micro-batch.
 
-    def __init__(self, shards: ShardSet, order: Order, draws: Draws):
-        self.shards, self.order, self.draws = shards, order, draws
+    Args:
+        shards, order: of one set, or a mixture of several (:mod:`dde_ds.data.mixture`).
+        max_bad_samples: how many damaged samples may be replaced. The replacement is the next whole sample after it, for
+            every reader and after every resume: what is trained on stays a function of (seed, position) and of the shards' bytes.
+    """
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor] | UserError:
+    def __init__(self, shards: ShardSet, order: Order, draws: Draws, max_bad_samples: int = 0):
+        self.shards, self.order, self.draws, self.max_bad_samples = shards, order, draws, max_bad_samples
+        self.bad: dict[tuple[int, int], str] = {}
+        """Damaged samples that this process has met, and what was said of them."""
+        self._reported = Counter()
+
+    def __getitems__(self, positions: list[int]) -> dict | UserError:
         # An exception that leaves a worker is rewritten with its traceback; handed over as a value it keeps its one line.
         try:
-            return self.collate([self.pair(position) for position in positions])
+            for position in positions:
+                self.shards.announce(*self.order.locate(position))
+            batch = self.collate([self.pair(position) for position in positions])
         except UserError as error:
             return error
+        return {**batch, REPORT: self._report(len(positions))}
 
     def pair(self, position: int) -> dict[str, torch.Tensor]:
-        """One pair: every tensor of the shard's sample, its prompt's embeddings, its noise and timestep."""
-        sample = self.shards.read(*self.order.locate(position))
-        timestep, noise, drop_caption = self.draws(position, sample["latents"].shape)
-        prompt = self.shards.prompt(0 if drop_caption else int(sample.pop("prompt")))
-        sample.pop("prompt", None)
-        return {**sample, **prompt, "noise": noise, "timesteps": torch.tensor(timestep), "positions": torch.tensor(position)}
+        """One pair: the shard's latents, its prompt's embeddings, its noise and timestep.
+
+        Raises:
+            DamagedData: a damaged sample, and none (more) may be replaced.
+            UserError: shards that cannot be read.
+        """
+        place = first = self.order.locate(position)
+        while True:
+            # Never taken from memory: whether a pair can be had follows from its bytes and its position alone.
+            try:
+                return self._pair(position, place)
+            except DamagedData as error:
+                self.bad[place] = str(error)
+            after = self.shards.following(*place)
+            if len(self.bad) > self.max_bad_samples or after == first:
+                raise DamagedData(f"{self.bad[place]}{self._limit()}")
+            place = after
+
+    def _pair(self, position: int, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        sample = self.shards.read(*place)
+        shape = sample["latents"].shape
+        timestep, noise, drop_caption = self.draws(position, shape)
+        prompt = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
+        # One coin for both images of a pair: what tells them apart must not be which way they face.
+        latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
+        if "logvar" in sample:
+            latents = (latents + (0.5 * sample["logvar"].float()).exp() * self.draws.posterior_noise(position, shape)).half()
+        kept = {name: sample[name] for name in ("time_ids",) if name in sample}
+        return {
+            "latents": latents,
+            **kept,
+            **prompt,
+            "noise": noise,
+            "timesteps": torch.tensor(timestep),
+            "positions": torch.tensor(position),
+        }
+
+    def _empty_prompt(self) -> dict[str, torch.Tensor]:
+        try:
+            return self.shards.prompt(0)
+        except DamagedData as error:  # not the sample's fault: no other sample would do
+            raise UserError(str(error)) from None
+
+    def _limit(self) -> str:
+        return f" (data.max_bad_samples {self.max_bad_samples} is used up)" if self.max_bad_samples else ""
+
+    def _report(self, pairs: int) -> dict:
+        """What this process read since its last report, and every damaged sample it has met so far."""
+        counters = Counter(self.shards.counters)
+        since = {name: counters[name] - self._reported[name] for name in counters}
+        self._reported = counters
+        return {"counters": {**since, "pairs": pairs}, "bad": dict(self.bad)}
 
     @staticmethod
     def collate(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -72,19 +139,40 @@ class RankSlices(Sampler):
         return (self.end_step - self.start_step) * (self.pairs // self.world // self.micro)
 
 
+class ReadingTotals:
+    """What a rank's loader processes have read and replaced since the run was started or resumed."""
+
+    def __init__(self):
+        self.counters: Counter = Counter()
+        self.bad: dict[tuple[int, int], str] = {}
+
+    def add(self, report: dict, dataset: PairDataset) -> None:
+        self.counters.update(report["counters"])
+        for place, problem in report["bad"].items():
+            if place not in self.bad:
+                self.bad[place] = problem
+                print(f"warning: {problem}; the next whole sample is trained on in its place", file=sys.stderr, flush=True)
+        if len(self.bad) > dataset.max_bad_samples:
+            raise RankError(f"{list(self.bad.values())[-1]}{dataset._limit()}")
+
+
 def _leave_signals_to_the_trainer(_: int) -> None:
     # Launchers send TERM to the whole process group; a worker that died of it would break the step that saves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def micro_batches(dataset: PairDataset, slices: RankSlices, workers: int, pin_memory: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches, in order.
+def micro_batches(
+    dataset: PairDataset, slices: RankSlices, workers: int, pin_memory: bool, totals: ReadingTotals | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's micro-batches, in order. ``totals`` takes account of what was read and replaced.
 
     Raises:
-        RankError: a sample that cannot be used; nothing is skipped.
+        RankError: a sample that cannot be used, or one more than may be replaced; nothing is skipped.
     """
+    totals = ReadingTotals() if totals is None else totals
     loader = DataLoader(
         dataset,
         batch_sampler=slices,
@@ -97,6 +185,7 @@ def micro_batches(dataset: PairDataset, slices: RankSlices, workers: int, pin_me
     for batch in loader:
         if isinstance(batch, UserError):
             raise RankError(str(batch))
+        totals.add(batch.pop(REPORT), dataset)
         yield batch
 
 

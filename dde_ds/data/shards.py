@@ -1,261 +1,255 @@
-"""The shard format: WebDataset tars of encoded pairs, an index beside each, prompts stored once, a manifest last.
+"""The shard format, and reading it: tars of encoded pairs, an index beside each, prompts stored once, a manifest last.
 
     shards/
-      00000.tar                 per sample KEY.safetensors and KEY.json; readable by stock webdataset
-      00000.json                commit mark and index: samples, bytes, sha256, and offset, size and crc32 of every member
-      prompts-00000.safetensors text embeddings, each distinct prompt once; row 0 of the first is the empty prompt
-      manifest.json             what the shards hold and how they were made; its presence says that the set is whole
+      00000.tar          per pair KEY.json and KEY.safetensors; a WebDataset that any reader of those can read
+      00000.json         commit mark and index: bytes, sha256, and [number, offset, bytes, crc32] of every pair's run in the tar
+      prompts-00000.tar  the same for text embeddings, each distinct prompt once; prompt 0 is the empty one
+      prompts-00000.json
+      errors.jsonl       rows that were left out, and why
+      settings.json      what the folder was begun with
+      manifest.json      what the shards hold, the sha256 of each tar and index, and its own; its presence says that the set is whole
 
-A sample's tensors: ``latents`` (2,C,H,W) float16, winner then loser, already scaled as the UNet takes them; ``prompt`` ()
-int64, a row of the prompts; for SDXL ``time_ids`` (2,6) float32. Captions and uids are in the ``.json``, for people.
+A pair's tensors: ``latents`` (2,C,H,W) float16, winner then loser, already scaled as the UNet takes them; ``prompt`` ()
+int64; for SDXL ``time_ids`` (2,6) float32; where they were asked for, ``latents_flipped`` of the mirrored images and ``logvar``
+of the VAE's posterior, scaled too, both of the latents' shape. A prompt's: ``prompt_embeds`` (S,D) and for SDXL ``pooled`` (P,), float16.
 
-Every file appears under its name only when it is whole: written aside, fsynced, renamed. Reading runs no code: members are
-read by offset, as safetensors, never unpickled.
+The manifest vouches for the indexes, an index for every byte of its tar's pairs: what comes back is what was written, or an
+error. Reading runs no code: runs of bytes are taken by offset, must hold exactly those two members, and are never unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
-import os
+import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import safetensors.torch
-import webdataset
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from dde_ds.data.cache import Cache
+from dde_ds.data.manifest import PROMPTS_PER_FILE, is_whole_manifest, pair_tensors, prompt_tensors, read_manifest
+from dde_ds.data.storage import DamagedData, open_storage
 from dde_ds.errors import UserError
 
-FORMAT = "dde_ds shards 1"
-PROMPTS_PER_FILE = 4096
-# One timestamp for every member, so that the same pairs give the same bytes.
-MTIME = 0.0
-# Files and indexes that a process keeps open: room for the tars and indexes of two blocks of 16 shards.
-OPEN_FILES = 64
-
-
-@dataclass(frozen=True)
-class Sample:
-    key: str
-    tensors: dict[str, Tensor]
-    description: dict
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """``path`` holds either all of ``data`` or what it held before, whenever the machine stops."""
-    staged = path.with_name(f".{path.name}.partial")
-    with staged.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-
-
-def write_shard(folder: Path, number: int, samples: Iterable[Sample], settings_digest: str, errors: list[dict]) -> dict:
-    """Write one tar and then its index; give back its row of the manifest. Memory stays that of one sample.
-
-    ``errors`` lists the rows left out. It may be filled by whatever makes ``samples``: it is read after the last of them.
-    An empty shard is legal: it stands for a row range in which nothing could be kept.
-    """
-    name = f"{number:05d}"
-    staged = folder / f".{name}.tar.partial"
-    members = []
-    with staged.open("wb") as file:
-        # TarWriter gets an open file: given a path it would go through webdataset's URL handlers.
-        with webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=MTIME) as tar:
-            for sample in samples:
-                payload = safetensors.torch.save(sample.tensors)
-                description = json.dumps(sample.description, ensure_ascii=False, sort_keys=True).encode()
-                tar.write({"__key__": sample.key, "json": description, "safetensors": payload})
-                # The data ends where the tar stands, padded to blocks of 512 bytes.
-                offset = tar.tarstream.offset - -(-len(payload) // 512) * 512
-                members.append({"key": sample.key, "offset": offset, "bytes": len(payload), "crc32": zlib.crc32(payload)})
-        file.flush()
-        os.fsync(file.fileno())
-    row = {"name": name, "samples": len(members), "bytes": staged.stat().st_size, "sha256": sha256_of(staged)}
-    staged.replace(folder / f"{name}.tar")
-    write_atomically(folder / f"{name}.json", _json({**row, "settings": settings_digest, "errors": errors, "members": members}))
-    return row
-
-
-def finished_shard(folder: Path, number: int, settings_digest: str) -> tuple[dict, list[dict]] | None:
-    """The manifest's row and the errors of a shard that is whole and was made with these settings, otherwise None."""
-    tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.json"
-    try:
-        found = json.loads(index.read_bytes())
-        row = {key: found[key] for key in ("name", "samples", "bytes", "sha256")}
-        if found["settings"] == settings_digest and sha256_of(tar) == row["sha256"]:
-            return row, found["errors"]
-    except (OSError, ValueError, KeyError):
-        pass
-    return None
-
-
-def write_prompts(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> dict:
-    """Write one file of prompt embeddings, each tensor (rows, …); give back its row of the manifest."""
-    name = f"prompts-{number:05d}.safetensors"
-    data = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
-    write_atomically(folder / name, data)
-    rows = len(next(iter(tensors.values())))
-    return {"name": name, "prompts": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    write_atomically(folder / "manifest.json", _json({"format": FORMAT, **manifest}))
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: io.BufferedReader) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+# Indexes that a process keeps, as arrays: 32 bytes a sample.
+OPEN_INDEXES = 2048
+REMAKE = "delete it and its .json and run tools/shard_pickapic.py again: only that shard is made"
 
 
 class ShardSet:
     """A folder of shards, opened for reading. Cheap to make and to pickle: files are opened on use, once a process.
 
+    Args:
+        folder: a local folder, or a URL (see :mod:`dde_ds.data.storage`).
+        cache: where ranges of remote shards are kept.
+        timeout: seconds that one attempt at a remote range may take.
+        check_sizes: compare the sizes of local files with the manifest now. Turn it off where damage is to be met sample by sample.
+
     Raises:
         UserError: no manifest, another format, a missing file, or one whose size is not what the manifest says.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        if not self.folder.is_dir():
-            raise UserError(f"data.path {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
-        if not path.is_file():
-            raise UserError(
-                f"data.path {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
-            )
+    def __init__(self, folder: str | Path, cache: Cache | None = None, timeout: float = 60.0, check_sizes: bool = True):
+        self.storage = open_storage(folder, cache, timeout)
+        self.folder = folder if self.storage.is_remote else self.storage.folder
+        if not self.storage.is_remote:
+            if not self.folder.is_dir():
+                raise UserError(f"data.path {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
+            if self.storage.size("manifest.json") is None:
+                raise UserError(
+                    f"data.path {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
+                )
         try:
-            raw = path.read_bytes()
-            self.manifest = json.loads(raw)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable: {error}") from None
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: format is {self.manifest.get('format')!r}, this version reads {FORMAT!r}")
+            # A transfer that was cut short is tried again; a local file is what it is.
+            is_whole = is_whole_manifest if self.storage.is_remote else lambda data: True
+            raw = self.storage.fetch("manifest.json", 0, None, is_whole)
+        except DamagedData as error:
+            raise UserError(f"data.path {folder}: manifest.json: {error}; is this a folder of shards?") from None
+        self.manifest = read_manifest(raw, self.storage.where("manifest.json"))
         self.digest = hashlib.sha256(raw).hexdigest()
         """Of the manifest, and so of every byte of the set."""
-        for row, name in self._files():
-            file = self.folder / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != row["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(
-                    f"shard {file} {found}, manifest.json says {row['bytes']} bytes: delete it and run tools/shard_pickapic.py again"
-                )
-        self._owner = os.getpid()
-        self._open: OrderedDict[str, Any] = OrderedDict()
-
-    def _files(self):
-        for row in self.manifest["shards"]:
-            yield row, f"{row['name']}.tar"
-        for row in self.manifest["prompts"]["files"]:
-            yield row, row["name"]
+        self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latents"]["shape"])
+        """(C,H,W) of one latent."""
+        self.counts: list[int] = [row["samples"] for row in self.manifest["shards"]]
+        """Samples of each shard."""
+        if check_sizes and not self.storage.is_remote:
+            self._check_sizes()
+        self._indexes: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._empty_prompt: dict[str, Tensor] | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_indexes": OrderedDict(), "_empty_prompt": None}
 
     @property
-    def counts(self) -> list[int]:
-        """Samples of each shard."""
-        return [row["samples"] for row in self.manifest["shards"]]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C,H,W) of one latent."""
-        return tuple(self.manifest["latents"]["shape"])
+    def counters(self) -> dict[str, int]:
+        """What this process has read: ``bytes``, ``cache_hits``, ``cache_misses``."""
+        return self.storage.counters
 
     def read(self, shard: int, row: int) -> dict[str, Tensor]:
-        """Tensors of one sample.
+        """Tensors of one pair.
 
         Raises:
-            UserError: bytes that are not those that were written, naming the shard and the sample.
+            DamagedData: bytes that are not those that were written, or not what the manifest promises; names shard and sample.
+            UserError: they cannot be read.
         """
-        name = self.manifest["shards"][shard]["name"]
-        member = self._members(name)[row]
-        payload = os.pread(self._handle(name).fileno(), member["bytes"], member["offset"])
-        where = f"shard {self.folder / name}.tar, sample {member['key']}"
-        if len(payload) != member["bytes"] or zlib.crc32(payload) != member["crc32"]:
-            raise UserError(
-                f"{where}: checksum differs from the index, the file was damaged: delete it and run tools/shard_pickapic.py again"
-            )
-        try:
-            tensors = safetensors.torch.load(payload)
-        except SafetensorError as error:
-            raise UserError(f"{where}: not safetensors: {error}") from None
-        latents = tensors.get("latents")
-        if latents is None or tuple(latents.shape) != (2, *self.latent_shape):
-            found = None if latents is None else tuple(latents.shape)
-            raise UserError(f"{where}: latents have shape {found}, manifest.json says {(2, *self.latent_shape)}")
-        if not bool(latents.isfinite().all()):
-            raise UserError(f"{where}: latents hold NaN or infinity; the VAE overflowed: encode again with --vae-dtype float32")
+        file = self.manifest["shards"][shard]
+        number, _, tensors = self._sample(file, row)
+        _check_tensors(tensors, pair_tensors(self.manifest), self._where(file, number))
+        if not 0 <= int(tensors["prompt"]) < self.manifest["prompts"]["distinct"]:
+            raise DamagedData(f"{self._where(file, number)}: names prompt {int(tensors['prompt'])}, which no prompts file holds")
         return tensors
+
+    def announce(self, shard: int, row: int) -> None:
+        """Say that a pair will be read soon, so that a disk has several requests to work on. Whatever is wrong, reading says."""
+        if self.storage.is_remote:  # there the loader's processes fetch side by side
+            return
+        file = self.manifest["shards"][shard]
+        with contextlib.suppress(UserError):
+            _, offset, size, _ = self.index(file)[row].tolist()
+            self.storage.announce(f"{file['name']}.tar", offset, size)
+
+    def describe(self, shard: int, row: int) -> dict:
+        """What the sample says of itself in words: caption, source row, uids. Raises as :meth:`read`."""
+        file = self.manifest["shards"][shard]
+        number, description, _ = self._sample(file, row)
+        try:
+            found = json.loads(description)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise DamagedData(f"{self._where(file, number)}: its .json is no JSON object")
+        return found
 
     def prompt(self, row: int) -> dict[str, Tensor]:
-        """Embeddings of one distinct prompt: ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,)."""
-        files = self.manifest["prompts"]["files"]
+        """Embeddings of prompt ``row`` < distinct: ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,). Raises as :meth:`read`."""
+        if row == 0 and self._empty_prompt is not None:  # asked for at every dropped caption
+            return self._empty_prompt
         number, line = divmod(row, PROMPTS_PER_FILE)
-        if not 0 <= number < len(files) or line >= files[number]["prompts"]:
-            raise UserError(f"{self.folder}: a sample names prompt {row}, which no prompts file holds")
-        file = self._cached(files[number]["name"], lambda: self._open_prompts(files[number]))
-        tensors = {key: file.get_slice(key)[line] for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise UserError(
-                f"{self.folder / files[number]['name']}: embedding {line} holds NaN or infinity; encode again in float32"
-            )
+        file = self.manifest["prompts"]["files"][number]
+        found, _, tensors = self._sample(file, line)
+        _check_tensors(tensors, prompt_tensors(self.manifest), self._where(file, found))
+        if row == 0:
+            self._empty_prompt = tensors
         return tensors
 
-    # File handles belong to the process that opened them: loader workers are forked with the parent's.
-    def _cached(self, name: str, open_it):
-        if self._owner != os.getpid():
-            self._owner, self._open = os.getpid(), OrderedDict()
-        if name not in self._open:
-            self._open[name] = open_it()
-        self._open.move_to_end(name)
-        while len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)
-        return self._open[name]
+    def following(self, shard: int, row: int) -> tuple[int, int]:
+        """The place after this one, through all shards and round again: where a replacement for a bad sample is taken from."""
+        row += 1
+        while row >= self.counts[shard]:
+            shard, row = (shard + 1) % len(self.counts), 0
+        return shard, row
 
-    def _handle(self, name: str):
-        return self._cached(f"{name}.tar", lambda: (self.folder / f"{name}.tar").open("rb"))
+    def place(self, shard: int, row: int) -> str:
+        """A sample's name for a message, without reading anything."""
+        return f"{self.storage.where(self.manifest['shards'][shard]['name'] + '.tar')}, row {row}"
 
-    def _members(self, name: str) -> list[dict]:
-        return self._cached(f"{name}.json", lambda: self._read_index(name))
-
-    def _open_prompts(self, row: dict):
-        path = self.folder / row["name"]
-        if sha256_of(path) != row["sha256"]:
-            raise UserError(
-                f"{path}: checksum differs from manifest.json, the file was damaged: delete it and run tools/shard_pickapic.py again"
-            )
-        return safe_open(path, framework="pt")
-
-    def _read_index(self, name: str) -> list[dict]:
-        path = self.folder / f"{name}.json"
+    def _sample(self, file: dict, row: int) -> tuple[int, bytes, dict[str, Tensor]]:
+        """Number, description and tensors of the ``row``-th sample of a file."""
+        number, offset, size, crc32 = self.index(file)[row].tolist()
+        where = self._where(file, number)
         try:
-            index = json.loads(path.read_bytes())
-            members, samples = index["members"], index["samples"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"shard index {path}: not readable: {error}") from None
-        if len(members) != samples or index["sha256"] != next(r["sha256"] for r in self.manifest["shards"] if r["name"] == name):
-            raise UserError(
-                f"shard index {path}: does not belong to manifest.json: delete it and run tools/shard_pickapic.py again"
+            data = self.storage.fetch(
+                f"{file['name']}.tar", offset, size, lambda data: zlib.crc32(data) == crc32, f"{file['sha256']} {offset} {size}"
             )
+        except DamagedData as error:
+            raise DamagedData(f"{where}: {error}: {REMAKE}") from None
+        description, payload = unpack(data, number, where)
+        try:
+            return number, description, safetensors.torch.load(payload)
+        # A file may well say what torch does not know, or a shape that its bytes do not fill.
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise DamagedData(f"{where}: not safetensors: {error}") from None
+
+    def index(self, file: dict) -> np.ndarray:
+        """Rows [number, offset, bytes, crc32] of a file's samples."""
+        name = file["name"]
+        if name not in self._indexes:
+            self._indexes[name] = self._read_index(file)
+            if len(self._indexes) > OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(name)
+        return self._indexes[name]
+
+    def _read_index(self, file: dict) -> np.ndarray:
+        name, size, sha256 = f"{file['name']}.json", file["index"]["bytes"], file["index"]["sha256"]
+        where = f"shard index {self.storage.where(name)}"
+        try:
+            data = self.storage.fetch(name, 0, size, lambda data: hashlib.sha256(data).hexdigest() == sha256, sha256)
+        except DamagedData as error:
+            raise DamagedData(f"{where}: does not belong to manifest.json: {error}: {REMAKE}") from None
+        try:
+            found = json.loads(data)
+            members = np.array(found["members"]) if found["members"] else np.empty((0, 4), dtype=np.int64)
+            if found["sha256"] != file["sha256"] or members.shape != (file["samples"], 4) or members.dtype != np.int64:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise DamagedData(f"{where}: is not an index of {file['samples']} samples: {REMAKE}") from None
+        # One run after another from the start of the tar, in the order of their numbers: nothing else has room between them.
+        ends = np.cumsum(members[:, 2])
+        ordered = (np.diff(members[:, 0]) > 0).all() and (members[:, 0] >= 0).all() and (members[:, 2] > 0).all()
+        if not ordered or not (members[:, 1] == ends - members[:, 2]).all() or (len(ends) and ends[-1] > file["bytes"]):
+            raise DamagedData(f"{where}: its samples are not one after another in the order of their keys: {REMAKE}")
         return members
+
+    def _where(self, file: dict, number: int) -> str:
+        return f"shard {self.storage.where(file['name'] + '.tar')}, sample {number:09d}"
+
+    def _check_sizes(self) -> None:
+        for file in [*self.manifest["shards"], *self.manifest["prompts"]["files"]]:
+            for name, expected in ((f"{file['name']}.tar", file["bytes"]), (f"{file['name']}.json", file["index"]["bytes"])):
+                size = self.storage.size(name)
+                if size != expected:
+                    found = "is missing" if size is None else f"has {size} bytes"
+                    raise UserError(f"shard {self.storage.where(name)} {found}, manifest.json says {expected} bytes: {REMAKE}")
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict, where: str) -> None:
+    for name, (shape, dtype) in expected.items():
+        found = tensors.get(name)
+        if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+            have = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise DamagedData(f"{where}: {name} have shape {have}, manifest.json says {shape} {dtype}".replace("torch.", ""))
+        if dtype.is_floating_point and not _is_finite(found):
+            raise DamagedData(
+                f"{where}: {name} hold NaN or infinity: encode again with --vae-dtype float32 and --text-dtype float32"
+            )
+    if len(tensors) > len(expected):
+        raise DamagedData(f"{where}: holds {sorted(set(tensors) - set(expected))} that manifest.json does not speak of")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype != torch.float16:
+        return bool(np.isfinite(tensor.numpy()).all())
+    # NaN and infinity have all exponent bits set. On the CPU torch's isfinite takes 20 times as long for a float16 latent.
+    return int((tensor.view(torch.int16).numpy() & 0x7C00).max()) < 0x7C00
+
+
+def unpack(data: bytes, number: int, where: str) -> tuple[bytes, bytes]:
+    """The .json and the .safetensors of a sample's run of bytes in its tar; nothing else may be there.
+
+    Raises:
+        DamagedData: any other member, name, type or order.
+    """
+    found, offset = [], 0
+    for name in (f"{number:09d}.json", f"{number:09d}.safetensors"):
+        header = data[offset : offset + 512]
+        own = header[:100].rstrip(b"\0").decode("utf-8", "replace")
+        # A plain member (type 0) of exactly this name: not a link, not a device, not another path.
+        if len(header) < 512 or own != name or header[156:157] not in (b"0", b"\0") or header[345:500].strip(b"\0"):
+            raise DamagedData(f"{where}: expected the tar member {name}, found {own[:80]!r}")
+        digits = header[124:136].strip(b" \0")
+        size = int(digits, 8) if re.fullmatch(rb"[0-7]{1,11}", digits) else len(data)
+        start, offset = offset + 512, offset + 512 + -(-size // 512) * 512
+        if offset > len(data):
+            raise DamagedData(f"{where}: tar member {name} is longer than the index says")
+        found.append(data[start : start + size])
+    if offset != len(data):
+        raise DamagedData(f"{where}: holds more than its .json and its .safetensors")
+    return found[0], found[1]

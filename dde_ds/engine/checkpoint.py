@@ -27,7 +27,7 @@ from torch import Tensor
 from dde_ds.distributed import any_rank
 from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
-from dde_ds.files import publish, sha256_of
+from dde_ds.files import TRASH, discard, publish, sha256_of
 from dde_ds.objective.objective import Objective
 
 STATE, TABLE, MANIFEST = "state.json", "objective.safetensors", "manifest.json"
@@ -66,9 +66,12 @@ def save(
     if dist.get_rank() == 0:
         try:
             _finish(staging, target, [row for rank in everyone for row in rank], policy, objective, state)
-            for old in list_checkpoints(folder)[:-keep]:
+            finished = list_checkpoints(folder)
+            for later in (path for path in finished if step_of(path) > state["step"]):
+                discard(later)  # damaged, or the run would not have gone on from before it: not to be kept in this one's place
+            for old in [path for path in finished if step_of(path) <= state["step"]][:-keep]:
                 if not keep_every or step_of(old) % keep_every:
-                    shutil.rmtree(old)
+                    discard(old)
         except (OSError, SafetensorError) as error:
             trouble = error
     _raise_together(trouble and _unwritable(staging, trouble), policy.device)
@@ -184,7 +187,8 @@ def _make_room(staging: Path, policy: Any) -> RankError | None:
     weights = sum(training_state.full_shape(parameter).numel() for _, parameter in training_state.trained(policy))
     need = 4 * weights * (1 + len(training_state.moments(policy)))
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        for left in (staging, staging.with_name(TRASH)):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         staging.mkdir(parents=True)
         free = shutil.disk_usage(staging).free
     except OSError as error:

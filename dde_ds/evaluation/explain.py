@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dde_ds.errors import UserError
 from dde_ds.objective.correction import ERROR_NAMES
-from dde_ds.objective.objective import Objective
+from dde_ds.objective.objective import SATURATED, Objective
 from dde_ds.objective.profile import Profile, assume_margin, credit_profile
 from dde_ds.objective.schedule import NoiseSchedule
 
@@ -76,17 +76,21 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     steps = objective.schedule.timesteps
     centres, margins = _binned(objective.table.average[0], objective.table.count)
     profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
-    _credit(credit, {f"{objective.name}, this run": profile})
-    credit.set_title("credit of a timestep: |∂loss/∂d| at the run's mean margins")
+    drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()  # what is never sampled is not taught
+    _credit(credit, {f"{objective.name}, this run": Profile(profile.credit * drawn, profile.push)})
+    credit.set_title("credit of a timestep: |∂loss/∂d| at the run's mean margins, times how often it is drawn")
 
     shades = plot.get_cmap("viridis")
-    shown = history[:: max(1, len(history) // 8)]
+    shown = [*history[: -1 : max(1, len(history) // 8)], *history[-1:]]
     for row in shown:
         shade = shades(row["step"] / max(1, history[-1]["step"]))
         history_axis.plot(row["timesteps"], row["correction"], color=shade, label=f"step {row['step']}")
     history_axis.set_title("correction $K_t$ as the run went on")
-    correction.plot(objective.table.correction, label="last checkpoint")
-    correction.set_title("correction $K_t$ in the end: falls with t")
+    used = objective.correction_weight > 0
+    correction.plot(objective.table.correction if used else torch.zeros(steps), label="last checkpoint")
+    correction.set_title(
+        "correction $K_t$ at the last checkpoint: its size falls with t" if used else "no correction in this objective"
+    )
     errors = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
     for side in ("chosen", "rejected"):
         moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
@@ -100,9 +104,16 @@ def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
     rows = []
     for name, profile in found.items():
         low, high = profile.middle_half()
-        saturated = ((profile.push < 0.01) | (profile.push > 0.99)).double().mean()
+        saturated = ((profile.push < SATURATED) | (profile.push > 1 - SATURATED)).double().mean()
         flat = bool((profile.credit.max() - profile.credit.min()) < 1e-9 * profile.credit.max())
-        rows.append((name, "flat" if flat else str(profile.peak), f"{low} to {high}", f"{saturated:.0%}"))
+        rows.append(
+            (
+                name,
+                "flat" if flat else str(profile.peak),
+                f"{low} to {high}",
+                "-" if profile.push.isnan().any() else f"{saturated:.0%}",
+            )
+        )
     return rows
 
 
@@ -154,7 +165,8 @@ def _pyplot():
 def _finish(figure, axes, path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("timestep t: clean → noise")
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     _save(figure, path)
 
 

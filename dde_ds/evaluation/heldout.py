@@ -58,9 +58,9 @@ class HeldOut:
             batch = self._dataset.collate([self._dataset.pair(position) for position in self._positions[chosen]])
             batch = {key: value.to(device) for key, value in batch.items()}
             both = self.timesteps[chosen].repeat(2).to(device)
-            noisy = self.schedule.add_noise(batch["latents"].float(), batch["noise"].repeat(2, 1, 1, 1), both).to(dtype)
+            noisy = self.schedule.add_noise(batch["latents"].float(), batch["noise"].repeat(2, 1, 1, 1), both)
             target = self.schedule.target(batch["noise"], both, noisy)
-            found.append(noise_errors(predict(unet, noisy, both, batch), None, target)[0].view(2, -1).double().cpu())
+            found.append(noise_errors(predict(unet, noisy.to(dtype), both, batch), None, target)[0].view(2, -1).double().cpu())
         return torch.cat(found, 1)
 
     def summary(self, objective: Objective, policy: Tensor, base: Tensor) -> dict[str, Tensor]:

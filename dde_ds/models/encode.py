@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,18 +32,34 @@ class Prepared:
     """(top, left) of the crop, in the resized image."""
 
 
-def prepare_image(data: bytes, resolution: int) -> Prepared:
+# Others are read by PIL too, some through programs of their own (EPS runs Ghostscript): an image from the internet gets none.
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Decoding takes some 7 bytes a pixel. Twice the largest picture of common cameras; a bomb has thousands of times its bytes.
+MAX_PIXELS = 1 << 27
+
+
+def prepare_image(data: bytes, resolution: int, min_side: int = 1) -> Prepared:
     """Decode, scale the short side to ``resolution``, crop the centre to a square.
 
     Raises:
-        ValueError: not an image, or one so large that decoding it would be an attack on memory.
+        ValueError: not an image (``undecodable image: …``), a short side below ``min_side`` pixels (``too small image: …``), or
+            one so large that decoding it would be an attack on memory (``decompression bomb: …``).
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"decompression bomb: {error}") from None
+    except Exception as error:  # a broken file can make its decoder raise anything
+        raise ValueError(f"undecodable image: {_words(error)}") from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"decompression bomb: {width}x{height} pixels in {len(data)} bytes")
+    if min(width, height) < min_side:
+        raise ValueError(f"too small image: {width}x{height} pixels")
+    try:
         image = image.convert("RGB")
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"undecodable image: {error}") from None
+    except Exception as error:
+        raise ValueError(f"undecodable image: {_words(error)}") from None
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     if size != (width, height):
@@ -53,13 +70,27 @@ def prepare_image(data: bytes, resolution: int) -> Prepared:
     return Prepared(pixels, (height, width), (top, left))
 
 
+def _words(error: Exception) -> str:
+    # PIL names the object in memory: the same file would read differently each time.
+    return " ".join(str(error).partition("<_io")[0].split()) or type(error).__name__
+
+
 class Encoder:
     """VAE and text encoders of a diffusers pipeline, for making shards.
 
-    ``vae_dtype``: SDXL's original VAE overflows in float16, so float32 is the default.
+    Args:
+        vae_dtype: None takes float32, and on a GPU float16 where the VAE's own configuration says that it does not overflow.
+        text_dtype: None takes float32, and on a GPU float16.
     """
 
-    def __init__(self, path: str, revision: str | None = None, device: str = "cpu", vae_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        vae_dtype: torch.dtype | None = None,
+        text_dtype: torch.dtype | None = None,
+    ):
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
         self.family = family(path, revision)
@@ -70,17 +101,26 @@ class Encoder:
             self.pipeline = kind.from_pretrained(path, revision=revision, **LOADING, **parts)
         except OSError as error:
             raise UserError(f"--model {path}: {' '.join(str(error).split())}") from None
+        half = torch.float16 if device.startswith("cuda") else torch.float32
+        overflows = bool(getattr(self.pipeline.vae.config, "force_upcast", True))
+        self.vae_dtype = vae_dtype or (torch.float32 if overflows else half)
+        self.text_dtype = text_dtype or half
+        self.weights = self._digest()
+        """SHA-256 over the weights of the VAE and the text encoders as they were loaded: shards of another model are other shards."""
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.to(device)
-        self.pipeline.vae.to(dtype=vae_dtype).requires_grad_(False)
-        self.device, self.vae_dtype = device, vae_dtype
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            part = getattr(self.pipeline, name, None)
+            if part is not None:
+                part.to(device, self.vae_dtype if name == "vae" else self.text_dtype).requires_grad_(False)
+        self.device = device
+        self.zero_empty_prompt = bool(getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False))
+        """The pipeline samples without a caption by zeros, not by the encoded empty text (SDXL)."""
         self.scaling_factor = float(self.pipeline.vae.config.scaling_factor)
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
         self.resolution = unet["sample_size"] * self.pipeline.vae_scale_factor
         """Side in pixels of the images that the UNet was made for."""
 
-    def digest(self) -> str:
-        """SHA-256 over the weights of the VAE and the text encoders: shards of another model are other shards."""
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for name in ("vae", "text_encoder", "text_encoder_2"):
             part = getattr(self.pipeline, name, None)
@@ -101,24 +141,42 @@ class Encoder:
         return self.pipeline.vae.config.latent_channels, resolution // factor, resolution // factor
 
     @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the VAE's posterior of images (N,3,H,W) in [-1,1]: (N,C,h,w) each, float32 on the CPU.
+
+        Both are scaled as the UNet takes latents: mean + exp(logvar/2)·ε is a draw. This is where the factor is applied.
+        """
+        found = self.pipeline.vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist
+        shift = getattr(self.pipeline.vae.config, "shift_factor", None) or 0.0
+        mean = (found.mean.float() - shift) * self.scaling_factor
+        return mean.cpu(), (found.logvar.float() + 2 * math.log(self.scaling_factor)).cpu()
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]: the posterior's mean, no draw."""
-        mean = self.pipeline.vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist.mean
-        config = self.pipeline.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return ((mean.float() - shift) * self.scaling_factor).cpu()
+        return self.posterior(pixels)[0]
 
     @torch.no_grad()
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """``prompt_embeds`` (N,S,D) and, for SDXL, ``pooled`` (N,P): float32 on the CPU. Too long captions are cut, as in the pipeline."""
+        """``prompt_embeds`` (N,S,D) and, for SDXL, ``pooled`` (N,P): float32 on the CPU.
+
+        Too long captions are cut, as in the pipeline; the empty one is what the pipeline samples with where it has no caption.
+        """
         captions = list(captions)
         if self.family == "sdxl":
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-            return {"prompt_embeds": embeds.float().cpu(), "pooled": pooled.float().cpu()}
-        embeds, _ = self.pipeline.encode_prompt(captions, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds.float().cpu()}
+            found = {"prompt_embeds": embeds.float().cpu(), "pooled": pooled.float().cpu()}
+        else:
+            embeds, _ = self.pipeline.encode_prompt(
+                captions, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            found = {"prompt_embeds": embeds.float().cpu()}
+        if self.zero_empty_prompt:
+            for row in (row for row, caption in enumerate(captions) if not caption):
+                for value in found.values():
+                    value[row] = 0
+        return found
 
 
 def time_ids(image: Prepared, resolution: int) -> Tensor:

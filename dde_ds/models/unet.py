@@ -18,8 +18,9 @@ PIPELINES = {
 
 
 # float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
+# Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
-LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict:
@@ -64,6 +65,16 @@ def load_unet_config(path: str, revision: str | None = None) -> dict:
         return UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
     except OSError as error:
         raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
+
+
+def load_component_config(path: str, component: str, revision: str | None = None) -> dict:
+    """``config.json`` of a component of the pipeline, such as ``vae``, without its weights."""
+    index = pipeline_index(path, revision)
+    file = Path(path) / component / "config.json"
+    if component not in index or (Path(path).exists() and not file.is_file()):
+        raise UserError(f"model.path {path}: no {component}/config.json in it")
+    found = file if file.is_file() else _from_hub(path, f"{component}/config.json", revision)
+    return json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def load_scheduler_config(path: str, revision: str | None = None) -> dict:

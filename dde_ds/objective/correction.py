@@ -66,6 +66,16 @@ class CorrectionTable:
         # Sum over j > t: a cumulative sum from the noisy end, shifted by one.
         self.correction = torch.cat([contribution[1:].flip(0).cumsum(0).flip(0), contribution.new_zeros(1)])
 
+    def discard(self) -> None:
+        """Forget the sums of the running step: its update was not made."""
+        self._pending.zero_()
+
+    def fill(self, margin: float) -> None:
+        """Set M to one value at every timestep, as if that had been seen everywhere."""
+        self.average[0] = margin
+        self.count.fill_(1)
+        self._renew()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"average": self.average.cpu().clone(), "count": self.count.cpu().clone()}
 

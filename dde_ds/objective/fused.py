@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dde_ds.errors import UserError
 from dde_ds.objective.schedule import NoiseTarget
 
 
@@ -28,9 +29,17 @@ def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: Noi
 
     Returns:
         (N,) errors each. Accumulated and given back in float32 (float64 for float64 predictions) whatever the inputs' dtype: at
-        β = 5000 the rounding of a bfloat16 mean alone would move the logit by more than 1. Equal predictions have equal errors to
-        the last bit.
+        β = 5000 the rounding of a bfloat16 mean alone would move the logit by more than 1. Equal predictions that
+        lie alike in memory have equal errors to the last bit.
     """
+    if policy_pred.ndim != 4 or not policy_pred.numel():
+        raise UserError(f"predictions have shape {tuple(policy_pred.shape)}: expected (N,C,H,W), none of them 0")
+    rows, expected = len(target.noise), tuple(policy_pred.shape)
+    if target.noise.shape[1:] != expected[1:] or rows not in (len(policy_pred), len(policy_pred) / 2):
+        raise UserError(f"noise has shape {tuple(target.noise.shape)}, the predictions {expected}: expected (N or N/2,C,H,W)")
+    for other, name in ((reference_pred, "the reference's prediction"), (target.noisy, "x_t")):
+        if other is not None and other.shape != expected:
+            raise UserError(f"{name} has shape {tuple(other.shape)}, the policy's prediction {expected}")
     return _NoiseErrors.apply(policy_pred, reference_pred, target.noise, target.scale, target.shift, target.noisy)
 
 

@@ -15,6 +15,8 @@ from dde_ds.objective.schedule import NoiseSchedule
 
 SATURATED = 0.01
 TIMESTEP_BUCKETS = 10
+# Rows of what is summed by timestep: pairs with m < 0, reward margins, the winner's drift, its reference error, and how many pairs.
+BY_TIMESTEP = ("accuracy", "margin", "drift", "reference", "pairs")
 
 
 @dataclass
@@ -29,8 +31,8 @@ class ObjectiveOutput:
     """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
 
     by_timestep: Tensor | None = None
-    """(3,10): accuracies and reward margins summed over the pairs of each tenth of the timesteps, and how many pairs those were.
-    Sums, so that micro-batches and ranks can be added up. None for ``sft``."""
+    """(len(BY_TIMESTEP),10): sums over the pairs of each tenth of the timesteps, so that micro-batches and ranks can be added up.
+    None for ``sft``."""
 
 
 class Objective:
@@ -111,6 +113,10 @@ class Objective:
         if self.needs_reference:
             self.table.commit()
 
+    def discard(self) -> None:
+        """In the place of :meth:`commit` where the optimizer skipped the step: forget what the step added to the table."""
+        self.table.discard()
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.table.state_dict()
 
@@ -127,24 +133,26 @@ class Objective:
     def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         chosen_drift, rejected_drift = errors[:2] - errors[2:]
         scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
-        margins, accuracies = scale * (chosen_drift - rejected_drift), (z > 0).to(z.dtype)
+        margins, ahead = scale * (chosen_drift - rejected_drift), (chosen_drift < rejected_drift).to(z.dtype)
         weight = torch.sigmoid(-z)
         metrics = {
             "loss": loss,
             "rewards/chosen": (scale * chosen_drift).mean(),
             "rewards/rejected": (scale * rejected_drift).mean(),
             "rewards/margins": margins.mean(),
-            "rewards/accuracies": accuracies.mean(),
+            "rewards/accuracies": (z > 0).to(z.dtype).mean(),
+            # Without the correction, which is the same for all pairs of a timestep: comparable between objectives.
+            "rewards/margin_accuracies": ahead.mean(),
             "drift/chosen": chosen_drift.mean(),
             "drift/rejected": rejected_drift.mean(),
-            "dde/correction_mean": self.correction(timesteps).mean(),
+            "dde/correction_mean": self.correction_weight * self.correction(timesteps).mean(),
             # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
             "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).to(z.dtype).mean(),
         }
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
-        by_timestep = z.new_zeros(3, TIMESTEP_BUCKETS)
+        by_timestep = z.new_zeros(len(BY_TIMESTEP), TIMESTEP_BUCKETS)
         bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.timesteps
-        by_timestep.index_add_(1, bucket, torch.stack([accuracies, margins, torch.ones_like(z)]))
+        by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], torch.ones_like(z)]))
         return metrics, by_timestep
 
     def _check(self, policy_pred, reference_pred, noise, timesteps, noisy_latents) -> None:

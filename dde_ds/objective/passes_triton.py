@@ -1,7 +1,8 @@
 """The passes of :mod:`.fused` as Triton kernels: each element is read once and nothing is written between.
 
 A sample's elements are visited in the order in which the policy's prediction lies in memory, whatever its strides. Every
-program sums one part of one sample; the parts are added afterwards in a fixed order, so the result is the same every time.
+program takes one part of a noise tensor and of the samples that share it; the sums of the parts are added afterwards in a fixed
+order, so the result is the same every time.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     predictions = 1 if reference is None else 2
     parts = torch.empty(predictions, len(policy), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
-    _errors_kernel[(parts.shape[2], len(policy))](
-        **_arguments(tensors, policy, target), parts=parts, compare=reference is not None, **_constants(policy, target)
-    )
+    with torch.cuda.device_of(policy):
+        _errors_kernel[(parts.shape[2], len(target.noise))](
+            **_arguments(tensors, policy, target), parts=parts, compare=reference is not None, **_constants(policy, target)
+        )
     found = parts.sum(2) / size
     return found[0], None if reference is None else found[1]
 
@@ -34,9 +36,10 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
     result = torch.empty_like(policy)
     tensors = {"policy": policy, "result": result, "noise": target.noise, "noisy": target.noisy}
-    _gradient_kernel[(triton.cdiv(policy[0].numel(), PART), len(policy))](
-        **_arguments(tensors, policy, target), factor=gradient_factor(policy, target, grad), **_constants(policy, target)
-    )
+    with torch.cuda.device_of(policy):
+        _gradient_kernel[(triton.cdiv(policy[0].numel(), PART), len(target.noise))](
+            **_arguments(tensors, policy, target), factor=gradient_factor(policy, target, grad), **_constants(policy, target)
+        )
     return result
 
 
@@ -64,7 +67,8 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
 
 def _constants(policy: Tensor, target: NoiseTarget) -> dict:
     exact = tl.float64 if policy.dtype == torch.float64 else tl.float32
-    return {"implied": target.scale is not None, "exact": exact, "part": PART}
+    halves = len(policy) // len(target.noise)
+    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART}
 
 
 @triton.jit
@@ -87,36 +91,41 @@ def _load(tensor, element, row, strides, size, middle, inner, linear: tl.constex
 def _errors_kernel(
     policy, policy_strides, reference, reference_strides, noise, noise_strides, noisy, noisy_strides, scale, shift,
     parts, size, middle, inner, noise_rows,
-    compare: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
+    halves: tl.constexpr, compare: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    first = tl.program_id(1)
     element = tl.program_id(0) * part + tl.arange(0, part)
-    aim = _load(noise, element, row % noise_rows, noise_strides, size, middle, inner, linear, exact)
-    factor = 1.0
-    if implied:
-        factor = tl.load(scale + row).to(exact)
-        aim -= tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
-    place = row * tl.num_programs(0) + tl.program_id(0)
-    off = factor * _load(policy, element, row, policy_strides, size, middle, inner, linear, exact) - aim
-    tl.store(parts + place, tl.sum(off * off, 0))
-    if compare:
-        off = factor * _load(reference, element, row, reference_strides, size, middle, inner, linear, exact) - aim
-        tl.store(parts + tl.num_programs(0) * tl.num_programs(1) + place, tl.sum(off * off, 0))
+    epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
+    for half in tl.static_range(halves):  # the winner and the loser that share this noise
+        row = first + half * noise_rows
+        aim = epsilon
+        factor = 1.0
+        if implied:
+            factor = tl.load(scale + row).to(exact)
+            aim -= tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
+        place = row * tl.num_programs(0) + tl.program_id(0)
+        off = factor * _load(policy, element, row, policy_strides, size, middle, inner, linear, exact) - aim
+        tl.store(parts + place, tl.sum(off * off, 0))
+        if compare:
+            off = factor * _load(reference, element, row, reference_strides, size, middle, inner, linear, exact) - aim
+            tl.store(parts + halves * noise_rows * tl.num_programs(0) + place, tl.sum(off * off, 0))
 
 
 @triton.jit
 def _gradient_kernel(
     policy, policy_strides, result, result_strides, noise, noise_strides, noisy, noisy_strides, scale, shift,
     factor, size, middle, inner, noise_rows,
-    implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
+    halves: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    first = tl.program_id(1)
     element = tl.program_id(0) * part + tl.arange(0, part)
-    off = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
-    if implied:
-        off = off * tl.load(scale + row).to(exact)
-        off += tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
-    off -= _load(noise, element, row % noise_rows, noise_strides, size, middle, inner, linear, exact)
-    off = off * tl.load(factor + row).to(exact)
-    place = _place(element, row, result_strides, middle, inner, linear)
-    tl.store(result + place, off.to(result.dtype.element_ty), mask=element < size)
+    epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
+    for half in tl.static_range(halves):
+        row = first + half * noise_rows
+        off = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
+        if implied:
+            off = off * tl.load(scale + row).to(exact)
+            off += tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
+        off = (off - epsilon) * tl.load(factor + row).to(exact)
+        place = _place(element, row, result_strides, middle, inner, linear)
+        tl.store(result + place, off.to(result.dtype.element_ty), mask=element < size)

@@ -19,7 +19,7 @@ class Profile:
     """|∂loss/∂d| = (β/2) g_t σ(-z_t), d the policy's error on the winner (or the loser) of one pair."""
 
     push: Tensor
-    """σ(-z_t), what the logistic leaves of the gradient: near 0 a pair is learnt, near 1 it is far on the wrong side."""
+    """σ(-z_t), what the logistic leaves of the gradient: near 0 a pair is learnt, near 1 it is far on the wrong side. NaN where there is none."""
 
     @property
     def peak(self) -> int:
@@ -34,9 +34,7 @@ class Profile:
 
 def assume_margin(objective: Objective, value: float) -> None:
     """Fill the correction table as if every pair at every timestep had the margin ``value``."""
-    steps = objective.schedule.timesteps
-    objective.table.average[0] = value
-    objective.table.load_state_dict({"average": objective.table.average, "count": torch.ones(steps, dtype=torch.float64)})
+    objective.table.fill(value)
 
 
 def credit_profile(objective: Objective, margins: Tensor) -> Profile:
@@ -46,7 +44,7 @@ def credit_profile(objective: Objective, margins: Tensor) -> Profile:
     """
     every = torch.arange(objective.schedule.timesteps)
     if not objective.needs_reference:  # the error itself is the loss
-        return Profile(torch.ones(len(every), dtype=torch.float64), torch.ones(len(every), dtype=torch.float64))
+        return Profile(torch.ones(len(every), dtype=torch.float64), torch.full((len(every),), torch.nan, dtype=torch.float64))
     winner = margins.double().clone().requires_grad_()
     others = torch.zeros_like(margins, dtype=torch.float64)
     z = objective.logits(margin(torch.cat([winner, others]), torch.cat([others, others])), every)

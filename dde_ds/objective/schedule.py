@@ -58,7 +58,7 @@ class NoiseTarget:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Tables of the forward process, float64, each of shape (T,), on the CPU.
+    """Tables of the forward process, float64, each of shape (T,), on the CPU until :meth:`to` moves them.
 
     Build it with :meth:`from_scheduler`, so that every constant comes from the pipeline's own scheduler.
     """
@@ -93,8 +93,8 @@ class NoiseSchedule:
         """
         config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
         betas = _betas(config)
-        if not bool(((betas > 0) & (betas <= 1)).all()):
-            raise UserError(f"scheduler betas must lie in (0, 1], got a range of {betas.min():g} to {betas.max():g}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise UserError(f"scheduler betas must lie in (0, 1), got a range of {betas.min():g} to {betas.max():g}")
         alphas_cumprod = torch.cumprod(1 - betas, 0)
         if config.get("rescale_betas_zero_snr", False):
             alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)

@@ -11,8 +11,8 @@ import torch
 
 from dde_ds.config import RunConfig, load_config
 from dde_ds.data.draws import Draws
-from dde_ds.data.order import Order
-from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
+from dde_ds.data.mixture import MixedShards, open_sources, order_of
+from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import any_rank, start
 from dde_ds.engine import checkpoint
@@ -25,12 +25,15 @@ from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
+from dde_ds.training.reading import reading_row
 from dde_ds.training.resume import choose_checkpoint, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
+from dde_ds.training.track import open_trackers
 from dde_ds.training.watch import Watch
 
 DONE, STOPPED = 0, 75
@@ -50,10 +53,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         UserError: unusable input.
     """
     quiet_libraries()
+    deadline = None if run.max_hours is None else time.monotonic() + 3600 * run.max_hours
     folder = Path(run.output)
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
-    ranks, device = start()
+    ranks, device = start(run.timeout_minutes)
     ds_config = complete_config(run, ranks.world)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
@@ -72,15 +76,18 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         _open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
 
-    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout)
-    dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
+    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
+    dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
-    clock, averages, watch = Clock(), Averages(), Watch()
-    batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda"))
+    clock, averages, watch, reading = Clock(), Averages(), Watch(), ReadingTotals()
+    batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
-    log = RunLog(folder, first_step) if ranks.is_first else None
-    stop = StopRequest(folder)
+    log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
+    heartbeat = Heartbeat(folder) if ranks.is_first else None
+    stop = StopRequest(folder, deadline)
+    if heartbeat:
+        heartbeat.beat(first_step)
 
     def draw_samples(step: int) -> None:
         if prompts:
@@ -117,6 +124,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     for group in policy.optimizer.param_groups:
                         group["lr"] = run.optimizer.rate(step - 1)
                 policy.step()
+            if heartbeat:
+                heartbeat.beat(step)
             norm = float(policy.get_global_grad_norm())
             _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
             objective.commit()
@@ -129,6 +138,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     looked = look(objective)
             if looked or step % run.log.every == 0 or last:
                 row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
+                row |= reading_row(reading, run.data.max_bad_samples, row["perf/pairs_per_s"], device)
                 row |= {"grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
                 if log:
                     log.write(step, step * run.batch.pairs, row, objective)
@@ -191,22 +201,25 @@ def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     return initialize(policy, reference, ds_config)
 
 
-def open_shards(run: RunConfig) -> tuple[ShardSet, ShardSet | None]:
+def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:
     """Training shards, and held-out ones where the run names any. They and the model must speak of the same latents: found out
     before any weight is loaded."""
-    opened = []
-    for key, path in (("data.path", run.data.path), ("evaluation.path", run.evaluation.path)):
-        shards = ShardSet(path) if path else None
-        if shards:
-            _check_fit(run, shards, f"{key} {path}")
-        opened.append(shards)
-    training, held_out = opened
-    if held_out and held_out.digest == training.digest:
+    data = run.data
+    remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
+    training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples)
+    _check_fit(run, training, f"data.path {data.name}")
+    if data.flip and not training.manifest["settings"]["flip"]:
+        raise UserError(f"data.flip is true, but {data.name} holds no mirrored latents; shard the pairs with --flip")
+    held_out = open_sources([(run.evaluation.path, 1.0)], **remote) if run.evaluation.path else None
+    if held_out:
+        _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
+    trained_on = {one.digest for one in (training.sets if isinstance(training, MixedShards) else [training])}
+    if held_out and held_out.digest in trained_on:
         raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of data.path; held-out pairs are needed")
     return training, held_out
 
 
-def _check_fit(run: RunConfig, shards: ShardSet, name: str) -> None:
+def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
     config = models.load_unet_config(run.model.path, run.model.revision)
     channels, height, width = shards.latent_shape
     if channels != config["in_channels"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
-from dde_ds.objective.objective import Objective, ObjectiveOutput
+from dde_ds.objective.objective import BY_TIMESTEP, Objective, ObjectiveOutput
+from dde_ds.training.track import Write
 
 
 class Averages:
-    """Running means of what the objective reports. Reading them is the one host synchronisation of a logged step."""
+    """Running means of what the objective reports, on the device until they are read."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
@@ -32,20 +34,22 @@ class Averages:
     def read(self, timesteps: int) -> dict[str, float]:
         """Means over all micro-batches and ranks since the last call. Collective.
 
-        Accuracy and margin also by tenths of the ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one.
+        Share of pairs with m < 0, reward margin, and the winners' drift in parts of the reference's error also by tenths of the
+        ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one.
         """
         names = sorted(self._sums)
         values = torch.stack([self._sums[name] for name in names]) / self._count
-        buckets = values.new_zeros(3, 0) if self._by_timestep is None else self._by_timestep
+        buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
         means = mean_over_ranks(torch.cat([values, buckets.flatten()])).tolist()
         row = dict(zip(names, means[: len(names)], strict=True))
-        accuracy, margin, pairs = torch.tensor(means[len(names) :]).view(3, -1).tolist()
+        sums = torch.tensor(means[len(names) :], dtype=torch.float64).view(len(BY_TIMESTEP), -1).T.tolist()
         width = len(str(timesteps - 1))
-        for i, count in enumerate(pairs):
-            if count:
-                first, last = (-(-timesteps * k // len(pairs)) for k in (i, i + 1))
+        for i, (accuracy, margin, drift, reference, pairs) in enumerate(sums):
+            if pairs:
+                first, last = (-(-timesteps * k // len(sums)) for k in (i, i + 1))
                 span = f"{first:0{width}d}-{last - 1:0{width}d}"
-                row |= {f"accuracy_by_t/{span}": accuracy[i] / count, f"margin_by_t/{span}": margin[i] / count}
+                row |= {f"accuracy_by_t/{span}": accuracy / pairs, f"margin_by_t/{span}": margin / pairs}
+                row[f"drift_by_t/{span}"] = drift / max(reference, 1e-12)
         self._sums, self._by_timestep, self._count = {}, None, 0
         return row
 
@@ -90,12 +94,15 @@ class Clock:
 class RunLog:
     """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row."""
 
-    def __init__(self, folder: Path, resume_step: int):
+    def __init__(self, folder: Path, resume_step: int, trackers: Sequence[Write] = ()):
+        self._trackers = trackers
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
         self._correction = RowFile(folder / "correction.jsonl", resume_step)
 
     def write(self, step: int, position: int, row: dict[str, float], objective: Objective) -> None:
         self._metrics.write({"step": step, "position": position, **row})
+        for track in self._trackers:
+            track(step, row)
         if objective.correction_weight:
             steps = objective.schedule.timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))

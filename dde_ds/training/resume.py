@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from dde_ds import __version__
 from dde_ds.config import RunConfig
+from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 
 
-def choose_checkpoint(run: RunConfig, shards: ShardSet, resume: str | None, device: torch.device, say) -> Path | None:
+def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, device: torch.device, say) -> Path | None:
     """The checkpoint to go on from, or None to start. Collective: the first rank's view of the folder counts, since a network
     file system may show each rank another one.
 
@@ -56,7 +57,7 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet, resume: str | None, devi
     return chosen
 
 
-def identity(run: RunConfig, shards: ShardSet) -> dict:
+def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
     """What a run may not change on resume: it would mix two orders, two objectives or two models in one. Ranks, micro-batches and
     ZeRO stages may change."""
     return {
@@ -65,6 +66,7 @@ def identity(run: RunConfig, shards: ShardSet) -> dict:
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,
+        "data.flip": run.data.flip,
         "model.path": run.model.path,
         "model.revision": run.model.revision,
         "precision": run.precision,
@@ -73,7 +75,7 @@ def identity(run: RunConfig, shards: ShardSet) -> dict:
     }
 
 
-def state_at(run: RunConfig, shards: ShardSet, step: int) -> dict:
+def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
     """What a checkpoint says of itself."""
     return {
         "step": step,

@@ -25,11 +25,14 @@ def micro_step(
     timesteps = batch["timesteps"]
     both = timesteps.repeat(2)
     shared = noise if len(noise) == len(latents) else noise.repeat(2, 1, 1, 1)
-    noisy = objective.schedule.add_noise(latents, shared, both).to(dtype)
+    noisy = objective.schedule.add_noise(latents, shared, both)
+    # The models see x_t in their own type; the objective takes the exact one: where a v model's implied noise is nearly x_t itself,
+    # at the noisy end, the rounding of x_t to bfloat16 would be all that is left of the difference.
+    seen = noisy.to(dtype)
 
     reference_pred = None
     if objective.needs_reference:
         with torch.no_grad():
-            reference_pred = predict(reference, noisy, both, batch)
-    policy_pred = predict(policy, noisy, both, batch)
+            reference_pred = predict(reference, seen, both, batch)
+    policy_pred = predict(policy, seen, both, batch)
     return objective(policy_pred, reference_pred, noise, timesteps, noisy)

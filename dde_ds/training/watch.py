@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-# Share of the reference's error by which the winners' may grow. A healthy run moves it by a few percent.
-DRIFT = 0.1
+# Share of the reference's error by which the winners' may grow, over all timesteps and in a tenth of them. A healthy run moves it by a
+# few percent. Where the noise is strong errors are small, and the mean over all hides what happens there.
+DRIFT, DRIFT_IN_A_TENTH = 0.1, 0.25
 SATURATION = 0.5
+BROKEN = "the model is being broken, not aligned; lower optimizer.learning_rate, raise objective.beta, or stop earlier"
 # Weight of the newest row in what is judged: single rows of small batches are noisy.
 NEWEST = 0.2
 
@@ -17,9 +19,13 @@ def concerns(row: dict[str, float]) -> dict[str, str]:
     chosen, rejected = (row[f"drift/{side}"] / max(row[f"error/reference_{side}"], 1e-12) for side in ("chosen", "rejected"))
     if chosen > DRIFT:
         found["drift"] = (
-            f"winners' error is {chosen:.0%} above the reference's (losers' {rejected:.0%}) at accuracy {row['rewards/accuracies']:.2f}: "
-            "the model is being broken, not aligned; lower optimizer.learning_rate, raise objective.beta, or stop earlier"
+            f"winners' error is {chosen:.0%} above the reference's (losers' {rejected:.0%}) at accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
+    tenths = {name: value for name, value in row.items() if name.startswith("drift_by_t/")}
+    worst = max(tenths, key=tenths.get, default=None)
+    if worst and tenths[worst] > DRIFT_IN_A_TENTH and "drift" not in found:
+        span = worst.removeprefix("drift_by_t/")
+        found["drift by timestep"] = f"winners' error is {tenths[worst]:.0%} above the reference's at timesteps {span}: {BROKEN}"
     if row["dde/saturation"] > SATURATION:
         found["saturation"] = (
             f"{row['dde/saturation']:.0%} of the pairs are saturated and teach nothing or push with full weight: "

@@ -105,7 +105,7 @@ def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2)), ((2, 2), (1, 3)), ((1, 3), (2, 2))])
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2))])
 def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     """(ranks, stage) before and after."""
     first, _ = run(before[0], tmp_path, [(before[1], False, range(3))])
@@ -176,7 +176,7 @@ def kill_everywhere(folder, outcomes) -> None:
         assert found, f"killed at event {event}: no checkpoint is left"
         assert checkpoint.damage(found[-1]) is None, f"killed at event {event}"
         outcomes.append(found[-1].name)
-        if event % 8 == 1:  # the next save clears what this one left
+        if event % 6 == 1:  # the next save clears what this one left
             assert not save_in_a_child(folder, 0)
             assert len(list(folder.iterdir())) == 1
         shutil.rmtree(folder)
@@ -221,6 +221,16 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
     assert found == folder / "step-00000001"
     assert len(said) == 1
     assert f"checkpoint {newest}: damaged" in said[0]
+
+
+def test_a_damaged_later_checkpoint_takes_no_place(tmp_path, alone):
+    """The newest is damaged, the run goes on from the one before and stops early: what it saves must be what stays."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 4):
+        checkpoint.save(folder, *alone, {"step": step}, keep=2)
+    (folder / "step-00000004" / checkpoint.TABLE).write_bytes(b"")
+    checkpoint.save(folder, *alone, {"step": 2}, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
 
 
 def test_of_another_model(tmp_path, alone):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dde_ds import build_objective
 from dde_ds.cli import main
-from dde_ds.engine.checkpoint import STATE, TABLE
+from dde_ds.engine.checkpoint import MANIFEST, TABLE
 from tests.launching import write_config
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -41,6 +41,7 @@ def test_from_the_schedule_of_a_model(tmp_path, sd_model, capsys):
         (["--objective", "ddee"], "did you mean 'dde'"),
         (["--margin", "0"], "--margin 0.0: must be above 0"),
         (["--run", "/nowhere"], "--run /nowhere: no config.yaml"),
+        (["--run", "/nowhere", "--beta", "500"], "--beta: a run has its own objective"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )
@@ -60,7 +61,7 @@ def test_from_a_run(tmp_path, sd_model, sd_shards, schedule, capsys):
     objective = build_objective("dde", schedule)
     checkpoint = tmp_path / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
-    (checkpoint / STATE).write_text(json.dumps({"step": 2}))
+    (checkpoint / MANIFEST).write_text("{}")
     safetensors.save_file(objective.state_dict(), checkpoint / TABLE)
     assert main(arguments) == 1
     assert "holds no sample yet" in capsys.readouterr().err

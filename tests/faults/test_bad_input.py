@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
 import torch
 
-from dde_ds.data import shards as shard_format
-from dde_ds.data.shards import Sample, ShardSet
+from dde_ds.data.shards import ShardSet
+from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
 from tests.launching import alone, environment, launch, write_config
 
@@ -76,11 +75,10 @@ def reshard(source: Path, target: Path, change) -> Path:
     for shard, row in enumerate(manifest["shards"]):
         samples = []
         for line in range(row["samples"]):
-            samples.append(Sample(f"{number:09d}", change(number, reader.read(shard, line)), {}))
+            samples.append(Sample(number, change(number, reader.read(shard, line)), {}))
             number += 1
-        shard_rows.append(shard_format.write_shard(target, shard, samples, manifest["settings_digest"], []))
-    del manifest["format"]
-    shard_format.write_manifest(target, manifest | {"shards": shard_rows})
+        shard_rows.append(write_shard(target, row["name"], samples, manifest["settings_digest"], []))
+    write_manifest(target, manifest | {"shards": shard_rows})
     return target
 
 
@@ -103,19 +101,39 @@ def test_nan_in_a_latent_stops_two_ranks_and_saves_nothing(config, tmp_path, sd_
     assert not list((run / "checkpoints").glob("step-*")) if (run / "checkpoints").exists() else True
 
 
+def test_two_ranks_replace_what_they_may(config, tmp_path, sd_shards):
+    """Two sources, one with a damaged pair. The run ends, and says what it did."""
+    copy = shutil.copytree(sd_shards, tmp_path / "shards")
+    index = json.loads((copy / "00001.json").read_bytes())
+    damaged = bytearray((copy / "00001.tar").read_bytes())
+    damaged[sum(index["members"][2][1:3]) - 600] ^= 1
+    (copy / "00001.tar").write_bytes(damaged)
+    sources = f"data.sources=[{{path: {sd_shards}, weight: 1}}, {{path: {copy}, weight: 3}}]"
+    arguments = ("data.path=null", sources, "data.workers=1", "steps=5", "batch.pairs=16")
+    process = launch(config, *arguments, "data.max_bad_samples=1")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "00001.tar, sample 000000008: " in process.stderr
+    assert "is trained on in its place" in process.stderr
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found[-1]["data/substitutions"] == 1  # though both ranks met it
+    assert all(row["data/bytes_per_s"] > 0 and 0 <= row["perf/data_wait"] <= 1 for row in found)
+    (line,) = error_lines(alone(config, *arguments, f"output={tmp_path / 'other'}"))
+    assert f"shard {copy}/00001.tar, sample 000000008: " in line
+
+
 def test_shape_that_the_manifest_does_not_say(config, tmp_path, sd_shards):
     copy = reshard(
         sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()}
     )
     (line,) = error_lines(alone(config, f"data.path={copy}"))
-    assert "latents have shape (2, 4, 8, 4), manifest.json says (2, 4, 8, 8)" in line
+    assert "latents have shape (2, 4, 8, 4) float16, manifest.json says (2, 4, 8, 8)" in line
 
 
 def test_latents_of_another_model(config, tmp_path, sd_shards):
     copy = shutil.copytree(sd_shards, tmp_path / "shards")
     manifest = json.loads((copy / "manifest.json").read_bytes())
     manifest["latents"]["shape"] = [16, 8, 8]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(copy, manifest)
     (line,) = error_lines(alone(config, f"data.path={copy}"))
     assert "latents have 16 channels" in line
     assert "takes 4" in line
@@ -158,4 +176,5 @@ def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
     for shard, count in enumerate(whole.counts):
         for row in range(count):
             whole.read(shard, row)
-    assert safetensors.torch.load_file(output / "prompts-00000.safetensors")["prompt_embeds"].isfinite().all()
+    for row in range(whole.manifest["prompts"]["distinct"]):
+        whole.prompt(row)

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from dde_ds import UserError
 from dde_ds.objective import fused
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.schedule import NoiseTarget
@@ -118,6 +119,19 @@ def test_without_a_reference(device):
     assert torch.equal(error, noise_errors(policy, reference, target)[0])
     (grad,) = torch.autograd.grad(error.sum(), policy)
     torch.testing.assert_close(grad, torch.autograd.grad(plain(policy, target).sum(), policy)[0])
+
+
+@pytest.mark.parametrize(
+    ("noise", "reference", "named"),
+    [((3, 2, 3, 3), (4, 2, 3, 3), "noise"), ((2, 1, 3, 3), (4, 2, 3, 3), "noise"), ((2, 2, 3, 3), (4, 2, 3, 1), "reference")],
+)
+def test_shapes_that_do_not_fit(device, noise, reference, named):
+    """Refused before a kernel would read past an end."""
+    policy = torch.randn(4, 2, 3, 3, device=device)
+    with pytest.raises(UserError, match=named):
+        noise_errors(policy, torch.randn(reference, device=device), NoiseTarget(torch.randn(noise, device=device)))
+    with pytest.raises(UserError, match="none of them 0"):
+        noise_errors(policy[:0], None, NoiseTarget(policy[:0]))
 
 
 def test_inputs_are_left_alone_and_nothing_else_is_kept(device):

@@ -151,6 +151,22 @@ def test_unshared_noise(schedule):
     assert not torch.equal(objective(policy, reference, other, T).loss, shared.loss)
 
 
+def test_discount_by_sampling_has_no_gain(schedule):
+    policy, reference, noise = predictions()
+    sampled = build_objective("discounted", schedule, discount_mode="sample")(policy, reference, noise, T)
+    assert torch.equal(sampled.logits, build_objective("uniform", schedule)(policy, reference, noise, T).logits)
+
+
+def test_a_skipped_step_leaves_the_table_alone(schedule):
+    policy, reference, noise = predictions()
+    objective = build_objective("dde", schedule)
+    objective(policy, reference, noise, T)
+    objective.discard()
+    objective.commit()
+    assert not objective.table.count.any()
+    assert not objective.table.correction.any()
+
+
 def test_metrics(schedule):
     policy, reference, noise = predictions()
     out = build_objective("dde", schedule, beta=500.0)(policy, reference, noise, T)

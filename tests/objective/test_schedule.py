@@ -66,6 +66,17 @@ def test_stepwise_weight_is_the_kl_of_one_reverse_step(schedule):
         assert kl.item() == pytest.approx((schedule.stepwise_weight[t] * (noise - predicted).square().sum()).item(), rel=1e-9)
 
 
+def test_beta_as_the_variance(schedule):
+    """λ_t = β_t/(2 α_t (1-ᾱ_t)) where σ² = β: the factor (1-ᾱ_{t-1})/(1-ᾱ_t) of the posterior variance is gone."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    found = NoiseSchedule.from_scheduler(config, variance="beta").stepwise_weight
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    cumulative = torch.cumprod(1 - beta, 0)
+    torch.testing.assert_close(found[1:], (beta / (2 * (1 - beta) * (1 - cumulative)))[1:])
+    assert found[0] == 0
+    assert (found[1:] < schedule.stepwise_weight[1:]).all()
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_implied_noise_undoes_the_parameterisation(prediction_type):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type)
@@ -90,6 +101,7 @@ def test_implied_noise_undoes_the_parameterisation(prediction_type):
         ({"beta_schedule": "linear", "beta_end": 0.02}, "no beta_start"),
         (CogVideoXDDIMScheduler(), "snr_shift_scale"),
         ({"trained_betas": [0.1, -0.1]}, "betas"),
+        ({"trained_betas": [0.1, 0.5, 1.0]}, r"betas must lie in \(0, 1\)"),  # ᾱ would be 0 and w infinite
     ],
 )
 def test_unusable_scheduler(config, named):

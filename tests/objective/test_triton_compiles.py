@@ -21,7 +21,7 @@ def signature(kernel, tensors, constants):
 for linear, implied, pointer, exact in [(True, False, "*bf16", "fp32"), (False, True, "*fp64", "fp64")]:
     tensors = dict.fromkeys(["policy", "reference", "result", "noisy"], pointer)
     tensors |= {"noise": "*fp32"} | dict.fromkeys(["scale", "shift", "parts", "factor"], f"*{exact}")
-    constants = {"implied": implied, "linear": linear, "exact": getattr(tl, exact.replace("fp", "float")), "part": 4096}
+    constants = {"halves": 2, "implied": implied, "linear": linear, "exact": getattr(tl, exact.replace("fp", "float")), "part": 4096}
     if not implied:
         constants |= dict.fromkeys(["noisy", "scale", "shift"])
     for kernel, own in ((_errors_kernel, {"compare": True}), (_gradient_kernel, {})):

@@ -27,26 +27,29 @@ def outputs(objective, timesteps, seed):
 
 def test_averages_by_timestep(schedule):
     """Two micro-batches: means over the pairs of each tenth of the timesteps, and nothing for a tenth without pairs."""
-    objective = build_objective("dde_single", schedule, beta=50.0)
+    objective = build_objective("dde", schedule, beta=50.0)
+    objective.table.fill(-1.0)  # every z is above 0 by the correction alone
     timesteps = [torch.tensor([0, 99, 100, 999]), torch.tensor([50, 999, 999, 450])]
     outs = [outputs(objective, t, seed) for seed, t in enumerate(timesteps)]
     averages = Averages()
     for out in outs:
         averages.add(out)
     row = averages.read(1000)
-    z, t = torch.cat([out.logits for out in outs]), torch.cat(timesteps)
+    t = torch.cat(timesteps)
+    z = torch.cat([out.logits for out in outs]) + (50 / 2) * objective.correction(t)  # without the correction
     for first in range(0, 1000, 100):
         inside = (t >= first) & (t < first + 100)
         span = f"{first:03d}-{first + 99:03d}"
         if inside.any():
             assert row[f"accuracy_by_t/{span}"] == pytest.approx((z[inside] > 0).float().mean().item())
-            assert row[f"margin_by_t/{span}"] == pytest.approx(z[inside].mean().item(), rel=1e-5)
+            assert row[f"margin_by_t/{span}"] == pytest.approx(z[inside].mean().item(), rel=1e-4, abs=1e-5)
+            assert f"drift_by_t/{span}" in row
         else:
             assert f"accuracy_by_t/{span}" not in row
-    assert row["rewards/accuracies"] == pytest.approx((z > 0).float().mean().item())
+    assert row["rewards/accuracies"] > 0.7 > row["rewards/margin_accuracies"] == pytest.approx((z > 0).float().mean().item())
     assert row["drift/chosen"] == pytest.approx(row["error/policy_chosen"] - row["error/reference_chosen"], abs=1e-7)
     averages.add(outs[0])  # reading starts anew
-    assert averages.read(1000)["rewards/margins"] == pytest.approx(outs[0].logits.mean().item(), rel=1e-5)
+    assert averages.read(1000)["rewards/margins"] == pytest.approx(z[:4].mean().item(), rel=1e-4)
 
 
 def test_sft_has_no_buckets(schedule):

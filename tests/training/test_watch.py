@@ -25,6 +25,14 @@ def test_a_healthy_run_is_left_in_peace():
     assert not concerns(row(chosen=-0.01, rejected=0.05))
 
 
+def test_one_tenth_of_the_timesteps_that_the_mean_hides():
+    """Errors are small where the noise is strong: twice as large there, they hardly move the mean over all."""
+    tenths = {"drift_by_t/300-399": 0.05, "drift_by_t/900-999": 1.0}
+    (message,) = concerns(row(chosen=0.004, rejected=0.03) | tenths).values()
+    assert "winners' error is 100% above the reference's at timesteps 900-999" in message
+    assert not concerns(row(chosen=0.004, rejected=0.03) | {"drift_by_t/900-999": 0.127})
+
+
 def test_saturation():
     (message,) = concerns(row(saturation=0.8)).values()
     assert "80%" in message

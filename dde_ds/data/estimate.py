@@ -1,0 +1,72 @@
+"""What a sharding would keep, and what it would take: from labels, captions and a sample of images, no weights loaded."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from dde_ds.data.inputs import PairSource
+from dde_ds.data.make import Recipe
+from dde_ds.errors import UserError
+from dde_ds.models.encode import FORMATS
+from dde_ds.models.unet import family, load_component_config
+
+# Pairs whose image headers are read, in runs that lie evenly over the input.
+SAMPLED, RUN = 256, 32
+# Two tar headers, the .json and what pads each to 512 bytes; the safetensors header.
+OVERHEAD = 2560
+
+
+def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) -> dict:
+    """Rows by reason, samples, distinct prompts, the share of images that would be upscaled, and bytes on disk.
+
+    ``upscaled`` and ``unusable`` are shares of ``sampled`` images, of which only the headers are decoded.
+    """
+    survey = source.survey()
+    kind = family(recipe.model, revision)
+    vae = load_component_config(recipe.model, "vae", revision)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    if recipe.resolution % factor:
+        raise UserError(f"--resolution {recipe.resolution}: must be a multiple of {factor}, the VAE's factor")
+    latent = 2 * 2 * vae["latent_channels"] * (recipe.resolution // factor) ** 2
+    copies = 1 + recipe.flip + (recipe.latents == "mean+logvar")
+    unet = load_component_config(recipe.model, "unet", revision)
+    text = load_component_config(recipe.model, "text_encoder", revision)
+    prompt = 2 * text["max_position_embeddings"] * unet["cross_attention_dim"]
+    if kind == "sdxl":
+        prompt += 2 * load_component_config(recipe.model, "text_encoder_2", revision)["projection_dim"]
+    captions = len(survey.captions) + ("" not in survey.captions)
+    sides = _sides(source, survey.rows)
+    known = [side for side in sides if side is not None]
+    return {
+        "rows": dict(survey.counts),
+        "pairs": len(survey.rows),
+        "shards": -(-len(survey.rows) // recipe.pairs_per_shard),
+        "prompts": captions,
+        "sampled": len(sides),
+        "upscaled": sum(side < recipe.resolution for side in known) / max(1, len(known)),
+        "unusable": sum(side is None or side < recipe.shortest for side in sides) / max(1, len(sides)),
+        "bytes": len(survey.rows) * (latent * copies + OVERHEAD) + captions * (prompt + OVERHEAD),
+    }
+
+
+def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:
+    """Short side of each image of a sample of pairs, None where there is no image."""
+    from PIL import Image
+
+    starts = np.linspace(0, max(0, len(rows) - RUN), SAMPLED // RUN).astype(np.int64)
+    chosen = np.unique(np.concatenate([rows[start : start + RUN] for start in starts])) if len(rows) else rows
+    sides: list[int | None] = []
+    for pair in source.read(chosen):
+        for data in (pair.winner, pair.loser):
+            try:
+                sides.append(min(Image.open(io.BytesIO(data), formats=FORMATS).size))
+            except Exception:  # a broken file can make its decoder raise anything; it is counted
+                sides.append(None)
+    return sides
+
+
+def shard_bytes(manifest: dict) -> int:
+    """Bytes of all tars of a set."""
+    return sum(row["bytes"] for row in [*manifest["shards"], *manifest["prompts"]["files"]])

@@ -1,0 +1,61 @@
+"""Preference pairs of a Hugging Face data set, by name or from a folder that ``datasets`` saved.
+
+``datasets`` downloads and converts the whole set first, so that it takes its space twice; the parquet files themselves, as
+``hf://datasets/OWNER/NAME/data/train-*.parquet`` or downloaded, do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dde_ds.data.inputs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pickapic import BATCH, COLUMNS, PROVENANCE, check_columns, pair_row
+from dde_ds.errors import UserError
+
+
+class HubPairs:
+    """Pairs of a data set in Pick-a-Pic's columns.
+
+    Raises:
+        UserError: it cannot be had, has no such split, or other columns.
+    """
+
+    def __init__(self, name: str, split: str):
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(f"--input {name}: needs `datasets`: pip install 'dde_ds[hub]', or give parquet files") from None
+        datasets.disable_progress_bars()
+        try:
+            found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
+        except Exception as error:  # whatever the hub, the network and the builder may raise
+            problem = " ".join(str(error).split())[:300]
+            raise UserError(f"--input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise UserError(f"--split {split}: {name} has {', '.join(found)}")
+            found = found[split]
+        check_columns(name, found.features.arrow_schema)
+        self.label = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
+        columns = [*COLUMNS, *(column for column in PROVENANCE if column in found.column_names)]
+        self.table = found.select_columns(columns).with_format("arrow")
+        self.identity = [{"name": self.label, "rows": len(found), "fingerprint": found._fingerprint}]
+
+    def name(self, row: int) -> str:
+        return f"{self.label}:{row}"
+
+    def survey(self) -> Survey:
+        found = SurveyBuilder()
+        for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
+            for caption, label in zip(batch["caption"].to_pylist(), batch["label_0"].to_pylist(), strict=True):
+                found.add(caption, label)
+        return found.finish()
+
+    def read(self, rows: np.ndarray) -> Iterator[PairRow]:
+        for low in range(0, len(rows), BATCH):
+            wanted = rows[low : low + BATCH].tolist()
+            for row, values in zip(wanted, self.table[wanted].to_pylist(), strict=True):
+                yield pair_row(row, self.name(row), values)

@@ -1,0 +1,120 @@
+"""``manifest.json``: what a set of shards promises, and the checks that a reader relies on.
+
+A manifest may come from anywhere: nothing in it is believed before it is checked, least of all a file name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import torch
+
+from dde_ds.errors import UserError
+
+FORMAT = "dde_ds shards 2"
+PROMPTS_PER_FILE = 1024
+NAMES = re.compile(r"(prompts-)?[0-9]{5,9}")
+
+
+def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor that each pair of this set has."""
+    latents = (2, *manifest["latents"]["shape"])
+    expected = {"latents": (latents, torch.float16), "prompt": ((), torch.int64)}
+    if manifest["settings"]["family"] == "sdxl":
+        expected["time_ids"] = ((2, 6), torch.float32)
+    if manifest["settings"]["flip"]:
+        expected["latents_flipped"] = (latents, torch.float16)
+    if manifest["settings"]["latents"] == "mean+logvar":
+        expected["logvar"] = (latents, torch.float16)
+    return expected
+
+
+def prompt_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor that each prompt of this set has."""
+    return {name: (tuple(shape), torch.float16) for name, shape in manifest["prompts"]["tensors"].items()}
+
+
+def manifest_digest(manifest: dict) -> str:
+    """SHA-256 of the manifest without its own ``digest``."""
+    plain = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def is_whole_manifest(data: bytes) -> bool:
+    """Whether these bytes end as they began: JSON that is no manifest of ours, or one whose digest is right."""
+    try:
+        manifest = json.loads(data)
+        return not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest["digest"] == manifest_digest(manifest)
+    except (ValueError, KeyError, RecursionError):
+        return False
+
+
+def read_manifest(data: bytes, where: str) -> dict:
+    """A manifest, every part of it that reading relies on checked.
+
+    Raises:
+        UserError: not a manifest, one of another format, a damaged one, or one that promises what cannot be.
+    """
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable: {error}") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{where}: not a manifest of shards")
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{where}: format is {manifest.get('format')!r}, this version reads {FORMAT!r}: shard the pairs again into another folder"
+        )
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
+    try:
+        problem = _problem_of(manifest)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__} {error}"
+    if problem:
+        raise UserError(f"{where}: {problem}")
+    return manifest
+
+
+def _problem_of(manifest: dict) -> str | None:
+    settings, latents, prompts = manifest["settings"], manifest["latents"], manifest["prompts"]
+    if settings["family"] not in ("sd", "sdxl"):
+        return f"settings.family is {settings['family']!r}, expected 'sd' or 'sdxl'"
+    if settings["latents"] not in ("mean", "sample", "mean+logvar") or not isinstance(settings["flip"], bool):
+        return f"settings.latents is {settings['latents']!r} and settings.flip {settings['flip']!r}"
+    if (
+        not _is_shape(latents["shape"])
+        or len(latents["shape"]) != 3
+        or latents["dtype"] != "float16"
+        or latents["scaled"] is not True
+    ):
+        return f"latents are {latents!r}, expected a shape [C,H,W], float16, scaled"
+    names = {"prompt_embeds": 2} | ({"pooled": 1} if settings["family"] == "sdxl" else {})
+    if {name: len(shape) for name, shape in prompts["tensors"].items()} != names or not all(
+        map(_is_shape, prompts["tensors"].values())
+    ):
+        return f"prompts.tensors are {prompts['tensors']!r}"
+    for file in [*manifest["shards"], *prompts["files"]]:
+        if not NAMES.fullmatch(file["name"]):
+            return f"a shard is called {file['name']!r}: expected digits only"
+        counts = (file["samples"], file["bytes"], file["index"]["bytes"])
+        if not all(type(count) is int and 0 <= count < 1 << 53 for count in counts):
+            return f"shard {file['name']} has counts {counts!r}"
+        if not all(isinstance(digest, str) and len(digest) == 64 for digest in (file["sha256"], file["index"]["sha256"])):
+            return f"shard {file['name']} has no sha256"
+    if type(manifest["samples"]) is not int or not 0 < manifest["samples"] == sum(file["samples"] for file in manifest["shards"]):
+        return f"samples is {manifest['samples']!r}, not the sum of its shards"
+    files = [file["name"] for file in [*manifest["shards"], *prompts["files"]]]
+    if len(set(files)) < len(files):
+        return "two shards have the same name"
+    distinct, last = prompts["distinct"], len(prompts["files"]) - 1
+    held = [PROMPTS_PER_FILE] * last + [distinct - PROMPTS_PER_FILE * last]
+    if type(distinct) is not int or [file["samples"] for file in prompts["files"]] != held or not 0 < held[-1] <= PROMPTS_PER_FILE:
+        return f"prompts.distinct is {distinct!r}, not {PROMPTS_PER_FILE} in each prompts file but the last"
+    return None
+
+
+def _is_shape(shape) -> bool:
+    return isinstance(shape, list) and all(type(side) is int and 0 < side < 1 << 20 for side in shape)

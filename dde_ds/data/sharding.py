@@ -1,0 +1,165 @@
+"""The sharding tool: one implementation for ``tools/shard_pickapic.py`` and, with many ranks, ``launchers/encode.py``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dde_ds.errors import RankError, UserError
+
+DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of both command lines."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="parquet files in Pick-a-Pic v2's columns (paths, quoted globs, or URLs such as hf://…, s3://…), a pairs.jsonl, "
+        "a folder of either, or a data set for `datasets`",
+    )
+    options.add_argument("--split", default="train", help="of a data set given by name")
+    options.add_argument("--model", required=True, help="diffusers folder or hub id whose VAE and text encoders encode")
+    options.add_argument("--revision", help="branch, tag or commit of a hub id")
+    options.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    options.add_argument("--resolution", type=int, help="side of the square images in pixels; default: the model's own")
+    options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
+    options.add_argument("--pairs-per-shard", type=int, default=1000)
+    options.add_argument(
+        "--latents",
+        choices=("mean", "sample", "mean+logvar"),
+        default="mean",
+        help="the VAE posterior's mean, one draw of it, or both its moments for a new draw each time (twice the size)",
+    )
+    options.add_argument(
+        "--flip", action="store_true", help="store mirrored images too, for data.flip (adds the size of the latents)"
+    )
+    options.add_argument("--batch", type=int, default=8, help="pairs encoded at a time")
+    options.add_argument("--device", help="default: the GPU where there is one")
+    options.add_argument(
+        "--vae-dtype", choices=DTYPES, help="default: float32; on a GPU float16 if the VAE says that it does not overflow"
+    )
+    options.add_argument("--text-dtype", choices=DTYPES, help="default: float32, on a GPU float16")
+    options.add_argument("--dry-run", action="store_true", help="read labels, say what a run would keep and take, write nothing")
+    return options
+
+
+def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int = 0) -> int:
+    """Shard as the options say; exit code 0, or 1 after one line of error."""
+    try:
+        _check(args)
+        if args.dry_run:
+            _dry_run(args, rank)
+        else:
+            _shard(args, rank, world, local_rank)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in DISK_PROBLEMS:
+                raise
+            error = RankError(f"--output {args.output}: {error.strerror.lower()}; whole shards are kept, a second run goes on")
+        if rank and not isinstance(error, RankError):
+            time.sleep(10)  # all ranks met it, the first one reports it: the launcher then ends this one while it sleeps
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("pairs_per_shard", "batch", "resolution", "min_side"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+
+
+def _recipe(args: argparse.Namespace, resolution: int):
+    from dde_ds.data.make import Recipe
+
+    return Recipe(
+        args.model,
+        args.resolution or resolution,
+        args.pairs_per_shard,
+        args.batch,
+        latents=args.latents,
+        flip=args.flip,
+        min_side=args.min_side,
+    )
+
+
+def _dry_run(args: argparse.Namespace, rank: int) -> None:
+    if rank:
+        return
+    from dde_ds.data.estimate import estimate
+    from dde_ds.data.inputs import find_pairs
+    from dde_ds.models.unet import load_component_config, load_unet_config
+
+    factor = 2 ** (len(load_component_config(args.model, "vae", args.revision)["block_out_channels"]) - 1)
+    recipe = _recipe(args, load_unet_config(args.model, args.revision)["sample_size"] * factor)
+    found = estimate(find_pairs(args.input, args.split), recipe, args.revision)
+    _print_rows(found["rows"])
+    print(f"a run would encode {found['pairs']} pairs into {found['shards']} shards, and {found['prompts']} prompts")
+    print(
+        f"of {found['sampled']} images looked at, {found['upscaled']:.1%} are smaller than {recipe.resolution} pixels and would be "
+        f"upscaled, {found['unusable']:.1%} could not be used"
+    )
+    print(f"disk: {found['bytes'] / 1e9:.2f} GB")
+
+
+def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
+    import torch
+    from PIL import Image
+
+    from dde_ds.data.estimate import shard_bytes
+    from dde_ds.data.inputs import find_pairs
+    from dde_ds.data.make import make_shards
+    from dde_ds.models.encode import Encoder
+    from dde_ds.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are counted, not warned of
+    source = find_pairs(args.input, args.split)  # before minutes of loading
+    device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
+    torch.backends.cudnn.deterministic = True
+    dtypes = (getattr(torch, name) if name else None for name in (args.vae_dtype, args.text_dtype))
+    encoder = Encoder(args.model, args.revision, device, *dtypes)
+    started, first = time.perf_counter(), None
+    rate = TextColumn("{task.fields[rate]:.1f} images/s")
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
+        bar = progress.add_task("encoding", total=None, rate=0.0)
+
+        def show(done: int, total: int) -> None:
+            nonlocal started, first
+            if first is None:  # what is there already is no work of this run
+                started, first = time.perf_counter(), done
+            rate = 2 * (done - first) / max(1e-9, time.perf_counter() - started)
+            progress.update(bar, completed=done, total=total, rate=rate)
+
+        manifest = make_shards(source, args.output, encoder, _recipe(args, encoder.resolution), rank, world, show)
+    if manifest is None:
+        print(f"rank {rank} of {world}: done; the rank that ends last writes the manifest")
+        return
+    _print_rows(manifest["rows"])
+    print(
+        f"{manifest['samples']} pairs in {len(manifest['shards'])} shards, {manifest['prompts']['distinct']} prompts, "
+        f"{shard_bytes(manifest) / 1e9:.2f} GB: {args.output}"
+    )
+
+
+def _print_rows(rows: dict[str, int]) -> None:
+    table = Table("rows", "", box=None, show_header=False)
+    for reason, count in sorted(rows.items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{count:,}")
+    Console().print(table)

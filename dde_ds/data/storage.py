@@ -1,0 +1,208 @@
+"""Where shards lie: a local folder, or any object store or web server that fsspec reaches.
+
+Both are read by ranges, and every range is checked before it is given to anybody: what cannot be read is an error, what can
+be read and is not what was written is :class:`DamagedData`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dde_ds.data.cache import Cache
+from dde_ds.errors import UserError
+
+# No `pipe:`, no `::` chains: a path in a configuration reads bytes and does nothing else.
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
+# Files that a process keeps open.
+OPEN_FILES = 64
+# Answers of a web server that another try would not change.
+FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
+
+
+class DamagedData(UserError):
+    """Bytes that are missing, or not those that were written. The same for every reader, so that it may be counted and replaced."""
+
+
+class LocalFolder:
+    """Files of a folder. Handles belong to the process that opened them: loader workers are forked with the parent's."""
+
+    is_remote = False
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.counters: dict[str, int] = {"bytes": 0, "cache_hits": 0, "cache_misses": 0}
+        self._owner, self._open = os.getpid(), OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def fetch(self, name: str, offset: int, length: int | None, is_whole: Callable[[bytes], bool], key: str | None = None) -> bytes:
+        """``length`` bytes from ``offset`` (None: all) for which ``is_whole`` holds.
+
+        Raises:
+            DamagedData: the file is missing, too short, or its bytes fail the check. The message does not name it: the caller
+                knows what it was reading.
+            UserError: it cannot be read.
+        """
+        try:
+            data = self._read(name, offset, length)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise DamagedData("the file is missing") from None
+        except OSError as error:
+            raise UserError(f"{self.where(name)}: not readable: {error.strerror}") from None
+        if (length is not None and len(data) != length) or not is_whole(data):
+            raise DamagedData("checksum differs, the file was damaged")
+        self.counters["bytes"] += len(data)
+        return data
+
+    def announce(self, name: str, offset: int, length: int) -> None:
+        """Tell the kernel that a range will be fetched soon. Never fails: fetching says what is wrong."""
+        with contextlib.suppress(OSError, AttributeError):  # no posix_fadvise on macOS
+            os.posix_fadvise(self._handle(name), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, name: str, offset: int, length: int | None) -> bytes:
+        if length is None:
+            return (self.folder / name).read_bytes()
+        return os.pread(self._handle(name), length, offset)
+
+    def _handle(self, name: str) -> int:
+        if self._owner != os.getpid():
+            self._owner, self._open = os.getpid(), OrderedDict()
+        if name not in self._open:
+            self._open[name] = (self.folder / name).open("rb")
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name].fileno()
+
+
+class RemoteFolder:
+    """Objects below a URL, read by range through fsspec, with bounded retries and an optional local cache.
+
+    Args:
+        url: ``s3://bucket/shards``, ``https://host/shards``, ``hf://datasets/owner/name/shards`` …; credentials come from
+            where the driver looks for them (environment, configuration files), never from here.
+        cache: where fetched ranges are kept.
+        timeout: seconds that one attempt may take.
+        attempts: how often a range is asked for before it is an error.
+        first_delay: seconds before the second attempt; doubled before each further one, up to half as much again by chance.
+    """
+
+    is_remote = True
+
+    def __init__(self, url: str, cache: Cache | None = None, timeout: float = 60.0, attempts: int = 5, first_delay: float = 0.5):
+        self.url = url.rstrip("/")
+        self.cache, self.timeout, self.attempts, self.first_delay = cache, timeout, attempts, first_delay
+        self.counters: dict[str, int] = {"bytes": 0, "cache_hits": 0, "cache_misses": 0}
+        self._owner, self._fs = os.getpid(), None
+        self._filesystem()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fs": None}
+
+    def where(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def fetch(self, name: str, offset: int, length: int | None, is_whole: Callable[[bytes], bool], key: str | None = None) -> bytes:
+        """As :meth:`LocalFolder.fetch`. ``key``, a digest of what is asked for, lets the range be kept in the cache."""
+        if self.cache and key:
+            data = self.cache.get(key)
+            if data is not None and (length is None or len(data) == length) and is_whole(data):
+                self.counters["cache_hits"] += 1
+                return data
+            self.counters["cache_misses"] += 1
+        problem, damaged = "", False
+        for attempt in range(self.attempts):
+            if attempt:
+                # Not from the training's generators, and not the same on every rank: they would all come back at once.
+                time.sleep(self.first_delay * 2 ** (attempt - 1) * random.Random().uniform(1, 1.5))
+            try:
+                data = self._get(name, offset, length)
+            except FileNotFoundError:
+                raise DamagedData("the file is missing") from None
+            except Exception as error:  # every driver has exceptions of its own
+                problem, damaged = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": "), False
+                if isinstance(error, (PermissionError, ImportError)) or getattr(error, "status", None) in FINAL_STATUS:
+                    raise UserError(f"{self.where(name)}: not readable: {problem}") from None
+                continue
+            self.counters["bytes"] += len(data)
+            short = length is not None and len(data) != length
+            if not short and is_whole(data):
+                if self.cache and key:
+                    self.cache.put(key, data)
+                return data
+            damaged = True
+            problem = f"{len(data)} bytes came for {length} asked" if short else "checksum differs, the file was damaged"
+        if damaged:
+            raise DamagedData(f"{problem} ({self.attempts} attempts)")
+        raise UserError(f"{self.where(name)}: not readable after {self.attempts} attempts: {problem}")
+
+    def _get(self, name: str, offset: int, length: int | None) -> bytes:
+        fs = self._filesystem()
+        start, end = (None, None) if length is None else (offset, offset + length)
+        path = f"{self._root}/{name}"
+        if getattr(fs, "async_impl", False):
+            from fsspec.asyn import sync
+
+            return sync(fs.loop, fs._cat_file, path, start=start, end=end, timeout=self.timeout)
+        return fs.cat_file(path, start=start, end=end)
+
+    def _filesystem(self) -> Any:
+        """This process's driver: its threads and connections do not survive a fork."""
+        if self._fs is None or self._owner != os.getpid():
+            self._fs, self._root = filesystem(self.url)
+            self._owner = os.getpid()
+        return self._fs
+
+
+def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
+    """A new fsspec file system of an allowed URL, and the path in it.
+
+    Raises:
+        UserError: a scheme that is not allowed, or whose driver is not installed.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in SCHEMES or "::" in url:
+        raise UserError(f"{key} {url}: expected a folder or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+    if "?" in url or "#" in url:
+        raise UserError(f"{key} {url}: expected the URL of a folder, without ? or #")
+    try:
+        from fsspec.core import url_to_fs
+
+        fs, root = url_to_fs(url, skip_instance_cache=True)
+        return fs, root.rstrip("/")
+    except ImportError as error:
+        raise UserError(f"{key} {url}: {error}; `pip install 'dde_ds[remote]'` has drivers for http and s3") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{key} {url}: {' '.join(str(error).split())}") from None
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` names something else than a local file; ``pipe:ls`` does too."""
+    head = str(path).split("/", 1)[0]
+    return ":" in head and not Path(path).exists()
+
+
+def open_storage(path: str | Path, cache: Cache | None = None, timeout: float = 60.0) -> LocalFolder | RemoteFolder:
+    """The folder at a path or URL.
+
+    Raises:
+        UserError: as :func:`filesystem`.
+    """
+    path = str(path).removeprefix("file://")
+    return RemoteFolder(path, cache, timeout) if is_url(path) else LocalFolder(path)

@@ -1,0 +1,262 @@
+"""``dde-ds doctor``: what would fail an hour into a large run, found in its first minute.
+
+Every rank looks at its own machine, then the first one prints a line for each check. Started by the launcher of the run, with as many
+ranks, it sees what the run will see; by itself it checks one machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dde_ds.config import RunConfig
+from dde_ds.distributed import start
+from dde_ds.errors import UserError
+from dde_ds.ranks import Ranks
+
+PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
+# Containers come with 64 MB of shared memory: too little for NCCL and the loader's workers.
+SHARED_MEMORY = 512 * 2**20
+OPEN_FILES = 1024
+CLOCK_SECONDS = 2.0
+# A file that one node wrote may show late on another: attributes are cached, by NFS for some seconds.
+SHOWS_SECONDS = 10.0
+TRAFFIC_BYTES = 64 * 2**20
+
+
+class Failed(Exception):
+    """A check found something; the message says what, and how to mend it."""
+
+
+def diagnose(run: RunConfig | None, timeout_minutes: float) -> int:
+    """Print one line a check. Every rank calls this. Returns 0, or 1 where a check failed, on all ranks.
+
+    Raises:
+        UserError: the ranks did not meet: nothing else can be checked then.
+    """
+    ranks, device = start(timeout_minutes)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("accelerator", lambda: _accelerator(device, run)),
+        ("shared memory", _shared_memory),
+        ("open files", _open_files),
+        ("temporary folder", _temporary_folder),
+        ("network device", lambda: _network_device(device)),
+    ]
+    if run:
+        checks += [("shards", lambda: _shards(run)), ("free disk", lambda: _free_disk(run))]
+    healthy = _report(ranks, "ranks", _try(lambda: _ranks(ranks, device)))
+    for name, check in checks:
+        healthy &= _report(ranks, name, _try(check))
+    # These talk to the other ranks, so they end in the same number of collectives whatever they find.
+    healthy &= _report(ranks, "clocks", _clocks())
+    healthy &= _report(ranks, "traffic", _traffic(device))
+    if run:
+        healthy &= _report(ranks, "shared folder", _shared_folder(Path(run.output), ranks))
+    return 0 if healthy else 1
+
+
+def _try(check: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, check()
+    except (Failed, UserError) as error:
+        return False, str(error)
+    except OSError as error:
+        return False, f"{error.filename or 'system'}: {(error.strerror or str(error)).lower()}"
+
+
+def _gather(value) -> list:
+    """The value of every rank, in their order. Collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
+    """One line for all ranks: what they have in common, or who differs. Collective; True where no rank failed."""
+    found = _gather((*finding, socket.gethostname(), ranks.rank))
+    failed = [entry for entry in found if not entry[0]]
+    if failed:
+        by_text: dict[str, list[tuple]] = {}
+        for entry in failed:
+            by_text.setdefault(entry[1], []).append(entry)
+        where = {text: ", ".join(sorted({f"{entry[2]}" for entry in entries})) for text, entries in by_text.items()}
+        text = "; ".join(f"{text} (on {hosts})" if len(found) > 1 else text for text, hosts in where.items())
+    else:
+        counts = Counter(entry[1] for entry in found)
+        text = "; ".join(text if len(counts) == 1 else f"{text} ({count} ranks)" for text, count in counts.most_common(4))
+        if name == "versions" and len(counts) > 1:
+            failed, text = found, f"ranks differ: {text}; install the same everywhere"
+    if ranks.is_first:
+        print(f"{'FAIL' if failed else 'ok  '}  {name:17} {text}", flush=True)
+    return not failed
+
+
+def _versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            if package != "dde_ds":  # run from its folder
+                raise Failed(f"{package} is not installed: pip install -e .") from None
+    return ", ".join(found)
+
+
+def _accelerator(device: torch.device, run: RunConfig | None) -> str:
+    if device.type == "cpu":
+        return "CPU (gloo); training at full size needs GPUs"
+    properties = torch.cuda.get_device_properties(device)
+    if run and run.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise Failed(f"{properties.name} has no bfloat16: set precision=fp32")
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def _ranks(ranks: Ranks, device: torch.device) -> str:
+    hosts = Counter(_gather(socket.gethostname()))
+    numbers = torch.tensor([float(ranks.rank + 1)], device=device)
+    dist.all_reduce(numbers)
+    if numbers.item() != ranks.world * (ranks.world + 1) / 2:
+        raise Failed(f"a sum over {ranks.world} ranks is wrong: {numbers.item():g}")
+    if len(set(hosts.values())) > 1:
+        raise Failed(f"hosts hold different numbers of ranks: {', '.join(f'{host} {count}' for host, count in hosts.items())}")
+    return f"{ranks.world} on {len(hosts)} hosts, meeting at {ranks.address}"
+
+
+def _shared_memory() -> str:
+    size = shutil.disk_usage("/dev/shm").total
+    if size < SHARED_MEMORY:
+        raise Failed(f"/dev/shm holds {size / 2**20:.0f} MiB: give the container 16 GiB (--shm-size 16g, or an emptyDir in memory)")
+    return f"/dev/shm holds {size / 2**30:.1f} GiB"
+
+
+def _open_files() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        raise Failed(f"{soft} files may be open: raise it to {OPEN_FILES} or more (ulimit -n)")
+    return "no limit" if soft == resource.RLIM_INFINITY else f"{soft} may be open"
+
+
+def _temporary_folder() -> str:
+    with tempfile.NamedTemporaryFile(prefix="dde_ds-doctor-") as file:
+        file.write(b"x")
+        return str(Path(file.name).parent)
+
+
+def _network_device(device: torch.device) -> str:
+    variable = "GLOO_SOCKET_IFNAME" if device.type == "cpu" else "NCCL_SOCKET_IFNAME"
+    known = [name for _, name in socket.if_nameindex()]
+    chosen = os.environ.get(variable, "")
+    # NCCL's syntax: prefixes, "=" for exact names, "^" for all others.
+    names = [name for name in chosen.lstrip("^=").split(",") if name]
+    exact = variable.startswith("GLOO") or chosen.startswith(("=", "^="))
+    lost = [name for name in names if not (name in known if exact else any(own.startswith(name) for own in known))]
+    if lost and not chosen.startswith("^"):
+        raise Failed(f"{variable}={chosen!r} names no device of this host; it has {', '.join(known)}")
+    others = [name for name in known if name != "lo"]
+    return f"{variable}={chosen}" if chosen else f"chosen by the library among {', '.join(others) or 'lo'}"
+
+
+def _clocks() -> tuple[bool, str]:
+    dist.barrier()
+    times = _gather(time.time())
+    apart = max(times) - min(times)
+    if apart > CLOCK_SECONDS:
+        return False, f"clocks are {apart:.1f} s apart: start a time service (chrony) on all nodes"
+    return True, f"at most {apart:.2f} s apart"
+
+
+def _traffic(device: torch.device) -> tuple[bool, str]:
+    """Bus bandwidth of one all-reduce as training does it, for information."""
+    world = dist.get_world_size()
+    if world == 1:
+        return True, "one rank: none"
+    values = torch.ones(TRAFFIC_BYTES // 4, device=device)
+    dist.all_reduce(values)  # connections are made at the first
+    values.fill_(1.0)
+    dist.barrier()
+    started = time.perf_counter()
+    dist.all_reduce(values)
+    total = values[-1].item()
+    seconds = max(_gather(time.perf_counter() - started))
+    if total != world:
+        return False, f"a sum over {world} ranks came out as {total:g}"
+    rate = 2 * (world - 1) / world * TRAFFIC_BYTES / seconds / 1e9
+    return True, f"all-reduce of {TRAFFIC_BYTES // 2**20} MiB at {rate:.2f} GB/s"
+
+
+def _shards(run: RunConfig) -> str:
+    """What every node must read alike."""
+    path = Path(run.data.path) / "manifest.json"
+    if not path.is_file():
+        raise Failed(f"data.path {run.data.path}: no manifest.json here; every node must see the same shards")
+    return f"{run.data.path}, manifest {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+
+
+def _free_disk(run: RunConfig) -> str:
+    from diffusers import UNet2DConditionModel
+
+    from dde_ds.models.unet import load_unet_config
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(load_unet_config(run.model.path, run.model.revision))
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    # Adam's two moments and the weights in fp32, beside them bf16 weights; the newest is written before the oldest goes.
+    need = parameters * (14 if run.precision == "bf16" else 16) * (run.checkpoint.keep + 1)
+    free = shutil.disk_usage(_existing(Path(run.output))).free
+    wanted = f"{run.checkpoint.keep + 1} checkpoints of {parameters / 1e6:.0f} M parameters take {need / 1e9:.1f} GB"
+    if free < need:
+        raise Failed(f"output {run.output}: {free / 1e9:.1f} GB free, but {wanted}; free some, or lower checkpoint.keep")
+    return f"{free / 1e9:.0f} GB free, {wanted}"
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def _shared_folder(output: Path, ranks: Ranks) -> tuple[bool, str]:
+    """Whether all ranks see one folder, and a renamed file in it. The folder and its parents are left as they were found."""
+    token, name = _gather(secrets.token_hex(8))[0], ".dde_ds-doctor"
+    folder = _existing(output)
+    problem = ""
+    probe = folder / f"{name}-{token}"
+    if ranks.is_first:
+        try:
+            staged = probe.with_suffix(".staged")
+            with staged.open("w") as file:
+                file.write(token)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.rename(probe)
+        except OSError as error:
+            problem = f"output {folder}: not writable: {(error.strerror or '').lower()}"
+    problem = _gather(problem)[0]
+    if not problem:
+        deadline = time.monotonic() + SHOWS_SECONDS
+        while not probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        try:
+            if probe.read_text() != token:
+                problem = f"{probe}: holds something else than rank 0 wrote"
+        except OSError:
+            problem = f"output {folder}: a file that rank 0 wrote is not there; it must be one file system for all nodes"
+    dist.barrier()
+    if ranks.is_first:
+        probe.unlink(missing_ok=True)
+    return not problem, problem or f"{folder}: written, renamed, synced and seen by all"

@@ -1,0 +1,315 @@
+"""Shards behind a real web server and a real object store, with what networks do to them."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dde_ds import UserError
+from dde_ds.data.cache import BUCKETS, Cache
+from dde_ds.data.draws import Draws
+from dde_ds.data.inputs import find_pairs
+from dde_ds.data.mixture import open_sources, order_of
+from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
+from dde_ds.data.shards import ShardSet
+from dde_ds.data.storage import DamagedData, RemoteFolder
+from tests.data.test_damage import break_pair, everything, same
+from tests.data.tiny import write_tiny
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("s3fs")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A folder by HTTP, with ranges; ``faults`` names what happens to the next requests."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.requests = folder, [], []
+        self.ranges = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):  # a client that hung up
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server = self.server
+        fault = server.faults.pop(0) if server.faults else None
+        path = server.folder / self.path.lstrip("/")
+        server.requests.append((self.path, self.headers.get("Range"), fault))
+        if isinstance(fault, int):
+            return self.answer(fault, b"")
+        if not path.is_file():
+            return self.answer(404, b"")
+        data, status = path.read_bytes(), 200
+        if (wanted := self.headers.get("Range")) and server.ranges:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            data, status = data[int(first) : int(last) + 1], 206
+        if fault == "slow":
+            time.sleep(0.8)
+        if fault == "flipped":
+            data = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+        return self.answer(status, data, cut=fault == "cut", short=fault == "short")
+
+    def answer(self, status: int, data: bytes, cut: bool = False, short: bool = False) -> None:
+        if short:  # a proxy that lost the end and does not know it
+            data = data[: len(data) // 2]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_tiny(tmp_path / "served" / "set", (3, 3, 2))
+
+
+@pytest.fixture
+def server(folder):
+    server = Server(folder.parent)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Short waits between attempts."""
+    original = RemoteFolder.__init__
+
+    def quick(self, url, cache=None, timeout=60.0):
+        original(self, url, cache, min(timeout, 0.5), attempts=5, first_delay=0.01)
+
+    monkeypatch.setattr(RemoteFolder, "__init__", quick)
+
+
+def read_all(shards: ShardSet) -> list[dict]:
+    places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
+    return [shards.read(*place) for place in places] + [shards.prompt(row) for row in range(shards.manifest["prompts"]["distinct"])]
+
+
+def test_http_by_ranges(folder, server):
+    shards = ShardSet(f"{server.url}/set")
+    assert same(read_all(shards), everything(folder, True))
+    assert shards.digest == ShardSet(folder).digest
+    tars = [ranged for path, ranged, _ in server.requests if path.endswith(".tar")]
+    assert all(tars)
+    assert len(tars) == 8 + 3, "one range a pair and a prompt"
+
+
+@pytest.mark.parametrize(
+    "faults", [[500], [503, 500, 429], ["cut"], ["short", "cut"], ["flipped"], ["slow"], [500, "slow", "short", "flipped"]]
+)
+def test_faults_that_pass(folder, server, faults):
+    expected = everything(folder, True)
+    server.faults = list(faults)
+    shards = ShardSet(f"{server.url}/set")
+    assert not server.faults, "the manifest met them"
+    server.faults = list(faults)
+    assert same(read_all(shards), expected)
+    server.faults = [None, *faults]  # the index comes whole, the pair does not
+    assert torch.equal(ShardSet(f"{server.url}/set").read(1, 1)["latents"], expected[4]["latents"])
+    assert not server.faults
+
+
+def test_random_faults(folder, server):
+    """Half of all requests fail in some way, never five times in a row."""
+    rng, expected = random.Random(0), everything(folder, True)
+    for _ in range(2):
+        server.faults = [
+            rng.choice([500, "cut", "short", "flipped"]) if number % 5 and rng.random() < 0.6 else None for number in range(400)
+        ]
+        assert same(read_all(ShardSet(f"{server.url}/set")), expected)
+
+
+def test_faults_that_stay(folder, server):
+    shards = ShardSet(f"{server.url}/set")
+    shards.read(0, 0)
+    server.faults = [500] * 5
+    with pytest.raises(UserError, match=rf"{server.url}/set/00000\.tar: not readable after 5 attempts: .*500") as caught:
+        shards.read(0, 1)
+    # A server that is down says nothing of the data: no sample is replaced for it.
+    assert not isinstance(caught.value, DamagedData)
+    server.faults = [403]
+    with pytest.raises(UserError, match=r"not readable: .*403"):
+        shards.read(0, 1)
+    server.faults = ["flipped"] * 5
+    with pytest.raises(DamagedData, match=r"00000\.tar, sample 000000001: checksum differs, .* \(5 attempts\)"):
+        shards.read(0, 1)
+    (folder / "00002.tar").unlink()
+    with pytest.raises(DamagedData, match=r"00002\.tar, sample 000000006: the file is missing"):
+        shards.read(2, 0)
+    server.ranges = False
+    with pytest.raises(DamagedData, match=r"bytes came for \d+ asked"):
+        shards.read(0, 1)
+    with pytest.raises(UserError, match=r"manifest\.json: the file is missing; is this a folder of shards"):
+        ShardSet(f"{server.url}/nothing")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"manifest\.json: not readable after 5 attempts"):
+        ShardSet(f"{server.url}/set")
+
+
+def dataset(path: str, cache: Path | None = None, max_bad: int = 0) -> PairDataset:
+    shards = open_sources([(path, 1.0)], str(cache) if cache else None, 0.01, strict=not max_bad)
+    return PairDataset(shards, order_of(shards, 3, 2), Draws(3, torch.ones(10), caption_dropout=0.2), max_bad)
+
+
+def batches(data: PairDataset, workers: int, totals: ReadingTotals | None = None) -> list[dict]:
+    return list(micro_batches(data, RankSlices(4, 4, 0, 1, 0, 6), workers, False, totals))
+
+
+def test_workers_and_replacements(folder, server):
+    """Loader workers are forked after the parent has used its connections."""
+    break_pair(folder, 1, 1)
+    local = batches(dataset(str(folder), max_bad=1), 0)
+    for workers in (0, 2):
+        totals = ReadingTotals()
+        assert same(batches(dataset(f"{server.url}/set", max_bad=1), workers, totals), local)
+        assert set(totals.bad) == {(1, 1)}
+
+
+def test_cache_is_keyed_by_content(folder, server, tmp_path):
+    """Two sets with equal file names share a cache and never meet; what is cached is not fetched again, and checked again."""
+    write_tiny(folder.parent / "other", (3, 3, 2), first=100)
+    cache = tmp_path / "cache"
+    first, second = (batches(dataset(f"{server.url}/{name}", cache), 0) for name in ("set", "other"))
+    assert not same(first, second)
+    assert same(first, batches(dataset(str(folder)), 0))
+    server.requests.clear()
+    totals = ReadingTotals()
+    assert same(batches(dataset(f"{server.url}/set", cache), 0, totals), first)
+    assert {path for path, _, _ in server.requests} == {"/set/manifest.json"}
+    assert totals.counters["cache_hits"] > 20
+    assert totals.counters["cache_misses"] == 0
+    entries = [path for path in cache.rglob("*") if path.is_file()]
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    totals = ReadingTotals()
+    assert same(batches(dataset(f"{server.url}/set", cache), 0, totals), first)
+    assert totals.counters["cache_misses"] > 10
+
+
+def test_cache_with_many_processes(tmp_path):
+    """Eight processes, a cache that holds a tenth of what they want: never more than the limit at the end, never a wrong byte."""
+    limit, size = BUCKETS * 4000, 1000
+    children = []
+    for seed in range(8):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                cache, rng = Cache(tmp_path, limit), random.Random(seed)
+                for _ in range(1500):
+                    key = rng.randrange(10_000)
+                    expected = key.to_bytes(4, "big") * (size // 4)
+                    found = cache.get(str(key))
+                    assert found in (None, expected)
+                    if found is None:
+                        cache.put(str(key), expected)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".partial"]
+    cache = Cache(tmp_path, limit)
+    for key in range(2000):  # every bucket is brought to its share when it is next written to
+        cache.put(f"last {key}", bytes(10))
+    held = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert limit / 4 < held <= limit
+    cache.put("too large", bytes(5000))
+    assert cache.get("too large") is None
+
+
+def test_cache_on_a_full_or_read_only_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir .*file: not writable"):
+        Cache(tmp_path / "file", 10**6)
+    cache = Cache(tmp_path / "cache", 10**6)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("in the way")
+    cache.put("key", b"value")
+    assert cache.get("key") is None
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A real S3 server on the loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        **{"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"},
+        **{"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"},
+    }
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    import s3fs
+
+    fs = s3fs.S3FileSystem(skip_instance_cache=True)
+    fs.mkdir("pairs")
+    yield fs
+    server.stop()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def test_s3(folder, bucket, tmp_path):
+    bucket.put(str(folder), "pairs/set", recursive=True)
+    shards = ShardSet("s3://pairs/set")
+    assert same(read_all(shards), everything(folder, True))
+    local = batches(dataset(str(folder)), 0)
+    for workers in (0, 2):
+        assert same(batches(dataset("s3://pairs/set", tmp_path / "cache"), workers), local)
+    with pytest.raises(UserError, match=r"data\.path s3://pairs/none: manifest\.json: the file is missing"):
+        ShardSet("s3://pairs/none")
+    data = bytearray((folder / "00001.tar").read_bytes())
+    data[json.loads((folder / "00001.json").read_bytes())["members"][0][2] - 500] ^= 1
+    bucket.pipe("pairs/set/00001.tar", bytes(data))
+    with pytest.raises(DamagedData, match=r"shard s3://pairs/set/00001\.tar, sample 000000003: checksum differs"):
+        ShardSet("s3://pairs/set").read(1, 0)
+
+
+def test_parquet_in_s3(parquet, bucket):
+    bucket.put(str(parquet), "pairs/parquet/part-0.parquet")
+    remote, local = find_pairs(["s3://pairs/parquet/part-*.parquet"]), find_pairs([str(parquet)])
+    rows = local.survey().rows[5:9]
+    assert [(pair.row, pair.caption, pair.winner) for pair in remote.read(rows)] == [
+        (pair.row, pair.caption, pair.winner) for pair in local.read(rows)
+    ]
+    with pytest.raises(UserError, match="no file matches"):
+        find_pairs(["s3://pairs/parquet/none-*.parquet"])
+    with pytest.raises(UserError, match="no such file"):
+        find_pairs(["s3://pairs/parquet/none.parquet"])

@@ -1,0 +1,50 @@
+"""Shards of a few bytes a pair, through the real writer: for tests that damage or read them thousands of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dde_ds.data.writer import Sample, write_manifest, write_shard
+
+SETTINGS = {
+    **{"model": "tiny", "weights": "0" * 64, "vae_dtype": "torch.float32", "text_dtype": "torch.float32", "family": "sd"},
+    **{"resolution": 16, "min_side": 4, "latents": "mean", "scaling_factor": 0.18, "flip": False, "empty_prompt": "encoded"},
+    **{"pairs_per_shard": 3, "input": []},
+}
+SHAPE = (1, 2, 2)
+
+
+def write_tiny(folder: Path, counts=(3, 3, 2), prompts: int = 3, first: float = 0.0, shape=SHAPE, **settings) -> Path:
+    """Pair k has latents all ``first + k`` and prompt k mod ``prompts``; prompt j's embedding is all j."""
+    settings = {**SETTINGS, **settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, number = [], 0
+    for shard, count in enumerate(counts):
+        samples = [pair(k, first, prompts, settings, shape) for k in range(number, number + count)]
+        rows.append(write_shard(folder, f"{shard:05d}", samples, "digest", []))
+        number += count
+    words = [Sample(j, {"prompt_embeds": torch.full((2, 2), j).half()}, {"caption": f"caption {j}"}) for j in range(prompts)]
+    files = [write_shard(folder, "prompts-00000", words, "digest", [])]
+    manifest = {
+        "settings": settings,
+        "settings_digest": "digest",
+        "latents": {"shape": list(shape), "dtype": "float16", "scaled": True},
+        "prompts": {"distinct": prompts, "tensors": {"prompt_embeds": [2, 2]}, "files": files},
+        "samples": number,
+        "rows": {"decided": number},
+        "shards": rows,
+    }
+    write_manifest(folder, manifest)
+    return folder
+
+
+def pair(k: int, first: float, prompts: int, settings: dict, shape=SHAPE) -> Sample:
+    latents = torch.full((2, *shape), first + k).half()
+    tensors = {"latents": latents, "prompt": torch.tensor(k % prompts)}
+    if settings["flip"]:
+        tensors["latents_flipped"] = -latents
+    if settings["latents"] == "mean+logvar":
+        tensors["logvar"] = torch.zeros_like(latents)
+    return Sample(k, tensors, {"caption": f"caption {k % prompts}", "source": f"tiny:{k}"})

@@ -1,0 +1,116 @@
+"""``dde-ds doctor`` where all is well, and where it is not."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import environment, free_port, write_config
+
+CODE = "import sys; from dde_ds.cli import main; sys.exit(main())"
+
+
+@pytest.fixture
+def config(tmp_path, sd_model, sd_shards):
+    return write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+
+
+def start(*arguments, rank: int = 0, world: int = 1, port: int = 0, **options) -> subprocess.Popen:
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, "doctor", *arguments],
+        env=environment() | variables | options.pop("variables", {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def lines(process: subprocess.Popen) -> dict[str, str]:
+    """The verdict and what was found, by check."""
+    stdout, stderr = process.communicate(timeout=100)
+    assert not stderr.strip().startswith("Traceback"), stderr
+    return {
+        line[6:24].strip(): line[:6].strip() + " " + line[24:] for line in stdout.splitlines() if line.startswith(("ok  ", "FAIL"))
+    }
+
+
+@pytest.mark.slow
+def test_two_healthy_ranks(config, tmp_path):
+    port = free_port()
+    first, second = (start(config, rank=rank, world=2, port=port) for rank in range(2))
+    found = lines(first)
+    assert second.communicate(timeout=60)[0].strip() == ""
+    assert (first.returncode, second.returncode) == (0, 0), found
+    assert all(line.startswith("ok ") for line in found.values())
+    assert list(found) == [
+        *(
+            "ranks",
+            "versions",
+            "accelerator",
+            "shared memory",
+            "open files",
+            "temporary folder",
+            "network device",
+            "shards",
+            "free disk",
+        ),
+        *("clocks", "traffic", "shared folder"),
+    ]
+    assert "2 on 1 hosts" in found["ranks"]
+    assert "M parameters take" in found["free disk"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "it leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_two_ranks_that_do_not_share_a_folder(config, tmp_path):
+    """Each in a working directory of its own, with a relative output: as two nodes with local disks."""
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        root = str(Path(__file__).resolve().parent.parent)
+        options = {"cwd": tmp_path / str(rank), "variables": {"PYTHONPATH": root}}
+        processes.append(start(config, "output=run", rank=rank, world=2, port=port, **options))
+    found = lines(processes[0])
+    processes[1].communicate(timeout=60)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert found["shared folder"].startswith("FAIL")
+    assert "a file that rank 0 wrote is not there" in found["shared folder"]
+    assert [name for name, line in found.items() if line.startswith("FAIL")] == ["shared folder"]
+
+
+@pytest.mark.slow
+def test_one_sick_machine(config):
+    process = start(
+        config,
+        "data.path=/nowhere",
+        "checkpoint.keep=100000000",
+        variables={"GLOO_SOCKET_IFNAME": ""},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512)),
+    )
+    found = lines(process)
+    assert process.returncode == 1
+    assert [name for name, line in found.items() if line.startswith("FAIL")] == ["open files", "shards", "free disk"]
+    assert "512 files may be open: raise it to 1024 or more" in found["open files"]
+    assert "data.path /nowhere: no manifest.json here" in found["shards"]
+    assert "GB free, but 100000001 checkpoints of" in found["free disk"]
+
+
+def test_ranks_that_do_not_meet():
+    process = start("--timeout-minutes", "0.03", rank=0, world=2, port=free_port())
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stdout == ""
+    assert "error: rank 0 of 2 did not meet the others at 127.0.0.1:" in stderr

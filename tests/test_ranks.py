@@ -1,0 +1,128 @@
+"""The launchers' variables, as they set them, and in every wrong way that was thought of."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from dde_ds.errors import UserError
+from dde_ds.ranks import Ranks, first_host, read_environment, valid_host
+
+TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SRUN = {
+    **{"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"},
+    **{"SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Ranks(0, 1, 0)),
+        (TORCH, Ranks(5, 8, 1, "node1", 29501)),
+        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, "node1", 29501)),
+        (TORCH | {"MASTER_ADDR": "fe80::1"}, Ranks(5, 8, 1, "fe80::1", 29501)),
+        (MPIRUN, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "10.0.0.1"}, Ranks(1, 2, 1, "10.0.0.1", 29500)),
+        (HYDRA, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        (SRUN, Ranks(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
+        (SRUN | {"MASTER_ADDR": "ib-gpu03", "MASTER_PORT": "4000"}, Ranks(5, 8, 1, "ib-gpu03", 4000)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+        # srun --mpi=pmi2 sets both.
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Ranks(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
+        # mpiexec in an allocation starts one Slurm task a node, and its own ranks inside.
+        (SRUN | HYDRA, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        # A launcher inside each Slurm task: two tasks, four ranks each.
+        (TORCH | SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, Ranks(5, 8, 1, "node1", 29501)),
+        # The batch script of a job with one task, without srun.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+    ],
+)
+def test_each_launcher(environment, expected):
+    assert read_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK not set beside WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not set beside RANK=0, WORLD_SIZE=2"),
+        ({**TORCH, "RANK": "two"}, "RANK='two': expected a whole number"),
+        ({**TORCH, "RANK": "-1"}, "RANK='-1': expected a whole number"),
+        ({**TORCH, "RANK": "²"}, "RANK='²': expected a whole number"),
+        ({**TORCH, "RANK": "8"}, "RANK=8, WORLD_SIZE=8, LOCAL_RANK=1 contradict"),
+        ({**TORCH, "LOCAL_RANK": "6"}, "RANK=5, WORLD_SIZE=8, LOCAL_RANK=6 contradict"),
+        ({**TORCH, "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1, LOCAL_WORLD_SIZE=1, WORLD_SIZE=8 contradict"),
+        ({**TORCH, "SLURM_STEP_NUM_TASKS": "16"}, "WORLD_SIZE=8, but srun started 16 tasks"),
+        ({k: v for k, v in TORCH.items() if not k.startswith("MASTER")}, "MASTER_ADDR and MASTER_PORT not set beside RANK=5"),
+        ({**TORCH, "MASTER_ADDR": "node1; rm -rf ~"}, "MASTER_ADDR='node1; rm -rf ~': expected a host name"),
+        ({**TORCH, "MASTER_ADDR": "$(hostname)"}, "MASTER_ADDR='$(hostname)'"),
+        ({**TORCH, "MASTER_ADDR": "-oProxyCommand=x"}, "MASTER_ADDR='-oProxyCommand=x'"),
+        ({**TORCH, "MASTER_ADDR": ""}, "MASTER_ADDR=''"),
+        ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT='70000': expected a port"),
+        ({**TORCH, "MASTER_PORT": "0"}, "MASTER_PORT='0': expected a port"),
+        ({**TORCH, "MASTER_PORT": "http"}, "MASTER_PORT='http': expected a port"),
+        ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR not set, and mpirun does not tell it"),
+        ({k: v for k, v in MPIRUN.items() if "LOCAL" not in k}, "OMPI_COMM_WORLD_LOCAL_RANK not set beside OMPI_COMM_WORLD_RANK=1"),
+        ({"PMI_RANK": "1"}, "PMI_SIZE, MPI_LOCALRANKID not set beside PMI_RANK=1"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID not set beside SLURM_PROCID=5"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, "neither SLURM_STEP_NODELIST nor MASTER_ADDR is set"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "$(reboot)"}, "SLURM_STEP_NODELIST='$(reboot)'"),
+        ({**SRUN, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x'"),
+        ({**SRUN, "SLURM_PROCID": "8"}, "SLURM_PROCID=8, SLURM_STEP_NUM_TASKS=8, SLURM_LOCALID=1 contradict"),
+        # Without srun, in the batch script of a job with eight tasks: it would wait for seven that never come.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, "put srun before the command"),
+    ],
+)
+def test_wrong_environments(environment, named):
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
+        read_environment(environment)
+    assert str(caught.value).startswith("environment: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("login1", "login1"),
+        ("node[01-04]", "node01"),
+        ("node[7,9-12],other3", "node7"),
+        ("a,b[1-2]", "a"),
+        ("rack[1-2]n[01-04]-ib", "rack1n01-ib"),
+        ("gpu-3.cluster.example.org", "gpu-3.cluster.example.org"),
+    ],
+)
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    "nodes", ["", "node[", "node[1-", "node[a-b]", "node[1-2", "node 1", "a;b", "-x[1-2]", "node[1-2]]", "$(id)"]
+)
+def test_no_host_list(nodes):
+    with pytest.raises(UserError, match="expected host names such as"):
+        first_host(nodes)
+
+
+def test_hosts():
+    assert all(valid_host(text) for text in ("node1", "10.0.0.1", "::1", "a.b-c_d"))
+    assert not any(
+        valid_host(text) for text in ("", " ", "-l", "a b", "a\n", "a;b", "a|b", "`id`", "$HOME", "a/b", "user@host", "é")
+    )
+
+
+def test_exported_variables_read_back_the_same(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(SRUN))
+    ranks = read_environment(SRUN)
+    ranks.export()
+    assert set(os.environ) == {*SRUN, *TORCH}
+    assert read_environment(os.environ) == ranks

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dde_ds import NoiseSchedule, build_objective
+from dde_ds.training.step import micro_step
+
+ZERO_TERMINAL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
+
+
+def test_the_rounding_of_x_t_stays_out_of_a_v_models_error(sd_model):
+    """At zero terminal SNR the implied noise is x_t but for √ᾱ·v: of a bfloat16 x_t only the rounding would be left.
+
+    d = ‖√ᾱ (v + x₀)‖² ≈ 1e-7 there; the rounding alone makes it 1e-6.
+    """
+    policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet").bfloat16()
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    objective = build_objective("dde", NoiseSchedule.from_scheduler(ZERO_TERMINAL | {"prediction_type": "v_prediction"}))
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "latents": torch.randn(8, 4, 8, 8, generator=generator).half(),
+        "noise": torch.randn(4, 4, 8, 8, generator=generator),
+        "timesteps": torch.full((4,), 999),
+        "prompt_embeds": torch.randn(8, 7, policy.config.cross_attention_dim, generator=generator),
+    }
+    out = micro_step(policy, reference, objective, batch, torch.device("cpu"))
+    assert out.loss.item() == torch.tensor(2.0).log().item()
+    assert 1e-8 < out.metrics["error/policy_chosen"].item() < 5e-7
+    assert 1e-8 < out.metrics["error/policy_rejected"].item() < 5e-7
+
+
+def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
+    """As ``shared_noise: false`` gives it: (2B,…) noise reaches both models and the error."""
+    policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    text = torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator)
+    timesteps = torch.tensor([300, 600])
+    batch = {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}
+    out = micro_step(policy, reference, build_objective("uniform", schedule), batch, torch.device("cpu"))
+    with torch.no_grad():
+        noisy = schedule.add_noise(latents, noise, timesteps.repeat(2))
+        errors = (policy(noisy, timesteps.repeat(2), text).sample - noise).square().mean((1, 2, 3))
+    assert torch.allclose(out.metrics["error/policy_chosen"], errors[:2].mean(), rtol=1e-5)
+    assert torch.allclose(out.metrics["error/policy_rejected"], errors[2:].mean(), rtol=1e-5)

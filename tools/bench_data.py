@@ -1,0 +1,340 @@
+"""Measure the data path, side by side with stock webdataset and plain diffusers, on shards made for it.
+
+    python tools/bench_data.py read --pairs 2000            # loader against webdataset, on the same tars
+    python tools/bench_data.py resume                       # start-up and resume at a million samples
+    python tools/bench_data.py memory                       # reading parquet of images, row group by row group
+    python tools/bench_data.py encode --model launchers/demo/base --input launchers/demo/pairs/held_out.parquet
+
+Every ratio is of two measurements in one run. Nothing is asserted: numbers are printed as rows of a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmarks import machine, record, table
+
+from dde_ds.data.draws import Draws
+from dde_ds.data.inputs import find_pairs
+from dde_ds.data.make import Recipe, make_shards
+from dde_ds.data.manifest import PROMPTS_PER_FILE
+from dde_ds.data.order import Order
+from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
+from dde_ds.data.shards import ShardSet
+from dde_ds.data.writer import Sample, write_manifest, write_shard
+from dde_ds.errors import UserError
+from dde_ds.models.encode import Encoder
+from dde_ds.models.quiet import quiet_libraries
+
+SDXL = {"latents": (4, 128, 128), "prompts": {"prompt_embeds": [77, 2048], "pooled": [1280]}}
+BATCH = 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    read = commands.add_parser("read", help="pairs/s and MB/s of SDXL's shapes: sequential and shuffled, cold and warm")
+    read.add_argument("--pairs", type=int, default=2000)
+    read.add_argument("--folder", type=Path, help="where the shards are made; default: a temporary folder")
+    resume = commands.add_parser("resume", help="time to the first batch at the start and in mid-run")
+    resume.add_argument("--samples", type=int, default=1_000_000)
+    encode = commands.add_parser("encode", help="images/s of the sharding tool and of a plain loop over the same pairs")
+    encode.add_argument("--model", required=True)
+    encode.add_argument("--input", nargs="+", required=True)
+    encode.add_argument("--batch", type=int, default=8)
+    encode.add_argument("--pairs-per-shard", type=int, default=64)
+    encode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    memory = commands.add_parser("memory", help="memory of reading parquet, by the size of its row groups")
+    memory.add_argument("--rows", type=int, default=4000)
+    for command in (read, resume, encode, memory):
+        command.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
+    args = parser.parse_args()
+    quiet_libraries()
+    measure_it, title = {
+        "read": (bench_read, "Reading shards"),
+        "resume": (bench_resume, "Starting and resuming"),
+        "encode": (bench_encode, "Making shards"),
+        "memory": (bench_memory, "Memory of reading parquet"),
+    }[args.command]
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            text = measure_it(args, Path(temporary))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    if args.write:
+        record(f"{title}, {machine(getattr(args, 'device', 'cpu').partition(':')[0])}", text)
+    return 0
+
+
+def bench_read(args: argparse.Namespace, temporary: Path) -> str:
+    folder = args.folder or temporary / "shards"
+    if not (folder / "manifest.json").exists():
+        write_synthetic(folder, args.pairs, per_shard=100)
+    shards = ShardSet(folder)
+    megabytes = 2 * 2 * np.prod(shards.latent_shape) / 1e6
+    rows = []
+    for order, workers, cold in itertools.product(("sequential", "shuffled"), (0, 2), (True, False)):
+        rates = []
+        # In turn, twice; the better of each counts: other work on the machine only ever slows one down.
+        for reader in (ours, stock, ours, stock):
+            (drop_pages if cold else warm_pages)(folder)
+            rates.append(measure(lambda reader=reader, w=workers, o=order: reader(folder, w, o == "shuffled")))
+        own, theirs = max(rates[0::2]), max(rates[1::2])
+        cells = (f"{own:.0f}", f"{own * megabytes:.0f}", f"{theirs:.0f}", f"{theirs * megabytes:.0f}", f"{own / theirs:.2f}")
+        rows.append((order, "cold" if cold else "warm", str(workers), *cells))
+    head = ("order", "page cache", "workers", "ours, pairs/s", "MB/s", "webdataset, pairs/s", "MB/s", "ours / webdataset")
+    return (
+        f"{sum(shards.counts)} pairs of {megabytes:.2f} MB of latents in {len(shards.counts)} shards, micro-batches of {BATCH}, better of two. "
+        "Ours checks each pair's crc32, members, shapes and finite values; webdataset (raw bytes, safetensors) checks nothing. "
+        "Cold: the files' pages dropped by posix_fadvise; what lies below the machine may still cache.\n\n" + table(head, rows)
+    )
+
+
+def measure(batches: Callable[[], Iterator[int]]) -> float:
+    """Pairs a second of a whole epoch, from nothing: starting the workers and filling a shuffle buffer are part of it."""
+    started = time.perf_counter()
+    pairs = sum(batches())
+    return pairs / (time.perf_counter() - started)
+
+
+def ours(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
+    """Pairs of each micro-batch. Checksums, shapes and finite values are checked; noise is drawn and prompts are read as in training."""
+    shards = ShardSet(folder)
+    order = Order(shards.counts, 0, 8) if shuffled else Sequential(shards.counts)
+    dataset = Latents(shards, order, Draws(0, torch.ones(1000)))
+    steps = order.samples // BATCH
+    for batch in micro_batches(dataset, RankSlices(BATCH, BATCH, 0, 1, 0, steps), workers, pin_memory=False):
+        yield len(batch["latents"])
+
+
+class Sequential(Order):
+    """As the shards lie, epoch after epoch."""
+
+    def __init__(self, counts):
+        super().__init__(counts, 0, 1)
+        self.ends = np.cumsum(counts)
+
+    def __setstate__(self, state):
+        self.__init__(state[0])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.ends, position % self.samples, side="right"))
+        return shard, position % self.samples - (int(self.ends[shard - 1]) if shard else 0)
+
+
+class Latents(PairDataset):
+    """What stock webdataset reads from the same tars: latents, time ids and the prompt's number; no embeddings, no noise."""
+
+    def pair(self, position: int) -> dict[str, torch.Tensor]:
+        return self.shards.read(*self.order.locate(position))
+
+    @staticmethod
+    def collate(pairs):
+        return {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
+
+
+def stock(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
+    """webdataset's fastest safe way: raw bytes, safetensors decoded by hand, its own shuffle of shards and of a buffer of 8 shards' size."""
+    import webdataset
+
+    urls = [str(path) for path in sorted(folder.glob("[0-9]*.tar"))]
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False, seed=0, empty_check=False)
+    if shuffled:
+        data = data.shuffle(800, initial=400)
+    data = data.map(_decode).batched(BATCH, collation_fn=_stack, partial=False)
+    for batch in webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+        yield len(batch["latents"])
+
+
+def _decode(sample: dict) -> dict:
+    import safetensors.torch
+
+    return safetensors.torch.load(sample["safetensors"])
+
+
+def _stack(samples: list[dict]) -> dict:
+    # webdataset adds each sample's key to what map() gives back.
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if not key.startswith("__")}
+
+
+def drop_pages(folder: Path) -> None:
+    """Make the kernel forget the files, so that the disk is read."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm_pages(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def write_synthetic(folder: Path, pairs: int, per_shard: int) -> None:
+    """Shards of SDXL's shapes through the real writer, noise for latents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    shape = SDXL["latents"]
+
+    def sample(number: int) -> Sample:
+        tensors = {
+            "latents": torch.randn(2, *shape, generator=generator).half(),
+            "prompt": torch.tensor(number % 8),
+            "time_ids": torch.full((2, 6), 1024.0),
+        }
+        return Sample(number, tensors, {"caption": f"caption {number}", "source": f"synthetic:{number}"})
+
+    rows = []
+    for number, low in enumerate(range(0, pairs, per_shard)):
+        rows.append(write_shard(folder, f"{number:05d}", map(sample, range(low, min(pairs, low + per_shard))), "synthetic", []))
+    words = ({name: torch.zeros(size).half() for name, size in SDXL["prompts"].items()} for _ in range(8))
+    files = [write_shard(folder, "prompts-00000", (Sample(j, w, {"caption": ""}) for j, w in enumerate(words)), "synthetic", [])]
+    write_manifest(folder, manifest(rows, files, 8))
+
+
+def manifest(rows: list[dict], files: list[dict], distinct: int) -> dict:
+    settings = {
+        **{"model": "synthetic", "family": "sdxl", "latents": "mean", "flip": False, "scaling_factor": 0.13025, "resolution": 1024},
+        **{"min_side": 256, "empty_prompt": "zeros", "vae_dtype": "torch.float32", "text_dtype": "torch.float32", "input": []},
+    }
+    return {
+        "settings": settings,
+        "settings_digest": "synthetic",
+        "latents": {"shape": list(SDXL["latents"]), "dtype": "float16", "scaled": True},
+        "prompts": {"distinct": distinct, "tensors": SDXL["prompts"], "files": files},
+        "samples": sum(row["samples"] for row in rows),
+        "rows": {},
+        "shards": rows,
+    }
+
+
+def bench_resume(args: argparse.Namespace, folder: Path) -> str:
+    """A million samples of which one shard is there: opening, and finding positions anywhere."""
+    row = {"samples": 1000, "bytes": 266_000_000, "sha256": "0" * 64, "index": {"bytes": 50_000, "sha256": "0" * 64}}
+    shards = [{"name": f"{number:05d}", **row} for number in range(args.samples // 1000)]
+    distinct = 59 * PROMPTS_PER_FILE
+    files = [{"name": f"prompts-{number:05d}", **row, "samples": PROMPTS_PER_FILE} for number in range(59)]
+    write_manifest(folder, manifest(shards, files, distinct))
+    size, rows = (folder / "manifest.json").stat().st_size, []
+    for position in (0, args.samples // 2, 10 * args.samples + 7, 10**12):
+        started = time.perf_counter()
+        opened = ShardSet(folder, check_sizes=False)  # the files are not there
+        order = Order(opened.counts, 0, 8)
+        after_open = time.perf_counter()
+        for offset in range(BATCH):
+            order.locate(position + offset)
+        located = time.perf_counter()
+        for offset in range(1000):
+            order.locate(position + offset)
+        times = (after_open - started, located - after_open, time.perf_counter() - located)
+        rows.append((f"{position:,}", *(f"{1e3 * seconds:.1f}" for seconds in times)))
+    head = ("resumed at position", "manifest read and checked, ms", f"first {BATCH} positions located, ms", "next 1,000, ms")
+    return f"{args.samples:,} samples in {len(shards)} shards, a synthetic manifest of {size / 1e3:.0f} kB.\n\n{table(head, rows)}"
+
+
+def bench_encode(args: argparse.Namespace, folder: Path) -> str:
+    source = find_pairs(args.input)
+    encoder = Encoder(args.model, device=args.device)
+    recipe = Recipe(args.model, encoder.resolution, args.pairs_per_shard, args.batch)
+    rows = source.survey().rows
+    pairs = len(rows)
+
+    def plain() -> None:
+        """What a script of thirty lines does: decode, encode and text-encode pair batches in turn, keep all in a list."""
+        from dde_ds.models.encode import prepare_image
+
+        kept, stream = [], source.read(rows)
+        while chunk := list(itertools.islice(stream, args.batch)):
+            pixels = torch.stack(
+                [prepare_image(data, recipe.resolution).pixels for pair in chunk for data in (pair.winner, pair.loser)]
+            )
+            kept.append((encoder.latents(pixels).half(), encoder.prompts([pair.caption for pair in chunk])))
+
+    times: dict[str, list[float]] = {"tool": [], "plain loop": []}
+    for turn in range(2):
+        for name, work in (
+            ("tool", lambda turn=turn: make_shards(source, folder / str(turn), encoder, recipe)),
+            ("plain loop", plain),
+        ):
+            started = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started)
+    tool, loop = (2 * pairs / min(times[name]) for name in ("tool", "plain loop"))
+    about = f"{pairs} pairs at {recipe.resolution} pixels, {args.batch} at a time, model {args.model}; better of two."
+    head = ("tool, images/s", "plain diffusers loop, images/s", "tool / loop")
+    return f"{about}\n\n{table(head, [(f'{tool:.1f}', f'{loop:.1f}', f'{tool / loop:.2f}')])}"
+
+
+def bench_memory(args: argparse.Namespace, folder: Path) -> str:
+    """Parquet files of 300 kB images, read from end to end; and only the pairs of the last shard."""
+    image, rows = 300_000, []
+    for group, batch in itertools.product((100, 1000), (1024, 8)):
+        path = folder / f"{group}.parquet"
+        in_a_process(lambda path=path, group=group, batch=batch: write_parquet(path, args.rows, group, batch, image))
+        source = find_pairs([str(path)])
+        numbers = source.survey().rows
+        for what, wanted in (("all", numbers), ("the last 100", numbers[-100:])):
+            peak, rate = in_a_process(lambda source=source, wanted=wanted: peak_of_reading(source, wanted))
+            size = 2 * image * group / 1e6
+            rows.append((str(group), f"{size:.0f}", str(min(batch, group)), what, f"{peak / 1e6:.0f}", f"{rate:.0f}"))
+        path.unlink()
+    return f"{args.rows} rows of two images of {image / 1e3:.0f} kB.\n\n" + table(
+        ("rows a row group", "MB a row group", "rows a page", "read", "memory on top, MB", "pairs/s"), rows
+    )
+
+
+def write_parquet(path: Path, rows: int, group: int, batch: int, image: int) -> tuple[float, float]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema({"caption": pa.string(), "label_0": pa.float64(), "jpg_0": pa.binary(), "jpg_1": pa.binary()})
+    with pq.ParquetWriter(path, schema, compression="none", write_batch_size=batch) as writer:
+        for low in range(0, rows, group):
+            count = min(group, rows - low)
+            images = [[os.urandom(image) for _ in range(count)] for _ in range(2)]
+            writer.write_table(pa.table([["word"] * count, [1.0] * count, *images], schema=schema), row_group_size=group)
+    return 0.0, 0.0
+
+
+def peak_of_reading(source, wanted: np.ndarray) -> tuple[float, float]:
+    """Bytes of memory on top of what the process had, and pairs a second."""
+    before, peak, started = resident(), 0, time.perf_counter()
+    for number, _ in enumerate(source.read(wanted)):
+        if number % 16 == 0:
+            peak = max(peak, resident())
+    return peak - before, len(wanted) / (time.perf_counter() - started)
+
+
+def in_a_process(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Numbers measured in a process of their own: what an allocator keeps from the last measurement is none of this one's."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, " ".join(map(str, work())).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        first, second = map(float, answer.read().split())
+    os.wait()
+    return first, second
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
