@@ -170,7 +170,7 @@ def read_comparison(path: Path) -> dict[str, Any]:
     return data
 
 
-COLUMNS = ("scorer", "model", "base", "mean", "difference, 95 %", "beats the base, 95 %", "prompts + / - / =", "sign test")
+COLUMNS = ("scorer", "model", "base", "mean", "difference, 95 %", "beats the base, 95 %", "prompts +/-/=", "sign test")
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['model_mean']:.3f}",
         f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]",
         f"{beats['rate']:.1%} [{beats['low']:.1%}, {beats['high']:.1%}]",
-        f"{difference['prompts_better']} / {difference['prompts_worse']} / {difference['prompts_equal']}",
+        f"{difference['prompts_better']}/{difference['prompts_worse']}/{difference['prompts_equal']}",
         f"p = {difference['sign_test_p']:.2g}",
     )
 
@@ -200,14 +200,20 @@ def markdown(found: Comparison) -> str:
 
 
 def print_table(found: Comparison) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base))
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        title=title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base),
+    )
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
+        # A narrow terminal folds names and headings, never a number.
+        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
     for row in found.rows:
-        table.add_row(*cells(asdict(row)))
+        table.add_row(*(cell.replace(" [", "\n[") for cell in cells(asdict(row))))
     console = Console()
     console.print(table)
     for note in found.notes():
