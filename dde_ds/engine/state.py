@@ -7,7 +7,7 @@ DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,23 @@ def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in policy.module.named_parameters() if parameter.requires_grad]
 
 
-def gather(policy: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together."""
+def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together.
+
+    Args:
+        kinds: which tensors; by default the weights and every moment.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    kinds = moments(policy)
+    kinds = kinds or [WEIGHT, *moments(policy)]
     for name, parameter in trained(policy):
-        state = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in kinds}
-        yield name, {WEIGHT: safe_get_full_fp32_param(parameter), **state}
+        yield (
+            name,
+            {
+                kind: safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
+                for kind in kinds
+            },
+        )
 
 
 def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
@@ -55,10 +64,23 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
         else:  # DeepSpeed's own optimizers count in plain integers
             count = steps
         optimizer.state[flat] = {"step": count, **{kind: torch.zeros_like(flat) for kind in kinds}}
-    # Stages 1 and 2 keep views of each parameter's part, which they make at the first step. No public name leads there.
+    link_views(policy)
+
+
+def link_views(policy: Any, again: bool = False) -> None:
+    """Stages 1 and 2 keep views of each parameter's part of the optimizer's tensors, which they make at the first step. No public
+    name leads there. ``again`` makes them anew, for a tensor that came later."""
     link = getattr(policy.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
+        if again:
+            policy.optimizer._hp_optimizer_states_linked = False
         link()
+
+
+def partitions(policy: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(flat float32 weights, their optimizer state) of this rank's partitions."""
+    for flat in _masters(policy):
+        yield flat, policy.optimizer.optimizer.state[flat]
 
 
 @torch.no_grad()
