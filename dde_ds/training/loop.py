@@ -22,6 +22,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.models import unet as models
+from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
@@ -195,8 +196,7 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
     policy = models.load_unet(run.model.path, run.model.revision)
-    if run.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
+    set_checkpointing(policy, run.model.gradient_checkpointing)
     reference = models.load_unet(run.model.path, run.model.revision) if objective.needs_reference else None
     return initialize(policy, reference, ds_config)
 
