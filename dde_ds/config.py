@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -33,8 +34,18 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass. Costs about a sixth of the throughput, saves most of the memory; turn it off where all fits."""
+    gradient_checkpointing: str = "full"
+    """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
+    (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
+    of the throughput. The first that fits is the fastest."""
+
+    def __post_init__(self):
+        _require(
+            re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            "model.gradient_checkpointing",
+            self.gradient_checkpointing,
+            "must be none, selective, every_2, every_3, … or full",
+        )
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
     config = {
         "output": str(path.parent / "run"),
         "steps": 4,
-        "model": {"path": str(model), "gradient_checkpointing": False},
+        "model": {"path": str(model), "gradient_checkpointing": "none"},
         "data": {"path": str(shards), "caption_dropout": 0.25, "workers": 0, "block_shards": 2},
         "batch": {"pairs": 8, "micro": 2},
         "objective": {"name": "dde", "beta": 50, "correction_weight": 100, "timestep_range": [0, 600]},

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.models import unet as models
+from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
@@ -30,6 +32,7 @@ from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
+from dde_ds.training.reference import Reference, frozen_model
 from dde_ds.training.resume import choose_checkpoint, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
@@ -193,12 +196,12 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     return objective, read_rows(folder / "correction.jsonl")
 
 
-def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
+def _load_engines(run: RunConfig, ds_config: dict, objective: Objective) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
-    if run.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
+    set_checkpointing(policy, run.model.gradient_checkpointing)
     reference = models.load_unet(run.model.path, run.model.revision) if objective.needs_reference else None
-    return initialize(policy, reference, ds_config)
+    policy, reference = initialize(policy, reference, ds_config)
+    return policy, None if reference is None else frozen_model(reference)
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from dde_ds.models.unet import predict
 from dde_ds.objective.objective import Objective, ObjectiveOutput
+from dde_ds.training.reference import Reference
 
 
 def micro_step(
-    policy: Any, reference: Any | None, objective: Objective, batch: dict[str, Tensor], device: torch.device
+    policy: Any, reference: Reference | None, objective: Objective, batch: dict[str, Tensor], device: torch.device
 ) -> ObjectiveOutput:
     """Loss of one micro-batch of B pairs, as :mod:`dde_ds.data.reader` gives it.
 
-    ``policy`` and ``reference`` are DeepSpeed engines or plain UNets. Winners and losers go through each in one call: two
-    would double the launches, and under ZeRO-3 the gathering of every parameter.
+    ``policy`` is a DeepSpeed engine or a plain UNet. Winners and losers go through each model in one call: two would double the
+    launches, and under ZeRO-3 the gathering of every parameter.
     """
     dtype = next(policy.parameters()).dtype
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -33,6 +34,6 @@ def micro_step(
     reference_pred = None
     if objective.needs_reference:
         with torch.no_grad():
-            reference_pred = predict(reference, seen, both, batch)
+            reference_pred = reference(seen, both, batch)
     policy_pred = predict(policy, seen, both, batch)
     return objective(policy_pred, reference_pred, noise, timesteps, noisy)
