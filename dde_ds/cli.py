@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("--dtype", default="fp32", help="of the UNet, of adapters, or of a single file: fp32, bf16 or fp16")
     model.add_argument("--max-shard-size", metavar="5GB", help="split the folder's weights into files of at most this size")
     model.add_argument("--raw", action="store_true", help="the weights themselves, where the run kept a moving average of them")
+    ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
+    ledger.set_defaults(act=lambda args: fill_ledger(args.config, args.overrides))
+    ledger.add_argument("config", help="YAML of a run with reference.ledger")
+    ledger.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
     doctor.set_defaults(act=diagnose)
     doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
@@ -143,6 +147,12 @@ def export(args: argparse.Namespace) -> None:
     metrics = rows[-1] if rows else {}
     export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
     print(f"{chosen[-1].name} → {args.output}")
+
+
+def fill_ledger(config: str, overrides: list[str]) -> None:
+    from dde_ds.training import ledger_pass
+
+    ledger_pass.fill_ledger(load_config(config, overrides))
 
 
 def validate(config: str, overrides: list[str], ranks: int) -> None:
