@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from dde_ds.engine import state
-
-EMA = "ema"
-"""Name of the average among a parameter's tensors."""
+from dde_ds.engine.state import EMA
 
 
 @torch.no_grad()

@@ -18,9 +18,8 @@ from torch import Tensor
 from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.engine.checkpoint import WeightReader, read_state
-from dde_ds.engine.ema import EMA
 from dde_ds.engine.single_file import to_single_file
-from dde_ds.engine.state import WEIGHT, gather
+from dde_ds.engine.state import EMA, WEIGHT, gather
 from dde_ds.errors import UserError
 from dde_ds.files import publish, put_in_place, staged_path
 from dde_ds.models import lora

@@ -38,7 +38,7 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
         evaluation={"path": str(shard(folder / "pairs.parquet", sd_model, folder / "shards")), "every": 1},
     )
     run, zero3 = tmp_path / "run", f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
-    process = launch(config, "steps=3", zero3, "model.gradient_checkpointing=true")
+    process = launch(config, "steps=3", zero3, "model.gradient_checkpointing=full")
     assert process.returncode == 0, process.stderr[-3000:]
     process = alone(config, "--resume", "steps=5", "batch.micro=4")
     assert process.returncode == 0, process.stderr[-3000:]

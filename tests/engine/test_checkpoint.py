@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.engine import checkpoint, state
-from dde_ds.engine.ema import EMA, update_ema
+from dde_ds.engine.ema import update_ema
 
 pytestmark = pytest.mark.slow
 SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
@@ -87,7 +87,7 @@ def one_rank(rank, world, port, folder, plan, results):
             checkpoint.load(found[-1], policy, objective)
         losses, weights = train(policy, objective, steps, rank, world)
         checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
-        average = gathered(policy, EMA)
+        average = gathered(policy, state.EMA)
         results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist(), weights, average)
 
 
