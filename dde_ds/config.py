@@ -67,6 +67,11 @@ class ReferenceConfig:
     ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
     rounding, which β and w_t multiply."""
 
+    ledger: str | None = None
+    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
+    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
+    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+
     def __post_init__(self):
         _require(
             self.placement in ("auto", "replicated", "sharded", "cpu"),
@@ -110,14 +115,6 @@ class ObjectiveConfig:
         _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    ledger: str | None = None
-    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
 
 
 @dataclass(frozen=True)
@@ -339,7 +336,6 @@ class RunConfig:
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -351,7 +347,7 @@ class RunConfig:
     """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of policy and reference alike."""
+    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else."""
 
     max_hours: float | None = None
     """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
@@ -376,6 +372,10 @@ class RunConfig:
             self.data.max_bad_samples,
             "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
         )
+
+    @property
+    def reference_precision(self) -> str:
+        return self.precision if self.reference.dtype == "policy" else self.reference.dtype
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)

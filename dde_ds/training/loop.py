@@ -212,16 +212,20 @@ def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tupl
     policy = models.load_unet(run.model.path, run.model.revision)
     set_checkpointing(policy, run.model.gradient_checkpointing)
     reference = models.load_unet(run.model.path, run.model.revision) if with_reference else None
-    for unet in (policy, reference):
-        if unet is not None and run.model.channels_last:
-            use_channels_last(unet)
-        if unet is not None and run.model.compile:
-            compile_blocks(unet)
+    treat_alike(run, policy)
+    if reference is not None:
+        treat_alike(run, reference)
     placed = run.reference
-    policy, reference = initialize(
-        policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype
-    )
+    policy, reference = initialize(policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
     return policy, None if reference is None else frozen_model(reference)
+
+
+def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
+    """What policy and reference must both be, to begin at the same predictions."""
+    if run.model.channels_last:
+        use_channels_last(unet)
+    if run.model.compile:
+        compile_blocks(unet)
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:
