@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.evaluation.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
-from tests.launching import Outcome, Run, command, environment, launch, launch_many, rows, write_config
+from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
 from tests.pipelines import save_sd
 from tests.plain_loop import plain_losses
 
@@ -239,14 +238,6 @@ def test_bf16(ended, config, expected, name):
     assert any(not torch.equal(value, base[key]) for key, value in exported.items())
 
 
-def wait_for_rows(run_folder, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not (run_folder / "metrics.jsonl").exists() or len(rows(run_folder)) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def start(config, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
         command(config, *arguments),
@@ -265,7 +256,7 @@ def test_stop_file_and_resume(config, tmp_path):
     process = start(config, f"output={run}", "steps=5000", "optimizer.learning_rate=1e-5")
     wait_for_rows(run, 2, process)
     (run / "STOP").touch()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, stderr[-3000:]
     assert not (run / "DONE").exists()
     steps = len(rows(run)) + 2
@@ -281,7 +272,7 @@ def test_killed_and_resumed(config, tmp_path):
     process = start(config, *settings, "steps=5000")
     wait_for_rows(run, 5, process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     (run / "checkpoints" / ".staging").mkdir(exist_ok=True)  # as if the kill had hit a save
     steps = len(rows(run)) + 2
     assert_done(launch(config, *settings, f"steps={steps}", "--resume", "auto"), run)
