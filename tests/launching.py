@@ -82,7 +82,7 @@ def rows(run: Path) -> list[dict]:
 
 def wait_for_rows(run: Path, count: int, *processes: subprocess.Popen) -> None:
     """Until ``metrics.jsonl`` holds ``count`` rows. Fails when one of the processes ends before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < count:
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         assert time.monotonic() < deadline

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,14 +47,17 @@ def need(*programs: str) -> None:
 
 
 def find(program: str) -> str | None:
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    """Where a program is: also beside this Python, whose virtual environment need not be active, and where Debian keeps daemons."""
+    return shutil.which(
+        program, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"])
+    )
 
 
 def ip(*arguments: str) -> None:
     subprocess.run([find("ip"), *arguments], check=True, capture_output=True)
 
 
-def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what() if callable(what) else what
