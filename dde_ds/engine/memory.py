@@ -1,0 +1,148 @@
+"""Bytes that a rank holds, by what they are for, from a DeepSpeed configuration and the sizes of the parameters.
+
+The formulas are those of ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 5) with what DeepSpeed 0.19's
+optimizers add to them: each is read from the class that the docstring names, and compared with the tensors of real engines in
+``tests/engine/test_plan_measured.py``. T trained elements, N ranks, b bytes of an element in the run's precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+# DeepSpeed's defaults of keys that a configuration may leave out.
+BUCKET, PERSISTENCE, LIVE, SUB_GROUP = 500_000_000, 100_000, 1_000_000_000, 1_000_000_000
+MOMENT_BYTES = {"adamw": 8.0}
+"""Bytes of an element's two moments, by optimizer."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a policy's parameters, each for itself: ZeRO-3 cuts them one by one."""
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device, and what it holds in host memory for it."""
+
+    weights: int = 0
+    gradients: int = 0
+    """While they are summed up over micro-batches."""
+    optimizer: int = 0
+    """Float32 master weights and the moments."""
+    reference: int = 0
+    ema: int = 0
+    communication: int = 0
+    """Buckets, and under ZeRO-3 weights that are gathered for the blocks at work, at most."""
+    activations: int = 0
+    step: int = 0
+    """Copies that live in the optimizer step only, when there are no activations."""
+    host: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Of the device."""
+        held = self.weights + self.gradients + self.optimizer + self.reference + self.ema
+        return held + max(self.communication + self.activations, self.step)
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self) | {"peak": self.peak}
+
+
+def stage_of(config: dict) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def policy_memory(sizes: Sizes, config: dict, world: int, moments: float) -> Memory:
+    """Of a policy engine, without activations.
+
+    Args:
+        config: DeepSpeed's, complete.
+        moments: bytes of an element's moments.
+    """
+    narrow = bool(config.get("bf16", {}).get("enabled"))
+    width = 2 if narrow else 4
+    wide_sums = narrow and config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if stage_of(config) == 3:
+        return _stage_3(sizes, config["zero_optimization"], world, moments, width, 4 if wide_sums else width)
+    return _flat(sizes, config.get("zero_optimization", {}), world, moments, width, wide_sums)
+
+
+def _flat(sizes: Sizes, zero: dict, world: int, moments: float, width: int, wide_sums: bool) -> Memory:
+    """ZeRO-0 to 2: whole weights in one flat buffer, T rounded up to 2N, of which each rank updates an Nth part.
+
+    ``DeepSpeedZeroOptimizer`` makes float32 master weights even of float32 ones. Stage 2 keeps an Nth of the gradients. Stage 1 keeps
+    them whole: in bfloat16 with float32 sums (``BF16_Optimizer``) a float32 sum of each beside the bfloat16 gradient itself, and makes a
+    bfloat16 copy of all for the all-reduce of the step.
+    """
+    stage = zero.get("stage", 0)
+    total = sum(sizes.trained)
+    flat = math.ceil(total / (2 * world)) * 2 * world
+    own = flat // world if stage else flat
+    weights = width * (flat + sum(sizes.frozen))
+    optimizer = round((4 + moments) * own)
+    bucket = zero.get("reduce_bucket_size", BUCKET) * width
+    # Two buckets that take turns where reduction goes on beside the backward pass, and a copy of the one that is being reduced.
+    communication = bucket * (2 + bool(zero.get("overlap_comm")))
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # Master weights, moments and float32 gradients on the host, and its copy of the new weights; the largest gradient in transit.
+        host = optimizer + (4 + width) * own
+        return Memory(weights, 0, 0, communication=communication + width * max(sizes.trained), host=host)
+    if stage == 2:
+        # Float32 gradients are flattened once more for the step; float32 sums of bfloat16 ones lie flat from the start.
+        return Memory(weights, 4 * own, optimizer, communication=communication, step=0 if wide_sums else 4 * own)
+    if wide_sums:
+        return Memory(weights, (4 + width) * flat, optimizer, step=width * flat)
+    return Memory(weights, width * total, optimizer, communication=communication, step=4 * own)
+
+
+def _stage_3(sizes: Sizes, zero: dict, world: int, moments: float, width: int, sum_width: int) -> Memory:
+    """ZeRO-3: ⌈n/N⌉ of each parameter; those of up to ``param_persistence_threshold`` elements are on every rank whole as well.
+
+    ``DeepSpeedZeroOptimizer_Stage3`` updates float32 weights in place and keeps master weights of others; its sums of gradients are
+    always there. In the step it flattens them, a group of ``sub_group_size`` elements after the other. At most
+    ``stage3_max_live_parameters`` elements are gathered at a time, besides what is fetched ahead.
+    """
+    own = sum(math.ceil(size / world) for size in sizes.trained)
+    everything = [*sizes.trained, *sizes.frozen]
+    parts = sum(math.ceil(size / world) for size in everything)
+    persistent = persistent_elements(everything, zero)
+    secondary = sum(math.ceil(size / group) for size in everything) if (group := zero.get("zero_hpz_partition_size", 1)) > 1 else 0
+    gathered = min(sum(everything) - persistent, zero.get("stage3_max_live_parameters", LIVE))
+    communication = width * (zero.get("reduce_bucket_size", BUCKET) * 2 + gathered)
+    weights, shard = width * (persistent + secondary), width * parts
+    master = 0 if width == 4 else 4
+    optimizer, gradients = round((master + moments) * own), sum_width * own
+    step = 4 * min(own, math.ceil(zero.get("sub_group_size", SUB_GROUP) / world))
+    host = 0
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # Master weights are a copy of their own on the host whatever the precision, and the gradients have a float32 one beside their sums.
+        host, optimizer, gradients, step = round((4 + moments + sum_width + 4) * own), 0, 0, 0
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        host += shard
+    else:
+        weights += shard
+    return Memory(weights, gradients, optimizer, communication=communication, step=step, host=host)
+
+
+def reference_memory(elements: Sequence[int], zero: dict, world: int, placement: str, width: int) -> tuple[int, int]:
+    """(device, host) bytes of a reference: ``replicated``, ``sharded`` by ZeRO-3, or on the ``cpu``."""
+    if placement == "replicated":
+        return width * sum(elements), 0
+    if placement == "cpu":
+        return 0, width * sum(elements)
+    return width * (sum(math.ceil(size / world) for size in elements) + persistent_elements(elements, zero)), 0
+
+
+def persistent_elements(elements: Sequence[int], zero: dict) -> int:
+    """Of parameters that ZeRO-3 leaves on every rank."""
+    threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE)
+    return sum(size for size in elements if size <= threshold)
+
+
+def with_activations(memory: Memory, bytes_: int) -> Memory:
+    return replace(memory, activations=bytes_)
