@@ -38,6 +38,7 @@ from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.metrics import Averages
+from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +159,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], N
 
     def step() -> None:
         for _ in range(args.accumulate):
-            out = micro_step(policy, reference, objective, next(batches), device)
+            out = micro_step(policy, frozen_model(reference), objective, next(batches), device)
             policy.backward(out.loss)
             averages.add(out)
             policy.step()
