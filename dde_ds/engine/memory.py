@@ -8,6 +8,7 @@ optimizers add to them: each is read from the class that the docstring names, an
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -75,9 +76,10 @@ def policy_memory(sizes: Sizes, config: dict, world: int, moments: float) -> Mem
 def _flat(sizes: Sizes, zero: dict, world: int, moments: float, width: int, wide_sums: bool) -> Memory:
     """ZeRO-0 to 2: whole weights in one flat buffer, T rounded up to 2N, of which each rank updates an Nth part.
 
-    ``DeepSpeedZeroOptimizer`` makes float32 master weights even of float32 ones. Stage 2 keeps an Nth of the gradients. Stage 1 keeps
-    them whole: in bfloat16 with float32 sums (``BF16_Optimizer``) a float32 sum of each beside the bfloat16 gradient itself, and makes a
-    bfloat16 copy of all for the all-reduce of the step.
+    ``DeepSpeedZeroOptimizer`` makes float32 master weights even of float32 ones. Stage 2 keeps an Nth of the gradients as float32 sums
+    of bfloat16 ones; of float32 ones it keeps those of the parameters that reach into the Nth whole. Stage 1 keeps all: in bfloat16
+    with float32 sums (``BF16_Optimizer``) each sum beside the bfloat16 gradient itself, and for the all-reduce of the step a bfloat16
+    copy of all.
     """
     stage = zero.get("stage", 0)
     total = sum(sizes.trained)
@@ -92,20 +94,22 @@ def _flat(sizes: Sizes, zero: dict, world: int, moments: float, width: int, wide
         # Master weights, moments and float32 gradients on the host, and its copy of the new weights; the largest gradient in transit.
         host = optimizer + (4 + width) * own
         return Memory(weights, 0, 0, communication=communication + width * max(sizes.trained), host=host)
+    if stage == 2 and wide_sums:
+        return Memory(weights, 4 * own, optimizer, communication=communication)
     if stage == 2:
-        # Float32 gradients are flattened once more for the step; float32 sums of bfloat16 ones lie flat from the start.
-        return Memory(weights, 4 * own, optimizer, communication=communication, step=0 if wide_sums else 4 * own)
+        # Flattened once more for the step, in float32.
+        return Memory(weights, width * _reaching_into(sizes.trained, own), optimizer, communication=communication, step=4 * own)
     if wide_sums:
-        return Memory(weights, (4 + width) * flat, optimizer, step=width * flat)
+        return Memory(weights, 4 * flat + width * total, optimizer, step=width * flat)
     return Memory(weights, width * total, optimizer, communication=communication, step=4 * own)
 
 
 def _stage_3(sizes: Sizes, zero: dict, world: int, moments: float, width: int, sum_width: int) -> Memory:
     """ZeRO-3: ⌈n/N⌉ of each parameter; those of up to ``param_persistence_threshold`` elements are on every rank whole as well.
 
-    ``DeepSpeedZeroOptimizer_Stage3`` updates float32 weights in place and keeps master weights of others; its sums of gradients are
-    always there. In the step it flattens them, a group of ``sub_group_size`` elements after the other. At most
-    ``stage3_max_live_parameters`` elements are gathered at a time, besides what is fetched ahead.
+    ``DeepSpeedZeroOptimizer_Stage3`` makes float32 master weights even of float32 ones; its sums of gradients are always there. In the
+    step it flattens them, a group of ``sub_group_size`` elements after the other. At most ``stage3_max_live_parameters`` elements are
+    gathered at a time.
     """
     own = sum(math.ceil(size / world) for size in sizes.trained)
     everything = [*sizes.trained, *sizes.frozen]
@@ -115,18 +119,27 @@ def _stage_3(sizes: Sizes, zero: dict, world: int, moments: float, width: int, s
     gathered = min(sum(everything) - persistent, zero.get("stage3_max_live_parameters", LIVE))
     communication = width * (zero.get("reduce_bucket_size", BUCKET) * 2 + gathered)
     weights, shard = width * (persistent + secondary), width * parts
-    master = 0 if width == 4 else 4
-    optimizer, gradients = round((master + moments) * own), sum_width * own
+    optimizer, gradients = round((4 + moments) * own), sum_width * own
     step = 4 * min(own, math.ceil(zero.get("sub_group_size", SUB_GROUP) / world))
     host = 0
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        # Master weights are a copy of their own on the host whatever the precision, and the gradients have a float32 one beside their sums.
+        # The gradients have a float32 copy beside their sums.
         host, optimizer, gradients, step = round((4 + moments + sum_width + 4) * own), 0, 0, 0
     if zero.get("offload_param", {}).get("device", "none") != "none":
         host += shard
     else:
         weights += shard
     return Memory(weights, gradients, optimizer, communication=communication, step=step, host=host)
+
+
+def _reaching_into(sizes: Sequence[int], own: int) -> int:
+    """Elements of the parameters of which a part lies in one of the flat partitions of ``own`` elements: the most of any."""
+    found, start = Counter(), 0
+    for size in sizes:
+        for partition in range(start // own, (start + size - 1) // own + 1):
+            found[partition] += size
+        start += size
+    return max(found.values())
 
 
 def reference_memory(elements: Sequence[int], zero: dict, world: int, placement: str, width: int) -> tuple[int, int]:
