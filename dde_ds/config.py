@@ -39,6 +39,13 @@ class ModelConfig:
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
     of the throughput. The first that fits is the fastest."""
 
+    compile: bool = False
+    """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
+    ZeRO-3."""
+
+    channels_last: bool = False
+    """Convolutions in the memory format that tensor cores take. Turn it on on a GPU where it is faster: measure a few steps."""
+
     def __post_init__(self):
         _require(
             re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
@@ -85,10 +92,29 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
+    placement: str = "auto"
+    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
+    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
+    are there, else replicated. Changes memory and speed, not the result."""
+
+    dtype: str = "policy"
+    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
+    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
+    rounding, which β and w_t multiply."""
+
     ledger: str | None = None
     """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
     it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
     and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+
+    def __post_init__(self):
+        _require(
+            self.placement in ("auto", "replicated", "sharded", "cpu"),
+            "reference.placement",
+            self.placement,
+            "must be auto, replicated, sharded or cpu",
+        )
+        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -206,6 +232,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm. 0 does not clip."""
 
+    type: str = "adamw"
+    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on one to
+    four GPUs. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
+
     def __post_init__(self):
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -213,6 +243,7 @@ class OptimizerConfig:
         _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be 0 or more")
+        _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant."""

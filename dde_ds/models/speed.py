@@ -1,0 +1,28 @@
+"""What makes a UNet's passes faster and leaves its numbers alone. Policy and reference must be treated alike: one model in two
+arithmetics does not begin at the same predictions.
+
+Attention needs nothing: diffusers takes PyTorch's scaled_dot_product_attention by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def use_channels_last(unet: torch.nn.Module) -> None:
+    """Convolutions in the memory format that tensor cores read (N,H,W,C) without transposing first.
+
+    The format of the input carries through the UNet. That of the weights does not carry through ZeRO, which lays them out flat; the
+    convolution then reorders them, which costs little beside activations.
+    """
+    unet.to(memory_format=torch.channels_last)
+    unet.conv_in.register_forward_pre_hook(lambda module, args: (args[0].contiguous(memory_format=torch.channels_last),))
+
+
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """``torch.compile`` of the transformer blocks, which are many of few kinds: one compilation serves all of a kind.
+
+    Casts are kept where eager PyTorch has them: a policy's graph and a reference's, which needs no gradients, are fused differently, and
+    would otherwise round differently in bfloat16.
+    """
+    unet.compile_repeated_blocks(fullgraph=True, options={"emulate_precision_casts": True})
