@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+
+from dde_ds.engine.lowbit import BLOCK
 
 # DeepSpeed's defaults of keys that a configuration may leave out.
 BUCKET, PERSISTENCE, LIVE, SUB_GROUP = 500_000_000, 100_000, 1_000_000_000, 1_000_000_000
-MOMENT_BYTES = {"adamw": 8.0}
-"""Bytes of an element's two moments, by optimizer."""
+# Float32, or one byte each and a float32 for each block of them.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK)}
+"""Bytes of an element's two moments, by ``optimizer.type``."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Memory:
     reference: int = 0
     ema: int = 0
     communication: int = 0
-    """Buckets, and under ZeRO-3 weights that are gathered for the blocks at work, at most."""
+    """Buckets, and under ZeRO-3 weights that are gathered for the blocks at work, at most. A reference's are gone before the policy's come."""
     activations: int = 0
     step: int = 0
     """Copies that live in the optimizer step only, when there are no activations."""
@@ -49,9 +52,6 @@ class Memory:
         """Of the device."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.ema
         return held + max(self.communication + self.activations, self.step)
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self) | {"peak": self.peak}
 
 
 def stage_of(config: dict) -> int:
@@ -142,20 +142,23 @@ def _reaching_into(sizes: Sequence[int], own: int) -> int:
     return max(found.values())
 
 
-def reference_memory(elements: Sequence[int], zero: dict, world: int, placement: str, width: int) -> tuple[int, int]:
-    """(device, host) bytes of a reference: ``replicated``, ``sharded`` by ZeRO-3, or on the ``cpu``."""
-    if placement == "replicated":
-        return width * sum(elements), 0
-    if placement == "cpu":
-        return 0, width * sum(elements)
-    return width * (sum(math.ceil(size / world) for size in elements) + persistent_elements(elements, zero)), 0
+def reference_memory(elements: Sequence[int], config: dict, world: int) -> Memory:
+    """Of a reference engine.
+
+    Args:
+        config: of :func:`dde_ds.engine.reference.reference_config`: replicated by stage 0, else sharded, on the device or the host.
+    """
+    width = 2 if config.get("bf16", {}).get("enabled") else 4
+    zero = config["zero_optimization"]
+    if zero["stage"] == 0:
+        return Memory(reference=width * sum(elements))
+    held = _stage_3(Sizes((), tuple(elements)), zero, world, 0, width, width)
+    gathered = min(sum(elements), zero["stage3_max_live_parameters"])
+    # It has no gradients, and so no buckets for them.
+    return Memory(reference=held.weights, communication=width * gathered, host=held.host)
 
 
 def persistent_elements(elements: Sequence[int], zero: dict) -> int:
     """Of parameters that ZeRO-3 leaves on every rank."""
     threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE)
     return sum(size for size in elements if size <= threshold)
-
-
-def with_activations(memory: Memory, bytes_: int) -> Memory:
-    return replace(memory, activations=bytes_)

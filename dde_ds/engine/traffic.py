@@ -24,33 +24,46 @@ class Traffic(NamedTuple):
 
 
 def step_traffic(
-    sizes: Sizes, config: dict, nodes: int, gpus: int, accumulation: int, reference: Sequence[int] = (), reference_width: int = 2
+    sizes: Sizes,
+    config: dict,
+    nodes: int,
+    gpus: int,
+    accumulation: int,
+    reference: Sequence[int] = (),
+    frozen_config: dict | None = None,
 ) -> Traffic:
     """Traffic of one optimizer step.
 
     Args:
         config: DeepSpeed's, complete.
         nodes, gpus: nodes, and ranks on each.
-        reference: elements of the parameters of a reference that is sharded; none of any other.
+        reference, frozen_config: elements of the reference's parameters and its engine's configuration, where there is one.
     """
     world, zero = nodes * gpus, config.get("zero_optimization", {})
-    width = 2 if config.get("bf16", {}).get("enabled") else 4
-    trained = width * sum(sizes.trained)
-    share = (world - 1) / world
+    width = _width(config)
+    trained, share = width * sum(sizes.trained), (world - 1) / world
+    forward = 0.0
+    if frozen_config is not None and stage_of(frozen_config) == 3:
+        persistent = persistent_elements(reference, frozen_config["zero_optimization"])
+        forward = accumulation * share * _width(frozen_config) * (sum(reference) - persistent)
     if stage_of(config) == 3:
         everything = [*sizes.trained, *sizes.frozen]
-        gathered = width * (sum(everything) - persistent_elements(everything, zero))
+        persistent = persistent_elements(everything, zero)
+        gathered = width * (sum(everything) - persistent)
         group = zero.get("zero_hpz_partition_size", 1)
-        # Forward and backward gather the weights, blocks that are computed again with the latter. Persistent ones only after the step.
-        everywhere = accumulation * share * (gathered + trained) + share * width * persistent_elements(sizes.trained, zero)
+        # Gathered forward and, with blocks that are computed again, backward; reduced in each micro-batch. Persistent weights are
+        # gathered after the step. With a second copy inside the node, the backward pass gathers there.
+        everywhere = share * (accumulation * (gathered + trained) + width * persistent_elements(sizes.trained, zero)) + forward
         backward = accumulation * gathered * ((group - 1) / group if group > 1 else share)
-        crossing = everywhere + (0 if group > 1 and group <= gpus else backward)
-        frozen = reference_width * (sum(reference) - persistent_elements(reference, zero)) * accumulation * share
-        return Traffic(everywhere + backward + frozen, crossing + frozen if nodes > 1 else 0.0)
+        between = everywhere if 1 < group <= gpus else everywhere + backward
+        return Traffic(everywhere + backward, between if nodes > 1 else 0.0)
     # Stage 2 reduces each bucket to the ranks that own it, or, by its default, all-reduces it and lets them pick.
     all_reduce = stage_of(config) != 2 or zero.get("use_multi_rank_bucket_allreduce", True)
     reductions = accumulation if stage_of(config) == 2 else 1
-    weights = trained if stage_of(config) else 0
-    frozen = reference_width * (sum(reference) - persistent_elements(reference, zero)) * accumulation
-    sent = share * (reductions * trained * (1 + all_reduce) + weights + frozen)
+    updated = trained if stage_of(config) else 0
+    sent = share * (reductions * trained * (1 + all_reduce) + updated) + forward
     return Traffic(sent, sent if nodes > 1 else 0.0)
+
+
+def _width(config: dict) -> int:
+    return 2 if config.get("bf16", {}).get("enabled") else 4

@@ -218,9 +218,7 @@ def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tupl
         if unet is not None and run.model.compile:
             compile_blocks(unet)
     placed = run.reference
-    policy, reference = initialize(
-        policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype
-    )
+    policy, reference = initialize(policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
     return policy, None if reference is None else frozen_model(reference)
 
 
