@@ -11,12 +11,15 @@ from dde_ds.config import RunConfig, load_config
 from dde_ds.engine.devices import DEVICES, Device, find_device
 from dde_ds.engine.plan import MFU, Task, make_plan, stored_pair_bytes
 from dde_ds.errors import UserError
+from dde_ds.models.cost import Adapters
 
 GPU = "H100"
 
 
 def add_command(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="memory, traffic, time and disk of a run, and whether it fits, without weights or a GPU")
+    plan = commands.add_parser(
+        "plan", help="memory, traffic, time and disk of a run, and whether it fits, without weights or a GPU"
+    )
     plan.set_defaults(act=plan_run)
     plan.add_argument("config", help="YAML of a run")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -65,9 +68,10 @@ def task_of(run: RunConfig) -> Task:
     quiet_libraries()
     unet = load_unet_config(run.model.path, run.model.revision)
     tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
+    adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
     if not all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths):
         latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-        return Task(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens))
+        return Task(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), adapters=adapters)
     shards, _ = open_shards(run)
     manifests = [one.manifest for one in getattr(shards, "sets", [shards])]
     pairs, prompts = sum(shards.counts), sum(manifest["prompts"]["distinct"] for manifest in manifests)
@@ -80,6 +84,7 @@ def task_of(run: RunConfig) -> Task:
         pair_bytes=of_pairs / pairs + of_prompts / prompts,
         data_bytes=sum(map(shard_bytes, manifests)),
         pairs=pairs,
+        adapters=adapters,
     )
 
 
@@ -103,7 +108,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     held = " + ".join(f"{part} {_gib(memory[part])}" for part in parts if memory[part])
     modes = ", ".join(f"{mode} {_gib(value)}" for mode, value in memory["activations_by_mode"].items())
     rows = [
-        ("model", [f"{model['parameters']:,} parameters, latents {'x'.join(map(str, model['latent']))}, prompts of {model['tokens']} tokens"]),
+        ("model", [f"{model['parameters']:,} parameters, {model['trained']:,} of them trained, latents {'x'.join(map(str, model['latent']))}, prompts of {model['tokens']} tokens"]),
         ("settings", [f"ZeRO-{chosen['stage']} ({chosen['deepspeed']}), {chosen['precision']}, {chosen['optimizer']}, gradient checkpointing "
                       f"{chosen['gradient_checkpointing']}, reference {chosen['reference'] or 'none'}"]),
         ("batch", [f"{batch['pairs']} pairs a step = {batch['nodes']} nodes x {batch['ranks'] // batch['nodes']} ranks x {batch['accumulation']} "

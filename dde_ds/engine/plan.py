@@ -17,7 +17,7 @@ import torch
 
 from dde_ds.config import RunConfig
 from dde_ds.engine.devices import Device
-from dde_ds.engine.memory import MOMENT_BYTES, Memory, Sizes, policy_memory, reference_memory, stage_of
+from dde_ds.engine.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory, stage_of
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.traffic import step_traffic
 from dde_ds.engine.zero import complete_config
@@ -52,9 +52,16 @@ class Task:
     pairs: int | None = None
     """In the shards."""
 
+    adapters: cost.Adapters | None = None
+    """What is trained in the place of the UNet."""
+
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return cost.parameter_sizes(self.unet)
+    def sizes(self) -> cost.Sizes:
+        return cost.parameter_sizes(self.unet, self.adapters)
+
+    def training_pass(self, checkpointing: str, dtype: torch.dtype) -> cost.Pass:
+        """Of one pair."""
+        return cost.training_pass(self.unet, self.latent, checkpointing, dtype, self.tokens, adapters=self.adapters)
 
 
 def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> int:
@@ -81,25 +88,26 @@ def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device,
     mode, dtype = chosen.model.gradient_checkpointing, _dtype(chosen)
     with_reference = needs_reference(chosen)
     pair = cost.pair_flops(task.unet, task.latent, task.tokens, with_reference)
-    passes = {name: cost.training_pass(task.unet, task.latent, name, dtype, task.tokens) for name in {*MODES, mode}}
+    passes = {name: task.training_pass(name, dtype) for name in {*MODES, mode}}
     again = passes[mode].flops - passes["none"].flops
     memory = rank_memory(chosen, task, world, gpus)
     room = usable(device) - memory.peak
-    frozen = reference_config(config, run.reference.placement, run.reference.dtype) if with_reference else None
-    sent = step_traffic(Sizes(task.sizes), config, nodes, gpus, accumulation, task.sizes, frozen)
+    frozen = _reference_config(chosen, config)
+    read_twice = config if with_reference and run.lora else frozen
+    sent = step_traffic(task.sizes, config, nodes, gpus, accumulation, [*task.sizes.trained, *task.sizes.frozen], read_twice)
     speed = device.flops * mfu if run.precision == "bf16" else None
     seconds = run.batch.pairs * (pair + again) / (world * speed) if speed else None
-    checkpoint = checkpoint_bytes(task.sizes)
+    checkpoint = checkpoint_bytes(run, task.sizes)
     kept = kept_checkpoints(run)
     return {
-        "model": {"path": run.model.path, "parameters": sum(task.sizes), "latent": list(task.latent), "tokens": task.tokens},
+        "model": {"path": run.model.path, "parameters": sum(map(sum, task.sizes)), "trained": sum(task.sizes.trained), "latent": list(task.latent), "tokens": task.tokens},
         "batch": {
             "pairs": run.batch.pairs, "nodes": nodes, "ranks": world, "micro": run.batch.micro, "accumulation": accumulation,
             "steps": run.steps,
         },
         "settings": {
             "deepspeed": run.deepspeed, "stage": stage_of(config), "precision": run.precision, "gradient_checkpointing": mode,
-            "optimizer": run.optimizer.type, "reference": _placement(frozen),
+            "optimizer": run.optimizer.type, "reference": "the policy without its adapters" if with_reference and run.lora else _placement(frozen),
         },
         "flops": {
             "forward_latent": cost.forward_flops(task.unet, task.latent, task.tokens), "pair": pair, "pair_recomputed": again,
@@ -122,7 +130,7 @@ def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device,
             "epochs": run.steps * run.batch.pairs / task.pairs if task.pairs else None,
         },
         "checkpoints": {
-            "bytes": checkpoint, "kept": kept, "disk": checkpoint * kept + export_bytes(task.sizes),
+            "bytes": checkpoint, "kept": kept, "disk": checkpoint * kept + export_bytes(run, task.sizes),
             "save_seconds": checkpoint / DISK_BYTES_PER_S, "disk_bytes_per_s": DISK_BYTES_PER_S,
         },
         "verdict": {
@@ -139,7 +147,7 @@ def rank_memory(run: RunConfig, task: Task, world: int, on_a_node: int) -> Memor
         UserError: as :func:`~dde_ds.engine.zero.complete_config`.
     """
     state = _state_memory(run, task, world, on_a_node)
-    one = cost.training_pass(task.unet, task.latent, run.model.gradient_checkpointing, _dtype(run), task.tokens)
+    one = task.training_pass(run.model.gradient_checkpointing, _dtype(run))
     return dataclasses.replace(state, activations=one.peak * run.batch.micro)
 
 
@@ -196,14 +204,14 @@ def needs_reference(run: RunConfig) -> bool:
     return run.objective.name != "sft"
 
 
-def checkpoint_bytes(sizes: tuple[int, ...]) -> int:
-    """Float32 weights and AdamW's two moments, whatever the run keeps them in."""
-    return 12 * sum(sizes)
+def checkpoint_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
+    """Float32 weights and AdamW's two moments, whatever the run keeps them in, and the moving average."""
+    return (12 + 4 * bool(run.ema)) * sum(sizes.trained)
 
 
-def export_bytes(sizes: tuple[int, ...]) -> int:
-    """The UNet in float32. The pipeline's other parts come from the base."""
-    return 4 * sum(sizes)
+def export_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
+    """The UNet in float32, which is most of it, or its adapters."""
+    return 4 * sum(sizes.trained if run.lora else map(sum, sizes))
 
 
 def kept_checkpoints(run: RunConfig) -> int:
@@ -214,10 +222,11 @@ def kept_checkpoints(run: RunConfig) -> int:
 
 def _state_memory(run: RunConfig, task: Task, world: int, on_a_node: int) -> Memory:
     config = complete_config(run, world, on_a_node)
-    memory = policy_memory(Sizes(task.sizes), config, world, MOMENT_BYTES[run.optimizer.type])
-    if not needs_reference(run):
+    memory = policy_memory(task.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
+    placed = _reference_config(run, config)
+    if placed is None:
         return memory
-    frozen = reference_memory(task.sizes, reference_config(config, run.reference.placement, run.reference.dtype), world)
+    frozen = reference_memory(task.sizes.trained, placed, world)
     return dataclasses.replace(
         memory,
         reference=frozen.reference,
@@ -225,6 +234,13 @@ def _state_memory(run: RunConfig, task: Task, world: int, on_a_node: int) -> Mem
         communication=max(memory.communication, frozen.communication),
         host=memory.host + frozen.host,
     )
+
+
+def _reference_config(run: RunConfig, config: dict) -> dict | None:
+    """Of the reference's engine, where it has one."""
+    if not needs_reference(run) or run.lora:
+        return None
+    return reference_config(config, run.reference.placement, run.reference.dtype)
 
 
 def _placement(frozen: dict | None) -> str | None:

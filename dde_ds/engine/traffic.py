@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dde_ds.engine.memory import Sizes, persistent_elements, stage_of
+from dde_ds.engine.memory import persistent_elements, stage_of
+from dde_ds.models.cost import Sizes
 
 
 class Traffic(NamedTuple):
@@ -37,7 +38,8 @@ def step_traffic(
     Args:
         config: DeepSpeed's, complete.
         nodes, gpus: nodes, and ranks on each.
-        reference, frozen_config: elements of the reference's parameters and its engine's configuration, where there is one.
+        reference, frozen_config: elements of the reference's parameters and its engine's configuration, where there is one; of a policy
+            that is its own reference with adapters off, the policy's.
     """
     world, zero = nodes * gpus, config.get("zero_optimization", {})
     width = _width(config)

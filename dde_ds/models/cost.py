@@ -12,7 +12,7 @@ import json
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import predict
 
 TOKENS = 77
@@ -49,9 +50,23 @@ class Pass:
     """2 × multiply-adds of both directions, with what is computed again."""
 
 
-def parameter_sizes(config: dict) -> tuple[int, ...]:
-    """Elements of each parameter of a UNet2DConditionModel, in its own order."""
-    return _parameter_sizes(_key(config))
+class Adapters(NamedTuple):
+    """LoRA's part of what :func:`dde_ds.models.lora.add_adapters` takes."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
+class Sizes(NamedTuple):
+    """Elements of each parameter of a UNet, in its own order."""
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+
+
+def parameter_sizes(config: dict, adapters: Adapters | None = None) -> Sizes:
+    """Of a UNet2DConditionModel, all trained or its adapters alone."""
+    return _parameter_sizes(_key(config), adapters)
 
 
 def forward_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS) -> int:
@@ -66,11 +81,17 @@ def pair_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS,
 
 
 def training_pass(
-    config: dict, latent: tuple[int, int, int], checkpointing: str, dtype: torch.dtype, tokens: int = TOKENS, pairs: int = 1
+    config: dict,
+    latent: tuple[int, int, int],
+    checkpointing: str,
+    dtype: torch.dtype,
+    tokens: int = TOKENS,
+    pairs: int = 1,
+    adapters: Adapters | None = None,
 ) -> Pass:
     """Memory and FLOPs of one micro-batch, winners and losers in one call, in a mode of
     :func:`dde_ds.models.checkpointing.set_checkpointing`. All three numbers grow in proportion to ``pairs``."""
-    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs)
+    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters)
 
 
 def made_up_batch(config: Any, latents: int, tokens: int = TOKENS) -> dict[str, Tensor]:
@@ -135,9 +156,11 @@ def run_pass(unet: torch.nn.Module, noisy: Tensor, batch: dict[str, Tensor]) -> 
 
 
 @lru_cache(maxsize=8)
-def _parameter_sizes(key: str) -> tuple[int, ...]:
+def _parameter_sizes(key: str, adapters: Adapters | None) -> Sizes:
     with torch.device("meta"):
-        return tuple(parameter.numel() for parameter in _build(key).parameters())
+        parameters = list(_build(key, adapters).parameters())
+    trained, frozen = ([each.numel() for each in parameters if each.requires_grad is wanted] for wanted in (True, False))
+    return Sizes(tuple(trained), tuple(frozen))
 
 
 @lru_cache(maxsize=8)
@@ -151,14 +174,22 @@ def _forward_flops(key: str, latent: tuple[int, int, int], tokens: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _training_pass(key: str, latent: tuple[int, int, int], checkpointing: str, dtype: torch.dtype, tokens: int, pairs: int) -> Pass:
+def _training_pass(
+    key: str,
+    latent: tuple[int, int, int],
+    checkpointing: str,
+    dtype: torch.dtype,
+    tokens: int,
+    pairs: int,
+    adapters: Adapters | None,
+) -> Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     usual = torch.get_default_dtype()
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
         try:
-            unet = _build(key)
+            unet = _build(key, adapters)
         finally:
             torch.set_default_dtype(usual)
         set_checkpointing(unet.train(), checkpointing)
@@ -166,10 +197,14 @@ def _training_pass(key: str, latent: tuple[int, int, int], checkpointing: str, d
         return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), batch)
 
 
-def _build(key: str):
+def _build(key: str, adapters: Adapters | None = None):
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(json.loads(key))
+    unet = UNet2DConditionModel.from_config(json.loads(key))
+    if adapters:
+        add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
+        unet.to(torch.get_default_dtype())  # peft makes them float32, DeepSpeed makes all of one type
+    return unet
 
 
 def _key(config: dict) -> str:

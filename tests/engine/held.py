@@ -1,6 +1,6 @@
 """Bytes that real engines hold, as one rank of several: a tiny UNet, two micro-batches, and what is there before the step is made.
 
-    RANK=… WORLD_SIZE=… python -m tests.engine.held CONFIG.json… > one JSON line a configuration
+RANK=… WORLD_SIZE=… python -m tests.engine.held CONFIG.json… > one JSON line a configuration
 """
 
 from __future__ import annotations
