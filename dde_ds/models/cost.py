@@ -185,13 +185,13 @@ def _training_pass(
 ) -> Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    usual = torch.get_default_dtype()
+    with torch.device("meta"):
+        unet = _build(key, adapters)
     with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        try:
-            unet = _build(key, adapters)
-        finally:
-            torch.set_default_dtype(usual)
+        for module in unet.modules():
+            for name, value in module.named_parameters(recurse=False):
+                empty = torch.empty(value.shape, dtype=dtype)
+                setattr(module, name, torch.nn.Parameter(empty, requires_grad=value.requires_grad))
         set_checkpointing(unet.train(), checkpointing)
         batch = made_up_batch(json.loads(key), 2 * pairs, tokens)
         return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), batch)
@@ -203,7 +203,6 @@ def _build(key: str, adapters: Adapters | None = None):
     unet = UNet2DConditionModel.from_config(json.loads(key))
     if adapters:
         add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
-        unet.to(torch.get_default_dtype())  # peft makes them float32, DeepSpeed makes all of one type
     return unet
 
 
