@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from dde_ds.config import RunConfig, load_config
+from dde_ds.config import load_config
 from dde_ds.engine.devices import DEVICES, Device, find_device
-from dde_ds.engine.plan import MFU, Task, make_plan, stored_pair_bytes
+from dde_ds.engine.plan import MFU, make_plan
 from dde_ds.errors import UserError
-from dde_ds.models.cost import Adapters
 
 GPU = "H100"
 
@@ -39,7 +37,14 @@ def plan_run(args: argparse.Namespace) -> None:
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}: must lie in (0, 1]")
     device = chosen_device(args.gpu, args.gpu_memory)
-    plan = make_plan(run, task_of(run), args.nodes, args.gpus, device, args.mfu)
+    # The libraries take seconds to load: not before the arguments are known to be right.
+    from dde_ds.models.quiet import quiet_libraries
+    from dde_ds.training.loop import open_shards
+    from dde_ds.training.planning import shards_are_there, task_of
+
+    quiet_libraries()
+    task = task_of(run, open_shards(run)[0] if shards_are_there(run) else None)
+    plan = make_plan(run, task, args.nodes, args.gpus, device, args.mfu)
     if args.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -51,41 +56,6 @@ def chosen_device(name: str, gibibytes: int | None) -> Device:
     if device is None:
         raise UserError(f"--gpu {name}: not known; known: {', '.join(device.name for device in DEVICES)}")
     return device if gibibytes is None else device._replace(gibibytes=gibibytes)
-
-
-def task_of(run: RunConfig) -> Task:
-    """Model and data of a run, from configurations and manifests. Shards that are not made yet are taken to hold latents of the size that
-    the model was trained at.
-
-    Raises:
-        UserError: a model's configuration that cannot be had, or shards that do not fit it.
-    """
-    from dde_ds.data.estimate import shard_bytes
-    from dde_ds.models.quiet import quiet_libraries
-    from dde_ds.models.unet import load_component_config, load_unet_config
-    from dde_ds.training.loop import open_shards
-
-    quiet_libraries()
-    unet = load_unet_config(run.model.path, run.model.revision)
-    tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
-    adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
-    if not all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths):
-        latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-        return Task(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), adapters=adapters)
-    shards, _ = open_shards(run)
-    manifests = [one.manifest for one in getattr(shards, "sets", [shards])]
-    pairs, prompts = sum(shards.counts), sum(manifest["prompts"]["distinct"] for manifest in manifests)
-    of_pairs, of_prompts = (
-        sum(row["bytes"] for manifest in manifests for row in rows(manifest))
-        for rows in (lambda manifest: manifest["shards"], lambda manifest: manifest["prompts"]["files"])
-    )
-    return Task(
-        *(unet, tuple(shards.latent_shape), tokens),
-        pair_bytes=of_pairs / pairs + of_prompts / prompts,
-        data_bytes=sum(map(shard_bytes, manifests)),
-        pairs=pairs,
-        adapters=adapters,
-    )
 
 
 def _print(plan: dict[str, Any]) -> None:
@@ -113,8 +83,8 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
                       f"{chosen['gradient_checkpointing']}, reference {chosen['reference'] or 'none'}"]),
         ("batch", [f"{batch['pairs']} pairs a step = {batch['nodes']} nodes x {batch['ranks'] // batch['nodes']} ranks x {batch['accumulation']} "
                    f"micro-batches of {batch['micro']}"]),
-        ("computing", [f"{flops['forward_latent'] / 1e12:.3f} TFLOP to predict a latent, {flops['pair'] / 1e12:.2f} to train on a pair, "
-                       f"{flops['pair_recomputed'] / 1e12:.2f} more by gradient checkpointing"]),
+        ("computing", [f"{flops['forward_latent'] / 1e12:.4g} TFLOP to predict a latent, {flops['pair'] / 1e12:.4g} to train on a pair, "
+                       f"{flops['pair_recomputed'] / 1e12:.4g} more by gradient checkpointing"]),
         ("memory of a rank", [
             f"{_gib(memory['peak'])} GiB = {held}" if memory["communication"] + memory["activations"] >= memory["step"]
             else f"{_gib(memory['peak'])} GiB, in the optimizer step",

@@ -59,6 +59,14 @@ class Task:
     def sizes(self) -> cost.Sizes:
         return cost.parameter_sizes(self.unet, self.adapters)
 
+    def pair_flops(self, with_reference: bool) -> int:
+        """Of training on a pair, recomputation aside."""
+        if self.adapters is None:
+            return cost.pair_flops(self.unet, self.latent, self.tokens, with_reference)
+        # Frozen weights need no gradients: the backward pass is no longer twice the forward one.
+        reference = 2 * with_reference * cost.forward_flops(self.unet, self.latent, self.tokens)
+        return self.training_pass("none", torch.bfloat16).flops + reference
+
     def training_pass(self, checkpointing: str, dtype: torch.dtype) -> cost.Pass:
         """Of one pair."""
         return cost.training_pass(self.unet, self.latent, checkpointing, dtype, self.tokens, adapters=self.adapters)
@@ -87,7 +95,7 @@ def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device,
     accumulation = chosen.batch.accumulation(world)
     mode, dtype = chosen.model.gradient_checkpointing, _dtype(chosen)
     with_reference = needs_reference(chosen)
-    pair = cost.pair_flops(task.unet, task.latent, task.tokens, with_reference)
+    pair = task.pair_flops(with_reference)
     passes = {name: task.training_pass(name, dtype) for name in {*MODES, mode}}
     again = passes[mode].flops - passes["none"].flops
     memory = rank_memory(chosen, task, world, gpus)
