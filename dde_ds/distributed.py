@@ -111,3 +111,12 @@ def first_says(value: Any, ranks: Ranks) -> Any:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rows of all ranks, (ranks × n, k), where each brings (n, k). Collective."""
+    if ranks.world == 1:
+        return rows
+    gathered = rows.new_empty(ranks.world * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import peft
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -35,10 +36,21 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tupl
 
     policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet", torch_dtype=dtype).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    if run.lora:
+        # As diffusers' training scripts do it, from the run's seed.
+        torch.manual_seed(run.seed)
+        policy.requires_grad_(False)
+        policy.add_adapter(
+            peft.LoraConfig(
+                r=run.lora.rank,
+                lora_alpha=run.lora.alpha or run.lora.rank,
+                target_modules=list(run.lora.targets),
+                init_lora_weights="gaussian",
+            )
+        )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = run.optimizer
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
     shards = ShardSet(run.data.path)
     allowed = torch.zeros(1000)
     allowed[slice(*(run.objective.timestep_range or (0, 1000)))] = 1
@@ -69,7 +81,7 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tupl
         gain = torch.tensor(single_shot[t.numpy()], dtype=dtype)
         loss = -F.logsigmoid(-(run.objective.beta / 2) * (gain * margin + run.objective.correction_weight * correction)).mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
         optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
         optimizer.step()
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,10 @@ def need(*programs: str) -> None:
 
 
 def find(program: str) -> str | None:
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    """Where a program is: also beside this Python, whose virtual environment need not be active, and where Debian keeps daemons."""
+    return shutil.which(
+        program, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"])
+    )
 
 
 def ip(*arguments: str) -> None:
