@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -33,8 +34,52 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass. Costs about a sixth of the throughput, saves most of the memory; turn it off where all fits."""
+    gradient_checkpointing: str = "full"
+    """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
+    (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
+    of the throughput. The first that fits is the fastest."""
+
+    compile: bool = False
+    """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
+    ZeRO-3."""
+
+    channels_last: bool = False
+    """Convolutions in the memory format that tensor cores take. Turn it on on a GPU where it is faster: measure a few steps."""
+
+    def __post_init__(self):
+        _require(
+            re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            "model.gradient_checkpointing",
+            self.gradient_checkpointing,
+            "must be none, selective, every_2, every_3, … or full",
+        )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    placement: str = "auto"
+    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
+    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
+    are there, else replicated. Changes memory and speed, not the result."""
+
+    dtype: str = "policy"
+    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
+    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
+    rounding, which β and w_t multiply."""
+
+    ledger: str | None = None
+    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
+    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
+    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+
+    def __post_init__(self):
+        _require(
+            self.placement in ("auto", "replicated", "sharded", "cpu"),
+            "reference.placement",
+            self.placement,
+            "must be auto, replicated, sharded or cpu",
+        )
+        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -70,14 +115,6 @@ class ObjectiveConfig:
         _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    ledger: str | None = None
-    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +232,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm. 0 does not clip."""
 
+    type: str = "adamw"
+    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on one to
+    four GPUs. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
+
     def __post_init__(self):
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -202,6 +243,7 @@ class OptimizerConfig:
         _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be 0 or more")
+        _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant."""
@@ -305,7 +347,7 @@ class RunConfig:
     """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of policy and reference alike."""
+    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else."""
 
     max_hours: float | None = None
     """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
@@ -330,6 +372,10 @@ class RunConfig:
             self.data.max_bad_samples,
             "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
         )
+
+    @property
+    def reference_precision(self) -> str:
+        return self.precision if self.reference.dtype == "policy" else self.reference.dtype
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)

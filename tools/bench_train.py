@@ -1,7 +1,7 @@
 """A training step of ours beside a plain PyTorch + diffusers loop of the same work, in one process and in turns.
 
     python tools/bench_train.py                                     # the demo's model
-    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing
+    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
     python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
 
@@ -34,6 +34,7 @@ from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.distributed import start
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
+from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
@@ -84,7 +85,7 @@ def main() -> int:
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=12, help="steps of each that are timed, after two that are not")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
     parser.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero2.json"))
     parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
@@ -123,7 +124,7 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
     ]
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
-        f"{'full' if args.checkpointing else 'no'} gradient checkpointing, {Path(args.deepspeed).name}, one rank, medians of {args.steps} "
+        f"gradient checkpointing {args.checkpointing}, {Path(args.deepspeed).name}, one rank, medians of {args.steps} "
         f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.1f} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n" + table(["loop", "step", "pairs/s", "utilisation", "peak memory"], rows)
     )
@@ -139,8 +140,7 @@ def load(args: argparse.Namespace) -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
     else:
         unet = load_unet(args.model)
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
+    set_checkpointing(unet, args.checkpointing)
     return unet
 
 

@@ -15,7 +15,7 @@ from dde_ds.errors import UserError
 from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.training.ledger import open_ledger
-from dde_ds.training.loop import build_run_objective, open_shards
+from dde_ds.training.loop import build_run_objective, open_shards, treat_alike
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import reference_step
 
@@ -41,8 +41,9 @@ def fill_ledger(run: RunConfig) -> None:
     ledger = open_ledger(run, shards, objective, ranks)
     missing = [step for step in range(run.steps) if not ledger.covers(step, step + 1)]
     if missing:
-        dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if run.reference_precision == "bf16" else torch.float32
         reference = models.load_unet(run.model.path, run.model.revision).to(device, dtype).requires_grad_(False).eval()
+        treat_alike(run, reference)
         objective.to(device)
         draws = Draws(
             run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip

@@ -15,7 +15,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import any_rank, start
+from dde_ds.distributed import any_rank, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.export import export_policy
 from dde_ds.engine.zero import complete_config, initialize
@@ -23,7 +23,9 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.models import unet as models
+from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.heartbeat import Heartbeat
@@ -61,7 +63,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
     ranks, device = start(run.timeout_minutes)
-    ds_config = complete_config(run, ranks.world)
+    ds_config = complete_config(run, ranks.world, ranks_of_a_node(ranks, device))
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
     first_step = checkpoint.read_state(resumed)["step"] if resumed else 0
@@ -208,11 +210,22 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
-    if run.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
+    set_checkpointing(policy, run.model.gradient_checkpointing)
     reference = models.load_unet(run.model.path, run.model.revision) if with_reference else None
-    policy, reference = initialize(policy, reference, ds_config)
+    treat_alike(run, policy)
+    if reference is not None:
+        treat_alike(run, reference)
+    placed = run.reference
+    policy, reference = initialize(policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
     return policy, None if reference is None else frozen_model(reference)
+
+
+def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
+    """What policy and reference must both be, to begin at the same predictions."""
+    if run.model.channels_last:
+        use_channels_last(unet)
+    if run.model.compile:
+        compile_blocks(unet)
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:

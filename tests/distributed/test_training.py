@@ -113,7 +113,7 @@ def test_the_losses_depend_on_the_correction(config, expected):
 
 
 def test_two_ranks_zero_3(config, expected, tmp_path):
-    assert_done(launch(config, f"output={tmp_path / 'run'}", ZERO3, "model.gradient_checkpointing=true"), tmp_path / "run")
+    assert_done(launch(config, f"output={tmp_path / 'run'}", ZERO3, "model.gradient_checkpointing=full"), tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
     weights = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "export", subfolder="unet").state_dict()
     base = UNet2DConditionModel.from_pretrained(load_config(config).model.path, subfolder="unet").state_dict()

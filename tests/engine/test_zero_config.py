@@ -7,7 +7,8 @@ import torch
 
 from dde_ds import UserError, initialize
 from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from dde_ds.engine.zero import complete_config, reference_config
+from dde_ds.engine.reference import reference_config
+from dde_ds.engine.zero import complete_config
 from tests.conftest import ROOT
 
 

@@ -1,0 +1,32 @@
+"""What makes a UNet's passes faster and leaves its numbers alone. Policy and reference must be treated alike: one model in two
+arithmetics does not begin at the same predictions.
+
+Attention needs nothing: diffusers takes PyTorch's scaled_dot_product_attention by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Each kind of block in each of: training, the reference's passes, drawings, looks and their last, smaller batch.
+GRAPHS = 64
+
+
+def use_channels_last(unet: torch.nn.Module) -> None:
+    """Convolutions in the memory format that tensor cores read, (N,H,W,C), without transposing first.
+
+    The format of the input carries through the UNet. The weights stay as they are: DeepSpeed broadcasts and flattens them as plain
+    memory. A convolution then reorders them each time, which is little beside the activations.
+    """
+    unet.conv_in.register_forward_pre_hook(lambda module, args: (args[0].contiguous(memory_format=torch.channels_last),))
+
+
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """``torch.compile`` of the transformer blocks, which are many of few kinds: one compilation serves all of a kind.
+
+    Casts are kept where eager PyTorch has them: a policy's graph and a reference's, which needs no gradients, are fused differently, and
+    would otherwise round differently in bfloat16. For the same reason no graph serves several shapes, and none is left to eager
+    PyTorch because there are too many.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
