@@ -251,6 +251,45 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Train two thin matrices beside each chosen layer, and nothing else."""
+
+    rank: int
+    """r, the thin side of the adapters. Memory, file and what can be learned grow with it; 4 to 128 are usual."""
+
+    alpha: float | None = None
+    """The adapters are scaled by α/r. None is α = r, no scale; change it only together with the learning rate."""
+
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get adapters. Default: the projections of all attentions. ``ff.net.0.proj`` and ``ff.net.2``
+    add the feed-forward layers, ``conv1`` and ``conv2`` the convolutions."""
+
+    def __post_init__(self):
+        _require(self.rank >= 1, "lora.rank", self.rank, "must be 1 or more")
+        _require(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "must be above 0, or null")
+        _require(len(self.targets) >= 1, "lora.targets", self.targets, "must name at least one layer")
+
+    @property
+    def alpha_or_rank(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        return self.alpha_or_rank / self.rank
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Keep a moving average of the trained weights, which the export then takes."""
+
+    decay: float
+    """The average spans about the last 1/(1 - decay) optimizer steps. It warms up, at step k to no more than k/(9 + k)."""
+
+    def __post_init__(self):
+        _require(0 < self.decay < 1, "ema.decay", self.decay, "must lie in (0, 1)")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
@@ -341,6 +380,15 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    lora: LoraConfig | None = None
+    """``{rank, alpha, targets}`` trains LoRA adapters alone; the base with its adapters off is the reference, so that one UNet is held.
+    Needs the extra ``lora``. None trains all parameters of the UNet."""
+
+    ema: EmaConfig | None = None
+    """``{decay}`` keeps a float32 average of the trained weights, sharded over the ranks, 4 bytes a parameter in memory and in a
+    checkpoint. The export takes it; samples and held-out looks show the weights themselves. None keeps none."""
+
     log: LogConfig = field(default_factory=LogConfig)
 
     deepspeed: str = "ds_configs/zero2.json"
@@ -366,6 +414,14 @@ class RunConfig:
         _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
         _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
+        for key, usual in (("placement", "auto"), ("dtype", "policy")):
+            value = getattr(self.reference, key)
+            _require(
+                not self.lora or value == usual,
+                f"reference.{key}",
+                value,
+                f"must be {usual} with lora: the policy itself is the reference",
+            )
         _require(
             not (self.reference.ledger and self.data.max_bad_samples),
             "data.max_bad_samples",
@@ -406,7 +462,8 @@ def _override(data: dict, override: str) -> None:
         raise UserError(f"override {override!r}: expected key=value, such as optimizer.learning_rate=1e-6")
     *parents, leaf = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        data[parent] = {} if data.get(parent) is None else data[parent]
+        data = data[parent]
         if not isinstance(data, dict):
             raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
     try:

@@ -7,7 +7,7 @@ DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from dde_ds.engine import lowbit
 
 WEIGHT = "weight"
 """Name of the float32 weights among a parameter's tensors; the others are the optimizer's, such as ``exp_avg``."""
+EMA = "ema"
+"""Name of the weights' moving average, which :mod:`dde_ds.engine.ema` keeps among the optimizer's tensors."""
 
 
 def moments(policy: Any) -> list[str]:
@@ -25,7 +27,7 @@ def moments(policy: Any) -> list[str]:
     flat = _masters(policy)[0]
     state = _optimizer(policy).state.get(flat, {})
     if lowbit.is_quantized(state):
-        return sorted(lowbit.MOMENTS)
+        return sorted({*lowbit.MOMENTS, *({EMA} & state.keys())})
     return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
 
 
@@ -38,9 +40,13 @@ def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in policy.module.named_parameters() if parameter.requires_grad]
 
 
-def gather(policy: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together."""
-    kinds = [WEIGHT, *moments(policy)]
+def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together.
+
+    Args:
+        kinds: which tensors; by default the weights and every moment.
+    """
+    kinds = kinds or [WEIGHT, *moments(policy)]
     for name, parameter in trained(policy):
         yield name, {kind: _full(policy, parameter, kind) for kind in kinds}
 
@@ -64,7 +70,8 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
     group = optimizer.param_groups[0]
     for flat in _masters(policy):
         if lowbit.is_ours(optimizer):
-            optimizer.state[flat] = {"restoring": lowbit.Restoring(flat, steps)}
+            whole = {kind: torch.zeros_like(flat) for kind in kinds if kind not in lowbit.MOMENTS}
+            optimizer.state[flat] = {"restoring": lowbit.Restoring(flat, steps), **whole}
             continue
         if type(optimizer).__module__.startswith("torch."):
             on_device = group.get("fused") or group.get("capturable")
@@ -72,10 +79,23 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
         else:  # DeepSpeed's own optimizers count in plain integers
             count = steps
         optimizer.state[flat] = {"step": count, **{kind: torch.zeros_like(flat) for kind in kinds}}
-    # Stages 1 and 2 keep views of each parameter's part, which they make at the first step. No public name leads there.
+    link_views(policy)
+
+
+def link_views(policy: Any, again: bool = False) -> None:
+    """Stages 1 and 2 keep views of each parameter's part of the optimizer's tensors, which they make at the first step. No public
+    name leads there. ``again`` makes them anew, for a tensor that came later."""
     link = getattr(policy.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
+        if again:
+            policy.optimizer._hp_optimizer_states_linked = False
         link()
+
+
+def partitions(policy: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(flat float32 weights, their optimizer state) of this rank's partitions."""
+    for flat in _masters(policy):
+        yield flat.detach(), _optimizer(policy).state[flat]
 
 
 @torch.no_grad()
@@ -103,7 +123,7 @@ def restore(policy: Any, parameter: torch.nn.Parameter, tensors: dict[str, Tenso
     utils.safe_set_full_fp32_param(parameter, weight)
     for kind in kinds:
         flat = _master_of(policy, parameter)
-        if flat is not None and "restoring" in states[flat]:
+        if kind in lowbit.MOMENTS and flat is not None and "restoring" in states[flat]:
             states[flat]["restoring"].take(parameter, kind, tensors[kind])
         else:
             utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
@@ -114,7 +134,9 @@ def end_restoring(policy: Any) -> None:
     optimizer = _optimizer(policy)
     for flat in _masters(policy):
         if "restoring" in optimizer.state[flat]:
-            optimizer.state.pop(flat)["restoring"].finish(optimizer, flat)
+            whole = optimizer.state.pop(flat)
+            whole.pop("restoring").finish(optimizer, flat)
+            optimizer.state[flat].update(whole)
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -17,6 +17,7 @@ from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_bat
 from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import any_rank, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
+from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
@@ -24,6 +25,7 @@ from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.models import unet as models
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, build_objective
@@ -34,7 +36,7 @@ from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
-from dde_ds.training.reference import Reference, frozen_model
+from dde_ds.training.reference import Reference, adapters_off, frozen_model
 from dde_ds.training.resume import choose_checkpoint, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest
@@ -144,6 +146,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             norm = float(policy.get_global_grad_norm())
             _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
             objective.commit()
+            if run.ema:
+                update_ema(policy, run.ema.decay)
             clock.add(run.batch.pairs)
 
             looked = {}
@@ -210,14 +214,18 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
+    if run.lora:
+        add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
     set_checkpointing(policy, run.model.gradient_checkpointing)
-    reference = models.load_unet(run.model.path, run.model.revision) if with_reference else None
+    second = models.load_unet(run.model.path, run.model.revision) if with_reference and not run.lora else None
     treat_alike(run, policy)
-    if reference is not None:
-        treat_alike(run, reference)
+    if second is not None:
+        treat_alike(run, second)
     placed = run.reference
-    policy, reference = initialize(policy, reference, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
-    return policy, None if reference is None else frozen_model(reference)
+    engine, second = initialize(policy, second, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
+    if with_reference and run.lora:
+        return engine, adapters_off(engine.module)
+    return engine, None if second is None else frozen_model(second)
 
 
 def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
