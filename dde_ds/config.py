@@ -69,8 +69,9 @@ class ReferenceConfig:
 
     ledger: str | None = None
     """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+    it has all, no reference is loaded, which saves one forward pass of two and the reference's memory. For runs that share seed, data and
+    model, such as a search for β or the learning rate. With another ``batch.micro`` or on other hardware the model itself would round
+    otherwise. ``sft`` has no reference and leaves it alone."""
 
     def __post_init__(self):
         _require(
