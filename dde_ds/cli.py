@@ -40,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
     model.add_argument("--output", type=Path, required=True, help="folder to write")
     model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
+    ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
+    ledger.set_defaults(act=lambda args: fill_ledger(args.config, args.overrides))
+    ledger.add_argument("config", help="YAML of a run with reference.ledger")
+    ledger.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
     doctor.set_defaults(act=diagnose)
     doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
@@ -133,6 +137,12 @@ def export(source: Path, output: Path, dtype: str) -> None:
     rows = [row for row in read_rows(run_folder / "metrics.jsonl") if row["step"] <= checkpoint.step_of(chosen[-1])]
     export_checkpoint(chosen[-1], run, rows[-1] if rows else {}, output, dtype)
     print(f"{chosen[-1].name} → {output}")
+
+
+def fill_ledger(config: str, overrides: list[str]) -> None:
+    from dde_ds.training import ledger_pass
+
+    ledger_pass.fill_ledger(load_config(config, overrides))
 
 
 def validate(config: str, overrides: list[str], ranks: int) -> None:

@@ -84,6 +84,14 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    ledger: str | None = None
+    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
+    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
+    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     path: str
     """Folder or URL of shards."""
@@ -298,6 +306,7 @@ class RunConfig:
     batch: BatchConfig
     optimizer: OptimizerConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -326,6 +335,12 @@ class RunConfig:
         _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
         _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
+        _require(
+            not (self.reference.ledger and self.data.max_bad_samples),
+            "data.max_bad_samples",
+            self.data.max_bad_samples,
+            "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
+        )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)

@@ -19,7 +19,7 @@ FLOORS = {
     "ranks": {"errors"},
     "distributed": {"errors", "ranks"},
     "objective": {"errors"},
-    "models": {"errors"},
+    "models": {"errors", "files"},
     "data": {"errors", "files", "models"},
     "engine": {"", "errors", "files", "config", "distributed", "models", "objective"},
     "evaluation": {"", "errors", "files", "config", "distributed", "data", "models", "objective"},

@@ -28,6 +28,7 @@ from dde_ds.models.quiet import quiet_libraries
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
 from dde_ds.training.progress import ProgressLine
@@ -64,17 +65,19 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     ds_config = complete_config(run, ranks.world)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
-    policy, reference = _load_engines(run, ds_config, objective)
+    first_step = checkpoint.read_state(resumed)["step"] if resumed else 0
+    ledger = open_ledger(run, shards, objective, ranks)
+    policy, reference = _load_engines(
+        run, ds_config, objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
+    )
     dtype = next(policy.parameters()).dtype
     objective.to(device)
     look = None
     if held_out_shards:
         held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
         look = Look(held_out, policy.module)  # before a checkpoint is loaded: the policy is still its own reference
-    first_step = 0
     if resumed is not None:
         checkpoint.load(resumed, policy, objective)
-        first_step = checkpoint.read_state(resumed)["step"]
     if ranks.is_first:
         _open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
@@ -84,6 +87,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
     clock, averages, watch, reading = Clock(), Averages(), Watch(), ReadingTotals()
     batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
+    if ledger:
+        batches = ledger.fill(batches)
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
@@ -100,6 +105,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()
+        if ledger:
+            ledger.write(ranks)
         state, keep = state_at(run, shards, step), run.checkpoint
         path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every)
         progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
@@ -110,6 +117,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         progress.say(
             f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
             f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
+            + (f"; {'no reference, but' if reference is None else 'reference errors into'} {ledger.path}" if ledger else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
         row: dict[str, float] = {}
@@ -117,7 +125,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         for step in range(first_step + 1, run.steps + 1):
             finite = torch.ones((), dtype=torch.bool, device=device)
             for _ in range(accumulation):
-                out = micro_step(policy, reference, objective, next(batches), device)
+                batch = next(batches)
+                out = micro_step(policy, reference, objective, batch, device)
+                if ledger:
+                    ledger.add(batch, out.reference_errors)
                 policy.backward(out.loss)
                 averages.add(out)
                 finite &= out.loss.detach().isfinite()
@@ -196,10 +207,10 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     return objective, read_rows(folder / "correction.jsonl")
 
 
-def _load_engines(run: RunConfig, ds_config: dict, objective: Objective) -> tuple[Any, Reference | None]:
+def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
     set_checkpointing(policy, run.model.gradient_checkpointing)
-    reference = models.load_unet(run.model.path, run.model.revision) if objective.needs_reference else None
+    reference = models.load_unet(run.model.path, run.model.revision) if with_reference else None
     policy, reference = initialize(policy, reference, ds_config)
     return policy, None if reference is None else frozen_model(reference)
 
