@@ -75,15 +75,6 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return sum_over_ranks(values).div_(dist.get_world_size())
 
 
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks, (ranks × n, k), where each brings (n, k). Collective."""
-    if dist.get_world_size() == 1:
-        return rows
-    gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows)
-    return gathered
-
-
 def union_over_ranks(items: set) -> set:
     """What any rank has. Collective; items are pickled, so it is for rare and small sets."""
     if dist.get_world_size() == 1:
@@ -111,3 +102,12 @@ def first_says(value: Any, ranks: Ranks) -> Any:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rows of all ranks, (ranks × n, k), where each brings (n, k). Collective."""
+    if ranks.world == 1:
+        return rows
+    gathered = rows.new_empty(ranks.world * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered

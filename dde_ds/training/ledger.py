@@ -21,12 +21,11 @@ from torch import Tensor
 from dde_ds.config import RunConfig
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import first_says, gather_rows
+from dde_ds.distributed import Ranks, first_says, gather_rows
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.unet import unet_digest
 from dde_ds.objective.objective import Objective
-from dde_ds.ranks import Ranks
 
 FORMAT = "dde_ds ledger 1"
 
@@ -70,7 +69,7 @@ class Ledger:
         positions, errors = (torch.cat(parts) for parts in zip(*self._added, strict=True))
         self._added = []
         # float64 holds both exactly.
-        rows = gather_rows(torch.cat([positions.to(errors.device, torch.float64)[:, None], errors.double()], 1)).cpu()
+        rows = gather_rows(torch.cat([positions.to(errors.device, torch.float64)[:, None], errors.double()], 1), ranks).cpu()
         if not ranks.is_first:
             return
         # Another run may have written meanwhile.
