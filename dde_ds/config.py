@@ -37,7 +37,7 @@ class ModelConfig:
     gradient_checkpointing: str = "full"
     """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
-    of the throughput. The first that fits is the fastest."""
+    of the throughput. The first that fits is the fastest: ``auto`` takes it, by what ``dde-ds plan`` counts and the memory that is there."""
 
     compile: bool = False
     """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
@@ -48,11 +48,39 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(
-            re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
             "model.gradient_checkpointing",
             self.gradient_checkpointing,
-            "must be none, selective, every_2, every_3, … or full",
+            "must be auto, none, selective, every_2, every_3, … or full",
         )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    placement: str = "auto"
+    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
+    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
+    are there, else replicated. Changes memory and speed, not the result."""
+
+    dtype: str = "policy"
+    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
+    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
+    rounding, which β and w_t multiply."""
+
+    ledger: str | None = None
+    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
+    it has all, no reference is loaded, which saves one forward pass of two and the reference's memory. For runs that share seed, data and
+    model, such as a search for β or the learning rate. With another ``batch.micro`` or on other hardware the model itself would round
+    otherwise. ``sft`` has no reference and leaves it alone."""
+
+    def __post_init__(self):
+        _require(
+            self.placement in ("auto", "replicated", "sharded", "cpu"),
+            "reference.placement",
+            self.placement,
+            "must be auto, replicated, sharded or cpu",
+        )
+        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -88,33 +116,6 @@ class ObjectiveConfig:
         _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    placement: str = "auto"
-    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
-    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
-    are there, else replicated. Changes memory and speed, not the result."""
-
-    dtype: str = "policy"
-    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
-    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
-    rounding, which β and w_t multiply."""
-
-    ledger: str | None = None
-    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
-
-    def __post_init__(self):
-        _require(
-            self.placement in ("auto", "replicated", "sharded", "cpu"),
-            "reference.placement",
-            self.placement,
-            "must be auto, replicated, sharded or cpu",
-        )
-        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ class RunConfig:
     """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of policy and reference alike."""
+    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else."""
 
     max_hours: float | None = None
     """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
@@ -429,6 +430,10 @@ class RunConfig:
             self.data.max_bad_samples,
             "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
         )
+
+    @property
+    def reference_precision(self) -> str:
+        return self.precision if self.reference.dtype == "policy" else self.reference.dtype
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)

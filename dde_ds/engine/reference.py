@@ -19,8 +19,7 @@ SHARDED = {
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "leaf_module": {"classes": ["diffusers.models.attention.BasicTransformerBlock"]},
-    # Of use where weights are kept for a backward pass. DeepSpeed sets it for the whole process, policy included.
-    "memory_efficient_linear": False,
+    "memory_efficient_linear": False,  # as in dde_ds.engine.zero; it would be the policy's too
     "stage3_max_live_parameters": 200_000_000,
     "stage3_max_reuse_distance": 0,
 }

@@ -56,7 +56,7 @@ def initialize(
     if config.get("torch_autocast", {}).get("enabled"):
         raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
     _take_torch_adam(config, deepspeed.accelerator.get_accelerator().device_name())
-    _match_linear(config, policy)
+    _keep_linear(config, policy)
 
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = lowbit.client_optimizer(config)
@@ -93,15 +93,15 @@ def _take_torch_adam(config: dict, device: str) -> None:
             parameters.setdefault("fused", True)
 
 
-def _match_linear(config: dict, policy: torch.nn.Module) -> None:
-    """PyTorch's own linear layers for selective checkpointing under ZeRO-3.
+def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
+    """PyTorch's own linear layers at stage 3, where DeepSpeed would by default replace them in the whole process.
 
-    There DeepSpeed replaces them by ``x @ w.T`` and then ``+= bias`` in place, on the very tensor that selective checkpointing has
-    kept: the bias would be added a second time when the block is computed again, and the gradients be wrong without a word.
-    What the replacement is for, not to keep gathered weights for the backward pass, checkpointing does as well.
+    Its own multiply and then add the bias, which in bfloat16 rounds twice: a run would depend on its stage. And they add in place, to the
+    very tensor that selective checkpointing has kept: the bias would come a second time when a block is computed again, and the
+    gradients be wrong without a word. What they are for, not to keep gathered weights until the backward pass, checkpointing does as well.
     """
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and is_selective(policy) and zero.setdefault("memory_efficient_linear", False):
+    if zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False) and is_selective(policy):
         raise UserError(
             "deepspeed zero_optimization.memory_efficient_linear is true, but model.gradient_checkpointing is selective, which needs "
             "PyTorch's own; remove it from the JSON"

@@ -104,16 +104,16 @@ def test_pods_are_what_the_guide_says(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts(path):
-    if not find("shellcheck"):
+    if not (shellcheck := find("shellcheck")):
         pytest.skip("not installed: shellcheck")
-    subprocess.run(["shellcheck", "--enable=all", "--exclude=SC2250", path], check=True)
+    subprocess.run([shellcheck, "--enable=all", "--exclude=SC2250", path], check=True)
     assert path.suffix == ".sbatch" or path.stat().st_mode & 0o111
 
 
 def test_dockerfile():
-    if not find("hadolint"):
+    if not (hadolint := find("hadolint")):
         pytest.skip("not installed: hadolint")
-    subprocess.run(["hadolint", ROOT / "docker" / "Dockerfile"], check=True)
+    subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], check=True)
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
