@@ -53,10 +53,8 @@ def test_two_ranks(config, tmp_path):
         for where in ("replicated", "sharded", "cpu")
     }
     others = {
-        "zero1": [shipped(tmp_path, "zero1")],
         "hierarchical": [shipped(tmp_path, "zero3_hierarchical")],
         "selective": [zero3, "model.gradient_checkpointing=selective"],
-        "every_2": [zero3, "model.gradient_checkpointing=every_2"],
         "channels_last": [zero2, "model.channels_last=true"],
     }
     bf16 = {
