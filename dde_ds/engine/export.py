@@ -185,9 +185,15 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str = WEIGHT) -> 
     }
     shown = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation")
     numbers = {name: f"{value:.4g}" for name, value in metrics.items() if name in shown or name.startswith("eval/")}
+    adapters = (
+        f"The adapters are in `{LORA_FILE}`, for `load_lora_weights` on the base model; a UNet beside it has them merged already.\n\n"
+        if run.lora
+        else ""
+    )
     rows = "\n".join(f"| {name} | {value} |" for name, value in (settings | numbers).items())
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.model.path}, aligned with preference pairs\n\n"
         "The UNet was trained on pairs of a preferred and a rejected image (Denoised Distribution Estimation and its baselines, "
-        f"arXiv 2411.14871); all other parts are the base model's, and so is its licence.\n\n| | |\n| --- | --- |\n{rows}\n"
+        f"arXiv 2411.14871); all other parts are the base model's, and so is its licence.\n\n"
+        f"{adapters}| | |\n| --- | --- |\n{rows}\n"
     )
