@@ -35,6 +35,7 @@ from dde_ds.distributed import start
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.cost import pair_flops
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
@@ -176,7 +177,7 @@ def ours(args: argparse.Namespace, device: torch.device, ledger: bool = False) -
         objective.commit()
         averages.read(1000)
 
-    flops = pair_flops(unet, shards, args.latent, device)
+    flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
     return step, 0.75 * flops if ledger else flops  # three passes of four
 
 
@@ -208,19 +209,7 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, pair_flops(policy, shards, args.latent, device)
-
-
-def pair_flops(unet: UNet2DConditionModel, shards: MadeUpShards, latent: int, device: torch.device) -> float:
-    """Of two latents: forward and twice as much backward of the policy, forward of the reference. FLOPs are 2 × MAC."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    meta = UNet2DConditionModel.from_config(unet.config).to("meta")
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
-    batch = {key: value.to("meta") for key, value in dataset.collate([dataset.pair(0)]).items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predict(meta, batch["latents"].float(), batch["timesteps"].repeat(2), batch)
-    return 4.0 * counter.get_total_flops()
+    return step, pair_flops(policy.config, (policy.config.in_channels, args.latent, args.latent))
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
