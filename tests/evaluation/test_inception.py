@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_shares_put_together_are_the_whole(world):
     for count in (10, 11, 12):
         shares = [equal_share(range(count), rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        assert sum(shares, [])[:count] == list(range(count))
+        assert list(itertools.chain(*shares))[:count] == list(range(count))
 
 
 def test_what_cannot_be_scored(weights, tmp_path, capsys):
