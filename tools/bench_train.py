@@ -1,8 +1,9 @@
 """A training step of ours beside a plain PyTorch + diffusers loop of the same work, in one process and in turns.
 
     python tools/bench_train.py                                     # the demo's model
-    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing
+    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
+    python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
 
 The plain loop is what public Diffusion-DPO scripts do: one pass of the policy and one of the reference over winners and losers, the
 loss in eager PyTorch, gradient clipping, AdamW, no compilation. Both read made-up pairs from memory, so that no disk is measured.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -32,11 +34,14 @@ from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.distributed import start
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.cost import pair_flops
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.metrics import Averages
+from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,9 +86,12 @@ def main() -> int:
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=12, help="steps of each that are timed, after two that are not")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
     parser.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero2.json"))
-    parser.add_argument("--only", choices=("ours", "plain"), help="where both do not fit the memory together")
+    parser.add_argument(
+        "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
+    )
+    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="where both do not fit the memory together")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
@@ -96,33 +104,34 @@ def main() -> int:
     print(text)
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
-        record(f"Training step, {name}, {args.precision}, {machine(device)}", text)
+        what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
+        record(f"{what}, {name}, {args.precision}, {machine(device)}", text)
     return 0
 
 
 def bench(args: argparse.Namespace) -> tuple[str, str]:
     _, device = start()
-    steps = {}
-    if args.only != "plain":
-        steps["ours"], flops = ours(args, device)
-    if args.only != "ours":
-        steps["plain"], flops = plain(args, device)
+    loops = {"ours": ours, "ledger": lambda *given: ours(*given, ledger=True), "plain": plain}
+    steps, flops = {}, {}
+    for name in [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]:
+        steps[name], flops[name] = loops[name](args, device)
     seconds, peaks = measure(steps, args.steps, device)
     pairs = args.micro * args.accumulate
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, dtype)
     rows = [
-        [name, f"{value * 1e3:.0f} ms", f"{pairs / value:.2f}", f"{flops * pairs / value / peak:.1%}", peaks[name]]
+        [name, f"{value * 1e3:.0f} ms", f"{pairs / value:.2f}", f"{flops[name] * pairs / value / peak:.1%}", peaks[name]]
         for name, value in seconds.items()
     ]
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
-        f"{'full' if args.checkpointing else 'no'} gradient checkpointing, {Path(args.deepspeed).name}, one rank, medians of {args.steps} "
-        f"steps; {flops / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.1f} TFLOP/s"
+        f"gradient checkpointing {args.checkpointing}, {Path(args.deepspeed).name}, one rank, medians of {args.steps} "
+        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.1f} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n" + table(["loop", "step", "pairs/s", "utilisation", "peak memory"], rows)
     )
     if len(seconds) == 2:
-        text += f"\n\nplain / ours: {seconds['plain'] / seconds['ours']:.3f}"
+        ratio = ("ours", "ledger") if args.ledger else ("plain", "ours")
+        text += f"\n\n{' / '.join(ratio)}: {seconds[ratio[0]] / seconds[ratio[1]]:.3f}"
     return text, device.type
 
 
@@ -132,13 +141,13 @@ def load(args: argparse.Namespace) -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
     else:
         unet = load_unet(args.model)
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
+    set_checkpointing(unet, args.checkpointing)
     return unet
 
 
-def ours(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], float]:
-    """A step as the trainer takes it, logged row included; and the FLOPs of a pair."""
+def ours(args: argparse.Namespace, device: torch.device, ledger: bool = False) -> tuple[Callable[[], None], float]:
+    """A step as the trainer takes it, logged row included; and the FLOPs of a pair. With a ``ledger`` no reference is loaded: its errors,
+    made up, come with the batch."""
     unet = load(args)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -148,7 +157,7 @@ def ours(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], N
             "precision": args.precision, "deepspeed": args.deepspeed,
         }))  # fmt: skip
         ds_config = complete_config(load_config(path), 1)
-    policy, reference = initialize(policy=unet, reference=load(args), config=ds_config)
+    policy, reference = initialize(policy=unet, reference=None if ledger else load(args), config=ds_config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
     shards = MadeUpShards(unet, args.latent)
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))
@@ -158,14 +167,18 @@ def ours(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], N
 
     def step() -> None:
         for _ in range(args.accumulate):
-            out = micro_step(policy, reference, objective, next(batches), device)
+            batch = next(batches)
+            if ledger:
+                batch["reference_errors"] = torch.ones(2 * args.micro)
+            out = micro_step(policy, None if ledger else frozen_model(reference), objective, batch, device)
             policy.backward(out.loss)
             averages.add(out)
             policy.step()
         objective.commit()
         averages.read(1000)
 
-    return step, pair_flops(unet, shards, args.latent, device)
+    flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
+    return step, 0.75 * flops if ledger else flops  # three passes of four
 
 
 def plain(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], float]:
@@ -196,26 +209,15 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, pair_flops(policy, shards, args.latent, device)
-
-
-def pair_flops(unet: UNet2DConditionModel, shards: MadeUpShards, latent: int, device: torch.device) -> float:
-    """Of two latents: forward and twice as much backward of the policy, forward of the reference. FLOPs are 2 × MAC."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    meta = UNet2DConditionModel.from_config(unet.config).to("meta")
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
-    batch = {key: value.to("meta") for key, value in dataset.collate([dataset.pair(0)]).items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predict(meta, batch["latents"].float(), batch["timesteps"].repeat(2), batch)
-    return 4.0 * counter.get_total_flops()
+    return step, pair_flops(policy.config, (policy.config.in_channels, args.latent, args.latent))
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each, in turns, and the most memory that one of its steps held, where the device can tell."""
+    """Median seconds of each, in turns, and the most memory that one of its steps held: on a CPU, that this process ever had, and only
+    where there is no other loop in it."""
     cuda = device.type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = dict.fromkeys(steps, "not measured on a CPU")
+    peaks = dict.fromkeys(steps, "see --only")
     for repeat in range(repeats + 2):
         for name, step in steps.items():
             if cuda:
@@ -230,6 +232,8 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
                 )
             if repeat >= 2:
                 times[name].append(time.perf_counter() - started)
+    if not cuda and len(steps) == 1:
+        peaks = dict.fromkeys(steps, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process")
     return {name: statistics.median(values) for name, values in times.items()}, peaks
 
 

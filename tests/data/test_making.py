@@ -25,7 +25,7 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.data.verify import verify
 from dde_ds.models.encode import Encoder, prepare_image
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, environment, free_port
+from tests.launching import LAUNCHER, PATIENCE, environment, free_port
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,14 +93,12 @@ def test_ranks_give_the_bytes_of_one(grouped, encoder, tmp_path):
 def test_killed_anywhere_and_started_again(grouped, encoder, tmp_path):
     """SIGKILL after random times, two ranks at once, until they come to their end."""
     source = find_pairs(grouped)
-    started = time.perf_counter()
     make(source, tmp_path / "unbroken", encoder)
-    lasts = time.perf_counter() - started
     whole = contents(tmp_path / "unbroken")
     rng, kills = random.Random(0), 0
     for attempt in range(2):
         output = tmp_path / f"{attempt}"
-        allowed = 0.1 * lasts
+        allowed = 0.01  # seconds, in which nothing can be done
         while True:
             processes = [in_a_process(source, output, encoder, rank, 2) for rank in range(2)]
             time.sleep(allowed * rng.random())
@@ -318,7 +316,7 @@ def test_no_program_is_run_for_an_image(tmp_path):
 
 def tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow
@@ -332,7 +330,7 @@ def test_many_ranks_dry_run_verify_and_inspect(grouped, sd_model, tmp_path):
     assert "of 32 images looked at, 100.0% are smaller than 72 pixels" in dry.stdout
     launched = subprocess.run(
         [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), "launchers/encode.py", *map(str, options)],
-        **{"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 300},
+        **{"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": PATIENCE},
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "16 pairs in 6 shards" in launched.stdout

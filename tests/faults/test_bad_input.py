@@ -16,7 +16,7 @@ import torch
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
-from tests.launching import alone, environment, launch, write_config
+from tests.launching import PATIENCE, alone, environment, launch, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +141,7 @@ def test_latents_of_another_model(config, tmp_path, sd_shards):
 
 def shard_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_parquet_without_images(tmp_path, parquet, sd_model):
@@ -160,7 +160,7 @@ def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (output / "00000.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import PATIENCE
+
 NAMES = ("dde0", "dde1")
 # A host's own name, and its own /etc/hosts and ssh_config.
 ENTER = """
@@ -57,7 +59,7 @@ def ip(*arguments: str) -> None:
     subprocess.run([find("ip"), *arguments], check=True, capture_output=True)
 
 
-def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what() if callable(what) else what
@@ -121,7 +123,7 @@ class Hosts:
         return process
 
     def run(self, host: str, *command: str, **options) -> str:
-        process = subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=60, **options)
+        process = subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=PATIENCE, **options)
         assert process.returncode == 0, (command, process.stdout, process.stderr)
         return process.stdout
 

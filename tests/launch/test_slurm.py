@@ -12,7 +12,7 @@ import pytest
 from dde_ds import load_config
 from tests.conftest import ROOT
 from tests.launch.hosts import NAMES, Hosts, find, need, wait_until
-from tests.launching import environment, rows, write_config
+from tests.launching import PATIENCE, environment, rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.launch
@@ -71,7 +71,7 @@ class Slurm:
 
     def __call__(self, *command: str, check: bool = True) -> str:
         process = subprocess.run(
-            self.hosts.command("dde0", *command), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
+            self.hosts.command("dde0", *command), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert process.returncode == 0 or not check, (command, process.stderr)
         return process.stdout

@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dde_ds import NoiseSchedule, build_objective
+from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 
 ZERO_TERMINAL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
@@ -26,7 +27,7 @@ def test_the_rounding_of_x_t_stays_out_of_a_v_models_error(sd_model):
         "timesteps": torch.full((4,), 999),
         "prompt_embeds": torch.randn(8, 7, policy.config.cross_attention_dim, generator=generator),
     }
-    out = micro_step(policy, reference, objective, batch, torch.device("cpu"))
+    out = micro_step(policy, frozen_model(reference), objective, batch, torch.device("cpu"))
     assert out.loss.item() == torch.tensor(2.0).log().item()
     assert 1e-8 < out.metrics["error/policy_chosen"].item() < 5e-7
     assert 1e-8 < out.metrics["error/policy_rejected"].item() < 5e-7
@@ -41,7 +42,7 @@ def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
     text = torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator)
     timesteps = torch.tensor([300, 600])
     batch = {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}
-    out = micro_step(policy, reference, build_objective("uniform", schedule), batch, torch.device("cpu"))
+    out = micro_step(policy, frozen_model(reference), build_objective("uniform", schedule), batch, torch.device("cpu"))
     with torch.no_grad():
         noisy = schedule.add_noise(latents, noise, timesteps.repeat(2))
         errors = (policy(noisy, timesteps.repeat(2), text).sample - noise).square().mean((1, 2, 3))
