@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dde_ds import planner
 from dde_ds.config import load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
+    planner.add_command(commands)
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
     picture.set_defaults(act=explain)
     picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all five that compare pairs")

@@ -37,7 +37,7 @@ class ModelConfig:
     gradient_checkpointing: str = "full"
     """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
-    of the throughput. The first that fits is the fastest."""
+    of the throughput. The first that fits is the fastest: ``auto`` takes it, by what ``dde-ds plan`` counts and the memory that is there."""
 
     compile: bool = False
     """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
@@ -48,10 +48,10 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(
-            re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
             "model.gradient_checkpointing",
             self.gradient_checkpointing,
-            "must be none, selective, every_2, every_3, … or full",
+            "must be auto, none, selective, every_2, every_3, … or full",
         )
 
 
@@ -69,8 +69,9 @@ class ReferenceConfig:
 
     ledger: str | None = None
     """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
+    it has all, no reference is loaded, which saves one forward pass of two and the reference's memory. For runs that share seed, data and
+    model, such as a search for β or the learning rate. With another ``batch.micro`` or on other hardware the model itself would round
+    otherwise. ``sft`` has no reference and leaves it alone."""
 
     def __post_init__(self):
         _require(

@@ -25,7 +25,10 @@ import torch.distributed as dist
 
 from dde_ds.config import RunConfig
 from dde_ds.distributed import start
+from dde_ds.engine.plan import checkpoint_bytes, export_bytes, kept_checkpoints
 from dde_ds.errors import UserError
+from dde_ds.models.cost import Adapters, parameter_sizes
+from dde_ds.models.unet import load_unet_config
 from dde_ds.ranks import Ranks
 
 PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
@@ -208,17 +211,14 @@ def _shards(run: RunConfig) -> str:
 
 
 def _free_disk(run: RunConfig) -> str:
-    from diffusers import UNet2DConditionModel
-
-    from dde_ds.models.unet import load_unet_config
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(load_unet_config(run.model.path, run.model.revision))
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    # Adam's two moments and the weights in fp32, beside them bf16 weights; the newest is written before the oldest goes.
-    need = parameters * (14 if run.precision == "bf16" else 16) * (run.checkpoint.keep + 1)
+    """Against what :mod:`dde_ds.engine.plan` says that the run will keep."""
+    sizes = parameter_sizes(
+        load_unet_config(run.model.path, run.model.revision), Adapters(run.lora.rank, run.lora.targets) if run.lora else None
+    )
+    each, kept, exported = checkpoint_bytes(run, sizes), kept_checkpoints(run), export_bytes(run, sizes)
+    need = each * kept + exported
     free = shutil.disk_usage(_existing(Path(run.output))).free
-    wanted = f"{run.checkpoint.keep + 1} checkpoints of {parameters / 1e6:.0f} M parameters take {need / 1e9:.1f} GB"
+    wanted = f"{kept} checkpoints of {sum(sizes.trained) / 1e6:.0f} M parameters and the export take {need / 1e9:.1f} GB"
     if free < need:
         raise Failed(f"output {run.output}: {free / 1e9:.1f} GB free, but {wanted}; free some, or lower checkpoint.keep")
     return f"{free / 1e9:.0f} GB free, {wanted}"

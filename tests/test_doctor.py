@@ -69,7 +69,7 @@ def test_two_healthy_ranks(config, tmp_path):
         *("clocks", "traffic", "shared folder"),
     ]
     assert "2 on 1 hosts" in found["ranks"]
-    assert "M parameters take" in found["free disk"]
+    assert "M parameters and the export take" in found["free disk"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "it leaves nothing behind"
 
 

@@ -3,6 +3,7 @@
     python tools/bench_train.py                                     # the demo's model
     python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full --zero 2 --compile
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
+    python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
 
 The plain loop is what public Diffusion-DPO scripts do: a pass of the policy and a separate one of the reference, each over winners and
 losers at once, the loss in eager PyTorch, gradient clipping, AdamW, no compilation. Ours is the trainer's step with all that belongs to
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +39,7 @@ from dde_ds.distributed import any_rank, start
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.cost import pair_flops
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.speed import compile_blocks
 from dde_ds.models.unet import load_unet, predict
@@ -91,7 +95,10 @@ def main() -> int:
     parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
     parser.add_argument("--compile", action="store_true", help="compile our UNets' repeated blocks; the plain loop's never")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
-    parser.add_argument("--only", choices=("ours", "plain"), help="where both do not fit the memory together")
+    parser.add_argument(
+        "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
+    )
+    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="where both do not fit the memory together")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
@@ -105,7 +112,8 @@ def main() -> int:
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
         how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
-        record(f"Training step, {name}, {how}{', compiled' if args.compile else ''}, {machine(device)}", text)
+        what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
+        record(f"{what}, {name}, {how}{', compiled' if args.compile else ''}, {machine(device)}", text)
     return 0
 
 
@@ -139,13 +147,14 @@ Step = Callable[[Callable[[str], None]], None]
 
 def bench(args: argparse.Namespace) -> tuple[str, str]:
     _, device = start()
+    makers = {"ours": ours, "ledger": partial(ours, ledger=True), "plain": plain}
     loops: dict[str, Step] = {}
+    flops: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if args.only != "plain":
-            loops["ours"], flops = ours(args, device, Path(folder))
-        if args.only != "ours":
-            loops["plain"], flops = plain(args, device)
-        peaks = dict.fromkeys(loops, "not measured on a CPU")
+        for name in [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]:
+            (Path(folder) / name).mkdir()
+            loops[name], flops[name] = makers[name](args, device, Path(folder) / name)
+        peaks = dict.fromkeys(loops, "see --only")
 
         def whole(name: str) -> None:
             if device.type == "cuda":
@@ -164,26 +173,33 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
                 step(split)
             parts[name] = split.medians()
 
+    if device.type == "cpu" and len(loops) == 1:
+        peaks[name] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
     pairs = args.micro * args.accumulate
     peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, torch_type(args))
     rows = []
     for name, values in turns.items():
         seconds = statistics.median(values)
-        row = [name, f"{seconds * 1e3:.0f} ms", f"{pairs / seconds:.2f}", f"{flops * pairs / seconds / peak:.1%}", peaks[name]]
+        row = [
+            name,
+            f"{seconds * 1e3:.0f} ms",
+            f"{pairs / seconds:.2f}",
+            f"{flops[name] * pairs / seconds / peak:.1%}",
+            peaks[name],
+        ]
         rows.append(row + [f"{part * 1e3:.1f} ms" for part in parts[name]] + [f"{parts[name][0] / sum(parts[name]):.1%}"])
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
         f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}{' and compiled' if args.compile else ''}, one rank, "
         f"{torch.get_num_threads()} threads, medians of {args.steps} "
-        f"steps; {flops / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.2f} TFLOP/s"
+        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.2f} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n"
         + table(["loop", "step", "pairs/s", "utilisation", "peak memory", *PARTS, "waiting for data"], rows)
     )
     if len(turns) == 2:
-        middle, low, high = ratio(turns["ours"], turns["plain"])
-        text += (
-            f"\n\nours / plain, median of the ratios within a turn: {middle:.3f} (half of them between {low:.3f} and {high:.3f})"
-        )
+        over, under = ("ours", "ledger") if args.ledger else ("ours", "plain")
+        middle, low, high = ratio(turns[over], turns[under])
+        text += f"\n\n{over} / {under}, median of the ratios within a turn: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
     return text, device.type
 
 
@@ -201,26 +217,28 @@ def load(args: argparse.Namespace) -> UNet2DConditionModel:
     return unet
 
 
-def ours(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[Step, float]:
-    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair."""
-    unets = [load(args), load(args)]
+def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: bool = False) -> tuple[Step, float]:
+    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``ledger`` no reference is loaded: its
+    errors, made up, come with the batch."""
+    unet, reference = load(args), None if ledger else load(args)
     if args.compile:
-        for unet in unets:
-            compile_blocks(unet)
+        compile_blocks(unet)
+        if reference:
+            compile_blocks(reference)
     path = folder / "run.yaml"
     path.write_text(json.dumps({
         "output": str(folder), "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
         "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
         "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
     }))  # fmt: skip
-    policy, reference = initialize(*unets, complete_config(load_config(path), 1))
+    policy, reference = initialize(unet, reference, complete_config(load_config(path), 1))
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
-    shards = MadeUpShards(unets[0], args.latent)
+    shards = MadeUpShards(unet, args.latent)
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))
     slices = RankSlices(args.micro * args.accumulate, args.micro, 0, 1, 0, 10**6)
     averages, log, heartbeat, numbers = Averages(), RunLog(folder, 0), Heartbeat(folder), itertools.count(1)
     batches = micro_batches(dataset, slices, workers=0, pin_memory=device.type == "cuda")
-    predict_reference = frozen_model(reference)
+    predict_reference = None if ledger else frozen_model(reference)
 
     def step(ended: Callable[[str], None]) -> None:
         def timed_reference(*inputs):
@@ -232,7 +250,10 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[
         number = next(numbers)
         finite = torch.ones((), dtype=torch.bool, device=device)
         for _ in range(args.accumulate):
-            out = micro_step(policy, timed_reference, objective, next(batches), device)
+            batch = next(batches)
+            if ledger:
+                batch["reference_errors"] = torch.ones(2 * args.micro)
+            out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
             ended("forward")
             policy.backward(out.loss)
             ended("backward")
@@ -249,10 +270,11 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[
         any_rank(False, device)
         ended("step")
 
-    return step, pair_flops(unets[0], shards, args.latent, device)
+    flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
+    return step, 0.75 * flops if ledger else flops  # three passes of four
 
 
-def plain(args: argparse.Namespace, device: torch.device) -> tuple[Step, float]:
+def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[Step, float]:
     dtype = torch_type(args)
     policy, reference = load(args).to(device).train(), load(args).to(device, dtype).eval().requires_grad_(False)
     schedule = NoiseSchedule.from_scheduler(STABLE_DIFFUSION)
@@ -285,19 +307,7 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Step, float]:
         optimizer.zero_grad(set_to_none=True)
         ended("step")
 
-    return step, pair_flops(policy, shards, args.latent, device)
-
-
-def pair_flops(unet: UNet2DConditionModel, shards: MadeUpShards, latent: int, device: torch.device) -> float:
-    """Of two latents: forward and twice as much backward of the policy, forward of the reference. FLOPs are 2 × MAC."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    meta = UNet2DConditionModel.from_config(unet.config).to("meta")
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
-    batch = {key: value.to("meta") for key, value in dataset.collate([dataset.pair(0)]).items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predict(meta, batch["latents"].float(), batch["timesteps"].repeat(2), batch)
-    return 4.0 * counter.get_total_flops()
+    return step, pair_flops(policy.config, (policy.config.in_channels, args.latent, args.latent))
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

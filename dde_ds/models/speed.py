@@ -15,10 +15,20 @@ GRAPHS = 64
 def use_channels_last(unet: torch.nn.Module) -> None:
     """Convolutions in the memory format that tensor cores read, (N,H,W,C), without transposing first.
 
-    The format of the input carries through the UNet. The weights stay as they are: DeepSpeed broadcasts and flattens them as plain
-    memory. A convolution then reorders them each time, which is little beside the activations.
+    The format of an input carries through blocks and skips, but for diffusers' transformers, which give theirs back in PyTorch's own. The
+    weights stay as they are: DeepSpeed broadcasts and flattens them as plain memory. A convolution then reorders them each time, which is
+    little beside the activations.
     """
-    unet.conv_in.register_forward_pre_hook(lambda module, args: (args[0].contiguous(memory_format=torch.channels_last),))
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    unet.conv_in.register_forward_pre_hook(lambda module, args: (_channels_last(args[0]),))
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_hook(lambda module, args, output: (_channels_last(output[0]),))
+
+
+def _channels_last(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def compile_blocks(unet: torch.nn.Module) -> None:

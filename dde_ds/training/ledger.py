@@ -109,7 +109,8 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
     probable = objective.timestep_probabilities.nonzero().flatten().tolist()
     return {
         "reference weights": unet_digest(run.model.path, run.model.revision),
-        "precision": run.reference_precision,
+        "precision": run.precision,  # x_t is rounded to it
+        "precision of the reference": run.reference_precision,
         "model.compile": run.model.compile,  # the same sums, rounded in other places
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,

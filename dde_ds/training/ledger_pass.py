@@ -41,8 +41,9 @@ def fill_ledger(run: RunConfig) -> None:
     ledger = open_ledger(run, shards, objective, ranks)
     missing = [step for step in range(run.steps) if not ledger.covers(step, step + 1)]
     if missing:
-        dtype = torch.bfloat16 if run.reference_precision == "bf16" else torch.float32
-        reference = models.load_unet(run.model.path, run.model.revision).to(device, dtype).requires_grad_(False).eval()
+        types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        reference = models.load_unet(run.model.path, run.model.revision).to(device, types[run.reference_precision])
+        reference.requires_grad_(False).eval()
         treat_alike(run, reference)
         objective.to(device)
         draws = Draws(
@@ -52,7 +53,7 @@ def fill_ledger(run: RunConfig) -> None:
         slices = [RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, step, step + 1) for step in missing]
         batches = micro_batches(dataset, [own for each in slices for own in each], run.data.workers, device.type == "cuda")
         for number, batch in enumerate(batches, 1):
-            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, dtype))
+            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, types[run.precision]))
             if number % (accumulation * run.checkpoint.every) == 0:
                 ledger.write(ranks)
         ledger.write(ranks)

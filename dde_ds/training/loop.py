@@ -34,6 +34,7 @@ from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
+from dde_ds.training.planning import Utilisation, chosen_checkpointing
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
@@ -65,14 +66,16 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
     ranks, device = start(run.timeout_minutes)
-    ds_config = complete_config(run, ranks.world, ranks_of_a_node(ranks, device))
+    on_a_node = ranks_of_a_node(ranks, device)
+    ds_config = complete_config(run, ranks.world, on_a_node)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
     first_step = checkpoint.read_state(resumed)["step"] if resumed else 0
     ledger = open_ledger(run, shards, objective, ranks)
-    policy, reference = _load_engines(
-        run, ds_config, objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
-    )
+    with_reference = objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
+    checkpointing = chosen_checkpointing(run, shards, ranks.world, on_a_node, device)
+    policy, reference = _load_engines(run, ds_config, with_reference, checkpointing)
+    utilisation = Utilisation(run, shards, with_reference, ranks.world, device)
     dtype = next(policy.parameters()).dtype
     objective.to(device)
     look = None
@@ -121,6 +124,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
             f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
             + (f"; {'no reference, but' if reference is None else 'reference errors into'} {ledger.path}" if ledger else "")
+            + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
         row: dict[str, float] = {}
@@ -157,6 +161,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     looked = look(objective)
             if looked or step % run.log.every == 0 or last:
                 row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
+                row |= utilisation.row(row["perf/pairs_per_s"])
                 row |= reading_row(reading, run.data.max_bad_samples, row["perf/pairs_per_s"], device)
                 row |= {"grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
                 if log:
@@ -212,11 +217,11 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     return objective, read_rows(folder / "correction.jsonl")
 
 
-def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool) -> tuple[Any, Reference | None]:
+def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
-    set_checkpointing(policy, run.model.gradient_checkpointing)
+    set_checkpointing(policy, checkpointing)
     second = models.load_unet(run.model.path, run.model.revision) if with_reference and not run.lora else None
     treat_alike(run, policy)
     if second is not None:
