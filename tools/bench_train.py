@@ -36,6 +36,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.distributed import any_rank, start
+from dde_ds.engine.update import update
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
@@ -259,15 +260,16 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
             ended("backward")
             averages.add(out)
             finite &= out.loss.detach().isfinite()
-            if policy.is_gradient_accumulation_boundary() and any_rank(not finite.item(), device):
-                raise RuntimeError("a loss is not finite: nothing of this would be a measurement")
-            policy.step()
+            if not policy.is_gradient_accumulation_boundary():
+                policy.step()
             ended("step")
+        if any_rank(not finite.item(), device):
+            raise RuntimeError("a loss is not finite: nothing of this would be a measurement")
+        norm = update(policy)
         objective.commit()
         heartbeat.beat(number)
-        norm = policy.get_global_grad_norm()
-        log.write(number, number, {**averages.read(1000), "grad_norm": norm if norm is None else float(norm)}, objective)
-        any_rank(False, device)
+        log.write(number, number, {**averages.read(1000), "grad_norm": norm}, objective)
+        any_rank(False, device)  # as it asks whether to stop
         ended("step")
 
     flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
