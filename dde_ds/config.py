@@ -34,7 +34,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
-    gradient_checkpointing: str = "full"
+    gradient_checkpointing: str = "auto"
     """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
     of the throughput. The first that fits is the fastest: ``auto`` takes it, by what ``dde-ds plan`` counts and the memory that is there."""
@@ -296,7 +296,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes 12 bytes a parameter: float32 weights and AdamW's two moments."""
+    """Newest checkpoints that are kept. Each takes 12 bytes a trained parameter, float32 weights and AdamW's two moments, and 4 more with
+    ``ema``."""
 
     keep_every: int | None = None
     """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""

@@ -19,6 +19,7 @@ from dde_ds.distributed import any_rank, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
+from dde_ds.engine.update import update
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
@@ -139,16 +140,16 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                 policy.backward(out.loss)
                 averages.add(out)
                 finite &= out.loss.detach().isfinite()
-                if policy.is_gradient_accumulation_boundary():
-                    # Before the optimizer: a bad number must not reach the weights. One flag for all ranks.
-                    _stop_if(any_rank(not finite.item(), device), f"step {step}: the loss is not a finite number")
-                    for group in policy.optimizer.param_groups:
-                        group["lr"] = run.optimizer.rate(step - 1)
-                policy.step()
+                if not policy.is_gradient_accumulation_boundary():
+                    policy.step()
+            # Before the optimizer: a bad number must not reach the weights. One flag for all ranks.
+            _stop_if(any_rank(not finite.item(), device), f"step {step}: the loss is not a finite number")
+            for group in policy.optimizer.param_groups:
+                group["lr"] = run.optimizer.rate(step - 1)
+            norm = update(policy)
             if heartbeat:
                 heartbeat.beat(step)
-            norm = float(policy.get_global_grad_norm())
-            _stop_if(not (policy.was_step_applied() and math.isfinite(norm)), f"step {step}: the gradient's norm is {norm}")
+            _stop_if(not math.isfinite(norm), f"step {step}: the gradient's norm is {norm}")
             objective.commit()
             if run.ema:
                 update_ema(policy, run.ema.decay)

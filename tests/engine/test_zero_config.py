@@ -100,7 +100,7 @@ def test_what_a_file_may_leave_out(tmp_path):
     file.write_text('{"zero_optimization": {"stage": 1}}')
     assert complete_config(run_with(file), world=1)["train_batch_size"] == 16
     file.write_text("{}")
-    assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"] == {"stage": 0}
+    assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"]["stage"] == 0
     # Of the two ways to state a batch the reference takes the one that is there.
     assert reference_config({"train_batch_size": 8})["train_batch_size"] == 8
     both = reference_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4})
