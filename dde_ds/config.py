@@ -296,7 +296,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes 12 bytes a parameter: float32 weights and AdamW's two moments."""
+    """Newest checkpoints that are kept. Each takes 12 bytes a trained parameter, float32 weights and AdamW's two moments, and 4 more with
+    ``ema``."""
 
     keep_every: int | None = None
     """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import peft
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -37,6 +36,8 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tupl
     policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet", torch_dtype=dtype).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     if run.lora:
+        import peft
+
         # As diffusers' training scripts do it, from the run's seed.
         torch.manual_seed(run.seed)
         policy.requires_grad_(False)

@@ -81,10 +81,11 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
 
 def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
     """What a checkpoint says of itself."""
+    packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,
         "position": step * run.batch.pairs,
         "identity": identity(run, shards),
         "config": yaml.safe_load(run.to_yaml()),
-        "versions": {"dde_ds": __version__, **{name: version(name) for name in ("torch", "deepspeed", "diffusers")}},
+        "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }
