@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dde_ds import UserError, initialize
-from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
+from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
@@ -92,7 +92,7 @@ def test_where_the_reference_lies():
     assert [reference_config(both, "auto", kind)["bf16"]["enabled"] for kind in ("policy", "bf16", "fp32")] == [True, True, False]
     for key, value in (("placement", "gpu"), ("dtype", "fp16")):
         with pytest.raises(UserError, match=rf"reference\.{key} is '{value}': must be"):
-            ReferenceConfig(**{key: value})
+            reference_config(both, **{key: value})
 
 
 def test_what_a_file_may_leave_out(tmp_path):
