@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +18,7 @@ from dde_ds import UserError, load_config
 from tests.launching import RANK_VARIABLES, free_port
 
 
-@dataclass
+@dataclass(frozen=True)
 class Leg:
     """One call of ``train`` on all ranks. Steps count from 1."""
 
@@ -31,17 +32,20 @@ class Leg:
     """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th look at the held-out pairs."""
 
 
-def run_legs(config: Path, legs: Sequence[Leg], world: int = 2) -> list:
-    """What each leg came to: its exit code, or the error's one line, the same on all ranks."""
+def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] | None = None, world: int = 2) -> list:
+    """What each leg came to: its exit code, or the error's one line, the same on all ranks; beside it what ``look_at`` then finds in
+    the run folder, if it is given: a function of a module, since it goes to another process."""
     with mp.Manager() as manager:
         outcomes = manager.dict()
-        mp.spawn(_one_rank, (world, free_port(), config, legs, outcomes), nprocs=world)
-        found = [{outcomes[number, rank] for rank in range(world)} for number in range(len(legs))]
-    assert all(len(outcome) == 1 for outcome in found), f"ranks disagree: {found}"
-    return [outcome.pop() for outcome in found]
+        mp.spawn(_one_rank, (world, free_port(), config, legs, look_at, outcomes), nprocs=world)
+        found = [[outcomes[number, rank] for rank in range(world)] for number in range(len(legs))]
+        views = [outcomes.get((number, "folder")) for number in range(len(legs))]
+    assert all(len(set(outcome)) == 1 for outcome in found), f"ranks disagree: {found}"
+    ends = [outcome[0] for outcome in found]
+    return list(zip(ends, views, strict=True)) if look_at else ends
 
 
-def _one_rank(rank: int, world: int, port: int, config: Path, legs: Sequence[Leg], outcomes: dict) -> None:
+def _one_rank(rank: int, world: int, port: int, config: Path, legs: Sequence[Leg], look_at, outcomes: dict) -> None:
     signal.alarm(280)  # a hang is a failure, not a wait
     for name, value in zip(RANK_VARIABLES, (rank, world, rank, "127.0.0.1", port), strict=True):
         os.environ[name] = str(value)
@@ -50,11 +54,14 @@ def _one_rank(rank: int, world: int, port: int, config: Path, legs: Sequence[Leg
     from dde_ds.training.loop import train
 
     for number, leg in enumerate(legs):
+        run = load_config(config, leg.overrides)
         with faults(leg, rank):
             try:
-                outcomes[number, rank] = train(load_config(config, leg.overrides), leg.resume)
+                outcomes[number, rank] = train(run, leg.resume)
             except UserError as error:
                 outcomes[number, rank] = str(error)
+        if look_at and rank == 0:
+            outcomes[number, "folder"] = look_at(Path(run.output))
 
 
 @contextlib.contextmanager

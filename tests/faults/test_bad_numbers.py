@@ -27,7 +27,10 @@ def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shar
     error, code = run_legs(config, [broken, Leg(("steps=6", "guards.max_skipped_in_a_row=2"), "required")])
 
     assert error.startswith("step 5: the gradient is not a finite number, timesteps ")
-    assert "nothing was trained since step 3, which is guards.max_skipped_in_a_row = 2 steps ago: lower optimizer.learning_rate" in error
+    assert (
+        "nothing was trained since step 3, which is guards.max_skipped_in_a_row = 2 steps ago: lower optimizer.learning_rate"
+        in error
+    )
     assert code == 0
     assert (run / "DONE").exists()
     found = rows(run)
