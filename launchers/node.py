@@ -104,7 +104,7 @@ def die_with(parent: int, libc: ctypes.CDLL) -> None:
 def watch(ranks: list[subprocess.Popen], asked: list[int]) -> int:
     """Pass requests to stop on, wait for all ranks, and return the worst of their exit codes: an error, 75, or 0."""
     first_end, termed = None, False
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all are asked: one that ended must not hide behind one that hangs
         while asked:
             asked.pop()
             send(ranks, signal.SIGUSR1)
