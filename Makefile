@@ -1,4 +1,5 @@
-# Both targets set up what they need: a virtual environment in .venv, with the versions of constraints.txt.
+# All targets set up what they need: a virtual environment in .venv, with the versions of constraints.txt.
+#   make compare                    trains and scores all objectives on the demo, in about half an hour
 #   PYTHON=python3.12 make test     takes another interpreter (3.10 or newer)
 
 PYTHON ?= python3
@@ -6,10 +7,13 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: demo test
+.PHONY: demo compare test
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python launchers/demo/run.py
+
+compare: $(INSTALLED)
+	$(VENV)/bin/python tools/compare_objectives.py
 
 test: $(TESTABLE)
 	$(VENV)/bin/ruff check .

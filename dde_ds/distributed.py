@@ -63,6 +63,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def ranks_of_a_node(ranks: Ranks, device: torch.device) -> int:
+    """How many ranks a node has, the fullest where they differ. Collective."""
+    if ranks.world == 1:
+        return 1
+    value = torch.tensor([ranks.local_rank + 1], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """In place. Collective."""
     if dist.get_world_size() > 1:
@@ -102,3 +111,12 @@ def first_says(value: Any, ranks: Ranks) -> Any:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rows of all ranks, (ranks × n, k), where each brings (n, k). Collective."""
+    if ranks.world == 1:
+        return rows
+    gathered = rows.new_empty(ranks.world * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered

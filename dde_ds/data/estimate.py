@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 
-from dde_ds.data.inputs import PairSource
 from dde_ds.data.make import Recipe
+from dde_ds.data.pairs import PairSource
 from dde_ds.errors import UserError
 from dde_ds.models.encode import FORMATS
 from dde_ds.models.unet import family, load_component_config

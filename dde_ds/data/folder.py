@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dde_ds.data.inputs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
 from dde_ds.errors import UserError
 
 KEYS = ("winner", "loser", "caption")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dde_ds.data.inputs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
 from dde_ds.data.pickapic import BATCH, COLUMNS, PROVENANCE, check_columns, pair_row
 from dde_ds.errors import UserError
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dde_ds.data.inputs import PairRow, PairSource, Survey
 from dde_ds.data.manifest import PROMPTS_PER_FILE
+from dde_ds.data.pairs import PairRow, PairSource, Survey
 from dde_ds.data.writer import Sample, finished_shard, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dde_ds.data.inputs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
 from dde_ds.data.storage import filesystem, is_url
 from dde_ds.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dde_ds.errors import UserError
+from dde_ds.files import sha256_of
 
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -21,6 +23,8 @@ PIPELINES = {
 # Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
+WEIGHTS = "diffusion_pytorch_model"
+"""What diffusers calls a model's weights, before ``.safetensors``."""
 
 
 def pipeline_index(path: str, revision: str | None = None) -> dict:
@@ -67,6 +71,27 @@ def load_unet_config(path: str, revision: str | None = None) -> dict:
         raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
 
 
+def unet_digest(path: str, revision: str | None = None) -> str:
+    """SHA-256 of what :func:`load_unet` loads, read from its files: all weights, and the architecture."""
+    folder = Path(path) / "unet"
+    if not Path(path).exists():
+        parts = ("config.json", f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}-*-of-*.safetensors")
+        folder = _snapshot(path, revision, [f"unet/{part}" for part in parts]) / "unet"
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    names = [f"{WEIGHTS}.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    digest = hashlib.sha256()
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"model.path {path}: unet holds no {name}")
+        digest.update(sha256_of(folder / name).encode())
+    # Keys with an underscore say by which version it was saved.
+    config = {key: value for key, value in load_unet_config(path, revision).items() if not key.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def load_component_config(path: str, component: str, revision: str | None = None) -> dict:
     """``config.json`` of a component of the pipeline, such as ``vae``, without its weights."""
     index = pipeline_index(path, revision)
@@ -90,13 +115,15 @@ def load_scheduler_config(path: str, revision: str | None = None) -> dict:
 def predict(unet, noisy_latents: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,), conditioned by the batch's embeddings.
 
-    ``unet`` may be the model or a DeepSpeed engine around it, of the dtype of ``noisy_latents``; the embeddings are cast to it.
+    ``unet`` may be the model or a DeepSpeed engine around it; latents and embeddings are cast to its type.
     """
-    dtype = noisy_latents.dtype
+    dtype = next(unet.parameters()).dtype
     conditions = None
     if "pooled" in batch:  # time_ids stay float32: a size of 765 pixels has no bfloat16
         conditions = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
-    return unet(noisy_latents, timesteps, batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions, return_dict=False)[0]
+    return unet(
+        noisy_latents.to(dtype), timesteps, batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions, return_dict=False
+    )[0]
 
 
 def _from_hub(path: str, name: str, revision: str | None) -> str:
@@ -105,6 +132,19 @@ def _from_hub(path: str, name: str, revision: str | None) -> str:
 
     try:
         return hf_hub_download(path, name, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.path {path}: neither a diffusers folder nor to be had from the hub: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _snapshot(path: str, revision: str | None, patterns: list[str]) -> Path:
+    """Folder with the files of a hub id that match."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.path {path}: neither a diffusers folder nor to be had from the hub: {' '.join(str(error).split())}"

@@ -34,6 +34,10 @@ class ObjectiveOutput:
     """(len(BY_TIMESTEP),10): sums over the pairs of each tenth of the timesteps, so that micro-batches and ranks can be added up.
     None for ``sft``."""
 
+    reference_errors: Tensor | None = None
+    """d(ref,w) of each pair, then d(ref,l), (2B,), as the loss took them: what a later call may be given in the place of a
+    prediction. None for ``sft``."""
+
 
 class Objective:
     """Build it with :func:`build_objective`. Call it once a micro-batch, :meth:`commit` once an optimizer step."""
@@ -71,20 +75,24 @@ class Objective:
         noise: Tensor,
         timesteps: Tensor,
         noisy_latents: Tensor | None = None,
+        *,
+        reference_errors: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Loss of B pairs.
 
         Args:
             policy_pred: the policy's output, (2B,C,H,W): B winners, then their B losers.
-            reference_pred: the reference's output, same shape, no gradient; None for ``sft``.
+            reference_pred: the reference's output, same shape, no gradient; None for ``sft``, or where its errors are given.
             noise: ε, (B,C,H,W), shared by winner and loser; or (2B,C,H,W) where each has its own.
             timesteps: (B,) int64, shared by winner and loser.
             noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
+            reference_errors: d(ref,·), (2B,), in the place of ``reference_pred``: what an earlier call with the same noise and
+                timesteps gave out under this name. The loss is then the same to the last bit.
 
         Raises:
             UserError: shapes that do not fit together.
         """
-        self._check(policy_pred, reference_pred, noise, timesteps, noisy_latents)
+        self._check(policy_pred, reference_pred, reference_errors, noise, timesteps, noisy_latents)
         if self._gain.device != policy_pred.device:
             self.to(policy_pred.device)
         target = self.schedule.target(noise, timesteps.repeat(2), noisy_latents)
@@ -92,12 +100,14 @@ class Objective:
         if not self.needs_reference:
             return self._supervised(policy_error)
 
+        if reference_error is None:
+            reference_error = reference_errors.to(policy_error.dtype)
         m = losses.margin(policy_error, reference_error)
         z = self.logits(m, timesteps)
         loss = losses.preference_loss(z)
         errors = torch.cat([policy_error.detach(), reference_error]).view(4, -1)
         self.table.add(timesteps, m.detach(), errors)
-        return ObjectiveOutput(loss, z.detach(), *self._metrics(loss.detach(), z.detach(), errors, timesteps))
+        return ObjectiveOutput(loss, z.detach(), *self._metrics(loss.detach(), z.detach(), errors, timesteps), reference_error)
 
     def logits(self, margin: Tensor, timesteps: Tensor) -> Tensor:
         """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands."""
@@ -155,7 +165,7 @@ class Objective:
         by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], torch.ones_like(z)]))
         return metrics, by_timestep
 
-    def _check(self, policy_pred, reference_pred, noise, timesteps, noisy_latents) -> None:
+    def _check(self, policy_pred, reference_pred, reference_errors, noise, timesteps, noisy_latents) -> None:
         pairs = len(timesteps)
         if pairs == 0:
             raise UserError("objective got an empty batch: timesteps has no element")
@@ -167,10 +177,16 @@ class Objective:
             raise UserError(
                 f"noise has shape {tuple(noise.shape)}, policy_pred {tuple(policy_pred.shape)}: expected (B or 2B,C,H,W)"
             )
-        if self.needs_reference and reference_pred is None:
+        if self.needs_reference and reference_pred is None and reference_errors is None:
             raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
-        if self.needs_reference and reference_pred.shape != policy_pred.shape:
+        if reference_pred is not None and reference_errors is not None:
+            raise UserError("objective got both reference_pred and reference_errors: which of them counts? Give one")
+        if self.needs_reference and reference_errors is None and reference_pred.shape != policy_pred.shape:
             raise UserError(f"reference_pred has shape {tuple(reference_pred.shape)}, policy_pred {tuple(policy_pred.shape)}")
+        if reference_errors is not None and reference_errors.shape != (2 * pairs,):
+            raise UserError(
+                f"reference_errors has shape {tuple(reference_errors.shape)}: expected ({2 * pairs},), winners then losers"
+            )
         if self.schedule.prediction_type != "epsilon" and (noisy_latents is None or noisy_latents.shape != policy_pred.shape):
             raise UserError(f"a {self.schedule.prediction_type} model needs noisy_latents of shape {tuple(policy_pred.shape)}")
 

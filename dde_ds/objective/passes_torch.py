@@ -24,6 +24,17 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     return joined[0], None if reference is None else joined[1]
 
 
+def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
+    """The same numbers as :func:`errors`, through autograd: faster for predictions of less than a block."""
+    error = _plain_error(policy, target)
+    with torch.no_grad():
+        return error, None if reference is None else _plain_error(reference, target)
+
+
+def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
+    return _difference(pred, target, slice(None)).square().mean((2, 3, 4)).flatten()
+
+
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
     result = torch.empty_like(policy)

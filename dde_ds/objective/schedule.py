@@ -21,6 +21,8 @@ from dde_ds.errors import UserError, nearest
 # A schedule rescaled to zero terminal SNR ends at ᾱ = 0, where w is infinite. ᾱ is floored at float16's smallest positive
 # number, as diffusers' Euler schedulers do for the same reason: w is then at most 2²⁴ and nothing becomes NaN.
 TERMINAL_ALPHA_CUMPROD = 2.0**-24
+# Of w and λ. diffusers' own schedules stay below 2²⁹; far above, β·w·m would leave float32, which ends in NaN.
+LARGEST_WEIGHT = 1e12
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -89,10 +91,13 @@ class NoiseSchedule:
         it open; the posterior variance is our default.
 
         Raises:
-            UserError: an unknown beta schedule, prediction type or variance, or betas outside (0, 1).
+            UserError: an unknown beta schedule, prediction type or variance, betas outside (0, 1), or so near to either end that
+                a weight is too large to train with.
         """
         config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
         betas = _betas(config)
+        if len(betas) < 2:
+            raise UserError(f"scheduler has {len(betas)} training timesteps: expected at least 2")
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise UserError(f"scheduler betas must lie in (0, 1), got a range of {betas.min():g} to {betas.max():g}")
         alphas_cumprod = torch.cumprod(1 - betas, 0)
@@ -101,12 +106,16 @@ class NoiseSchedule:
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(f"scheduler prediction_type {prediction_type!r}{nearest(str(prediction_type), PREDICTION_TYPES)}")
-        return cls(
-            alphas_cumprod=alphas_cumprod,
-            single_shot_weight=(1 - alphas_cumprod) / alphas_cumprod,
-            stepwise_weight=_stepwise_weight(alphas_cumprod, variance),
-            prediction_type=prediction_type,
-        )
+        single_shot_weight = (1 - alphas_cumprod) / alphas_cumprod
+        stepwise_weight = _stepwise_weight(alphas_cumprod, variance)
+        for name, weight in (("w", single_shot_weight), ("λ", stepwise_weight)):
+            beyond = (~(weight <= LARGEST_WEIGHT)).nonzero().flatten().tolist()  # NaN as well
+            if beyond:
+                raise UserError(
+                    f"scheduler betas: the weight {name} at timestep {beyond[0]} is {weight[beyond[0]]:g}, above {LARGEST_WEIGHT:g}; "
+                    "its betas lie too near to 0 or 1 for training"
+                )
+        return cls(alphas_cumprod, single_shot_weight, stepwise_weight, prediction_type)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε (eq. 2).
@@ -140,7 +149,10 @@ class NoiseSchedule:
 def _betas(config: Mapping) -> Tensor:
     """β_t, float64, of the schedules that diffusers trains with."""
     if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+        try:
+            return torch.tensor(config["trained_betas"], dtype=torch.float64).flatten()
+        except (TypeError, ValueError):
+            raise UserError("scheduler trained_betas: expected a list of numbers") from None
     # Nothing is guessed: diffusers' schedulers differ in their defaults, and flow-matching ones have no betas at all.
     needed = ["beta_schedule"] if config.get("beta_schedule") in SIGNAL_CURVES else ["beta_schedule", "beta_start", "beta_end"]
     missing = [key for key in needed if config.get(key) is None]
@@ -173,14 +185,15 @@ def _rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def _stepwise_weight(alphas_cumprod: Tensor, variance: str) -> Tensor:
+    """λ with one β_t divided out, since that is 0 where the floor of a zero-SNR schedule holds several timesteps: so is λ there."""
     previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     alphas = alphas_cumprod / previous
-    betas = 1 - alphas
     if variance == "posterior":
-        sigma_squared = betas * (1 - previous) / (1 - alphas_cumprod)
+        remaining = 1 - previous
     elif variance == "beta":
-        sigma_squared = betas.clone()
+        remaining = 1 - alphas_cumprod
     else:
         raise UserError(f"objective.variance {variance!r}{nearest(str(variance), ('posterior', 'beta'))}")
-    sigma_squared[0] = math.inf  # stores λ_0 as 0
-    return betas.square() / (2 * sigma_squared * alphas * (1 - alphas_cumprod))
+    weight = (1 - alphas) / (2 * alphas * remaining)
+    weight[0] = 0.0
+    return weight

@@ -6,14 +6,18 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dde_ds.config import RunConfig, load_config
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import any_rank, first_says, start
+from dde_ds.distributed import any_rank, first_says, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
+from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
 from dde_ds.engine.update import update
 from dde_ds.engine.zero import complete_config, initialize
@@ -22,15 +26,21 @@ from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
 from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
+from dde_ds.training.planning import Utilisation, chosen_checkpointing
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
+from dde_ds.training.reference import Reference, adapters_off, frozen_model
 from dde_ds.training.resume import choose_checkpoint, cut_off, drawing, state_at
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest, unless_stopped
@@ -59,10 +69,16 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
     ranks, device = start(run.timeout_minutes)
-    ds_config = complete_config(run, ranks.world)
+    on_a_node = ranks_of_a_node(ranks, device)
+    ds_config = complete_config(run, ranks.world, on_a_node)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
-    policy, reference = _load_engines(run, ds_config, objective)
+    first_step = checkpoint.read_state(resumed)["step"] if resumed else 0
+    ledger = open_ledger(run, shards, objective, ranks)
+    with_reference = objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
+    checkpointing = chosen_checkpointing(run, shards, ranks.world, on_a_node, device)
+    policy, reference = _load_engines(run, ds_config, with_reference, checkpointing)
+    utilisation = Utilisation(run, shards, with_reference, ranks.world, device)
     dtype = next(policy.parameters()).dtype
     objective.to(device)
     if ranks.is_first:
@@ -74,17 +90,18 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
         # Before a checkpoint is loaded: the policy is still its own reference.
         look = unless_stopped(lambda: Look(held_out, policy.module, stop.poll))
-    first_step, guards = 0, Guards(run.guards.max_skipped_in_a_row)
+    guards = Guards(run.guards.max_skipped_in_a_row)
     if resumed is not None:
         checkpoint.load(resumed, policy, objective)
-        state = checkpoint.read_state(resumed)
-        first_step, guards = state["step"], Guards(run.guards.max_skipped_in_a_row, **state["skipped"])
+        guards = Guards(run.guards.max_skipped_in_a_row, **checkpoint.read_state(resumed)["skipped"])
 
     draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
     slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
     clock, averages, watch, reading = Clock(), Averages(), Watch(), ReadingTotals()
     batches = clock.timed(micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=reading))
+    if ledger:
+        batches = ledger.fill(batches)
     accumulation = run.batch.accumulation(ranks.world)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
@@ -103,6 +120,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()
+        if ledger:
+            ledger.write(ranks)
         state, keep = state_at(run, shards, step) | {"skipped": guards.counts()}, run.checkpoint
         path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every)
         progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
@@ -111,6 +130,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         progress.say(
             f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
             f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
+            + (f"; {'no reference, but' if reference is None else 'reference errors into'} {ledger.path}" if ledger else "")
+            + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
         row = (read_rows(folder / "metrics.jsonl") or [{}])[-1]
@@ -129,6 +150,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             for _ in range(accumulation):
                 batch = next(batches)
                 out = micro_step(policy, reference, objective, batch, device)
+                if ledger:
+                    ledger.add(batch, out.reference_errors)
                 policy.backward(guards.watch(out.loss, batch))
                 averages.add(out)
                 if not policy.is_gradient_accumulation_boundary():
@@ -142,6 +165,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                 guards.passed()
                 objective.commit()
                 averages.commit()
+                if run.ema:
+                    update_ema(policy, run.ema.decay)
             else:
                 objective.discard()
                 averages.discard()
@@ -155,6 +180,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                     looked = unless_stopped(lambda: look(objective)) or {}
             if looked or step % run.log.every == 0 or last:
                 row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
+                row |= utilisation.row(row["perf/pairs_per_s"])
                 row |= reading_row(reading, run.data.max_bad_samples, row["perf/pairs_per_s"], device)
                 row |= {"learning_rate": run.optimizer.rate(step - 1), "guard/skipped_steps": guards.steps}
                 if made:
@@ -213,12 +239,28 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     return objective, read_rows(folder / "correction.jsonl")
 
 
-def _load_engines(run: RunConfig, ds_config: dict, objective: Objective):
+def _load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
     policy = models.load_unet(run.model.path, run.model.revision)
-    if run.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
-    reference = models.load_unet(run.model.path, run.model.revision) if objective.needs_reference else None
-    return initialize(policy, reference, ds_config)
+    if run.lora:
+        add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
+    set_checkpointing(policy, checkpointing)
+    second = models.load_unet(run.model.path, run.model.revision) if with_reference and not run.lora else None
+    treat_alike(run, policy)
+    if second is not None:
+        treat_alike(run, second)
+    placed = run.reference
+    engine, second = initialize(policy, second, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
+    if with_reference and run.lora:
+        return engine, adapters_off(engine.module)
+    return engine, None if second is None else frozen_model(second)
+
+
+def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
+    """What policy and reference must both be, to begin at the same predictions."""
+    if run.model.channels_last:
+        use_channels_last(unet)
+    if run.model.compile:
+        compile_blocks(unet)
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:

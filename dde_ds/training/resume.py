@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from dde_ds import __version__
 from dde_ds.config import RunConfig
@@ -73,6 +75,8 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
         "precision": run.precision,
         # As JSON has it: tuples are lists there.
         "objective": json.loads(json.dumps(asdict(run.objective))),
+        "lora": json.loads(json.dumps(run.lora and asdict(run.lora))),
+        "ema": run.ema and asdict(run.ema),
     }
 
 
@@ -92,9 +96,11 @@ def drawing(run: RunConfig, step: int) -> Path:
 
 def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
     """What a checkpoint says of itself."""
+    packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,
         "position": step * run.batch.pairs,
         "identity": identity(run, shards),
-        "versions": {"dde_ds": __version__, "torch": torch.__version__},
+        "config": yaml.safe_load(run.to_yaml()),
+        "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }

@@ -60,7 +60,7 @@ def train_judge(preferred: Tensor, other: Tensor, steps: int = 600, batch: int =
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-    return judge.eval()
+    return judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -11,31 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from judge import accuracy, read_vendors, train_judge
-from torch import Tensor
+from parts import HERE, PAIRS, ROOT, launch, rank_count, say, shard
+from scoring import CaptionSet, Drawn
 
 from dde_ds.config import RunConfig, load_config
 from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance, win_rate
-from dde_ds.evaluation.generate import PromptSet
 from dde_ds.evaluation.heldout import error_drift, latent_spread
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.training.metrics import read_rows
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-PAIRS = {"train": HERE / "pairs" / "train.parquet", "held_out": HERE / "pairs" / "held_out.parquet"}
 
 
 def main() -> int:
@@ -70,12 +63,6 @@ def main() -> int:
     return 0
 
 
-def shard(parquet: Path, model: str, folder: Path) -> None:
-    say(f"shards of {parquet.name}")
-    command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", "--input", parquet, "--model", model, "--output", folder]
-    subprocess.run([*command, "--pairs-per-shard", "128", "--batch", "32"], check=True)
-
-
 def align(run: RunConfig, overrides: list[str]) -> None:
     """Train through the real launcher: a rank a GPU, or two ranks that share the CPU's cores."""
     run_folder = Path(run.output)
@@ -84,20 +71,10 @@ def align(run: RunConfig, overrides: list[str]) -> None:
             raise UserError(f"--output: {run_folder} holds a run with other settings; delete it or choose another folder")
         say(f"aligned model is there: {run_folder}")
         return
-    gpus = torch.cuda.device_count()
-    ranks = min(2, gpus) or 2
-    environment = dict(os.environ)
-    if not gpus:
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    say(f"alignment on {ranks} ranks")
-    # The launcher that was installed beside this Python, whatever the PATH says.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), "--quiet"]
-    command = [*launcher, ROOT / "launchers" / "train.py"]
-    subprocess.run([*command, "--config", HERE / "train.yaml", "--resume", "auto", *overrides], check=True, env=environment)
+    say(f"alignment on {rank_count()} ranks")
+    code = launch(ROOT / "launchers" / "train.py", "--config", HERE / "train.yaml", "--resume", "auto", *overrides)
+    if code:
+        raise UserError(f"launchers/train.py ended with exit code {code}; its own words are above")
 
 
 def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int | None, judge_steps: int) -> dict:
@@ -114,26 +91,17 @@ def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int |
     preferred = held_out[0][: len(captions)]
     unets = {"base": load_unet(run.model.path).eval(), "aligned": load_unet(str(Path(run.output) / "export")).eval()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = PromptSet(run.model.path, None, captions, device, torch.float32)
-    drawn: dict[str, Tensor] = {}
-    scores: dict[str, Tensor] = {}
+    set_of_captions = CaptionSet(run.model.path, captions, judge, device)
+    drawn: dict[str, Drawn] = {}
     for name, unet in unets.items():
-        unet.to(device)
-        drawn[name] = torch.stack(
-            [prompts.draw(unet, run.seed, 20, run.samples.guidance_scale, index=i) for i in range(images_per_caption)], 1
-        )
-        unet.cpu()
-        pixels = drawn[name].flatten(0, 1).float() / 127.5 - 1
-        with torch.no_grad():
-            scores[name] = judge(pixels).view(len(captions), images_per_caption)
-            result[name] = {
-                "preferred_style": float((scores[name] > 0).float().mean()),
-                "frechet_distance": frechet_distance(judge.features(pixels), judge.features(preferred)),
-                "latent_std": latent_spread(prompts.encode(pixels)),
-            }
-    with torch.no_grad():
-        result["real_latent_std"] = latent_spread(prompts.encode(preferred))
-    result["win_rate"] = vars(win_rate(scores["aligned"], scores["base"]))
+        drawn[name] = one = set_of_captions.draw(unet, images_per_caption, 20, run.samples.guidance_scale, run.seed)
+        result[name] = {
+            "preferred_style": float((one.logits > 0).float().mean()),
+            "frechet_distance": frechet_distance(one.features.flatten(0, 1), judge.features(preferred)),
+            "latent_std": float(one.spread.mean()),
+        }
+    result["real_latent_std"] = latent_spread(set_of_captions.prompts.encode(preferred))
+    result["win_rate"] = vars(win_rate(drawn["aligned"].logits, drawn["base"].logits))
 
     say("errors on the held-out pairs")
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(run.model.path))
@@ -141,7 +109,7 @@ def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int |
 
     from figures import comparison, curves
 
-    comparison(captions, drawn, preferred, output / "comparison.png")
+    comparison(captions, {name: one.pixels for name, one in drawn.items()}, preferred, output / "comparison.png")
     curves(read_rows(Path(run.output) / "metrics.jsonl"), output / "curves.png")
     return result
 
@@ -169,13 +137,6 @@ def report(result: dict) -> None:
     console.print(
         f"win rate of the aligned model: {win['rate']:.1%}, 95 % interval {win['low']:.1%} to {win['high']:.1%}", highlight=False
     )
-
-
-_STARTED = time.perf_counter()
-
-
-def say(what: str) -> None:
-    print(f"[{time.perf_counter() - _STARTED:5.0f} s] {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,3 +80,24 @@ def test_draws_have_their_distributions():
     noise = torch.stack([n for _, n, _ in found]).flatten()
     assert noise.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.std().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("micro", "pairs"), [(4, 2048), (2, 4096)])
+def test_512_ranks_share_the_data_out(micro, pairs):
+    """Each pair of an epoch exactly once, by exactly one rank, and each rank as many."""
+    ranks, counts = 512, [211] * 97 + [13]
+    order, epoch = Order(counts, seed=11, block=8), sum(counts)
+    steps = -(-epoch // pairs)
+    shares = [np.array([list(batch) for batch in RankSlices(pairs, micro, rank, ranks, 0, steps)]) for rank in range(ranks)]
+    assert {share.shape for share in shares} == {(steps * pairs // ranks // micro, micro)}
+    positions = np.concatenate([share.ravel() for share in shares])
+    assert len(np.unique(positions)) == len(positions) == steps * pairs
+    assert (positions.min(), positions.max()) == (0, steps * pairs - 1)
+    places = [order.locate(position) for position in range(epoch)]
+    assert len(set(places)) == epoch
+    # What one rank reads, it reads alone: the pairs of another have other positions, within an epoch other places.
+    owner = np.empty(steps * pairs, dtype=int)
+    for rank, share in enumerate(shares):
+        owner[share.ravel()] = rank
+    per_step = owner.reshape(steps, pairs)
+    assert all((np.bincount(step, minlength=ranks) == pairs // ranks).all() for step in per_step)

@@ -12,11 +12,13 @@ import torch
 import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, UserError, build_objective
-from dde_ds.engine import checkpoint
+from dde_ds.engine import checkpoint, state
+from dde_ds.engine.ema import update_ema
 
 pytestmark = pytest.mark.slow
 SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
 PAIRS = 8
+DECAY = 0.5
 
 
 def engine(stage, world, bf16=False):
@@ -38,18 +40,33 @@ def engine(stage, world, bf16=False):
 
 
 def train(policy, objective, steps, rank, world):
-    """Losses over this rank's part of each step's batch; fills the table as well."""
-    losses = []
+    """Losses over this rank's part of each step's batch, and the weights after each; fills the table and the moving average as well."""
+    losses, weights = [], []
     for step in steps:
         x = torch.randn(PAIRS, 5, generator=torch.Generator().manual_seed(step))[rank::world]
         out = policy(x.to(next(policy.parameters()).dtype)).float()
         loss = (out - 1).square().mean()
         policy.backward(loss)
         policy.step()
+        update_ema(policy, DECAY)
+        weights.append(gathered(policy, state.WEIGHT))
         objective.table.add(torch.tensor([step]), loss.detach()[None], torch.zeros(4, 1))
         objective.commit()
         losses.append(loss.item())
-    return losses
+    return losses, weights
+
+
+def gathered(policy, kind):
+    return torch.cat([tensors[kind].flatten() for _, tensors in state.gather(policy, [kind])])
+
+
+def plain_average(weights):
+    """What diffusers' EMAModel makes of them."""
+    average = weights[0]
+    for k, value in enumerate(weights[1:], 1):
+        decay = min(DECAY, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * value
+    return average
 
 
 def one_rank(rank, world, port, folder, plan, results):
@@ -66,24 +83,30 @@ def one_rank(rank, world, port, folder, plan, results):
         if found:
             assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
             checkpoint.load(found[-1], policy, objective)
-        losses = train(policy, objective, steps, rank, world)
+        losses, weights = train(policy, objective, steps, rank, world)
         checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
-        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist())
+        average = gathered(policy, state.EMA)
+        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist(), weights, average)
 
 
-def run(world, folder, plan):
+def run(world, folder, plan, before=()):
+    """Losses of each step, the table after the last, and the weights after each: those of ``before``, an earlier run in the same folder,
+    and its own. Of all of them the moving average must be made."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(one_rank, (world, port, folder, plan, results), nprocs=world)
-        by_step = {}
-        for (_, first), (losses, table) in sorted(results.items()):
+        by_step, seen = {}, list(before)
+        for (rank, first), (losses, table, weights, average) in sorted(results.items()):
             for i, loss in enumerate(losses):
                 by_step.setdefault(first + i, []).append(loss)
-            last = table
-        return [sum(values) / len(values) for _, values in sorted(by_step.items())], last
+            seen += weights if rank == 0 else []
+            last, kept = table, average
+        assert torch.allclose(kept, plain_average(seen), atol=1e-6)
+        assert (kept - seen[-1]).abs().max() > 1e-3
+        return [sum(values) / len(values) for _, values in sorted(by_step.items())], last, seen
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +118,8 @@ def unbroken(tmp_path_factory):
 def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16):
     """ZeRO-2, 3, 1, 3, 2, one step each, each from the checkpoint of the one before."""
     stages = [2, 2, 3, 1, 3, 2]
-    losses, table = run(2, tmp_path, [(stage, bf16, range(step, step + 1)) for step, stage in enumerate(stages)])
-    expected, expected_table = unbroken[bf16]
+    losses, table, _ = run(2, tmp_path, [(stage, bf16, range(step, step + 1)) for step, stage in enumerate(stages)])
+    expected, expected_table, _ = unbroken[bf16]
     assert losses == pytest.approx(expected, abs=2e-3 if bf16 else 1e-6)
     assert table == pytest.approx(expected_table, abs=2e-3 if bf16 else 1e-6)
     assert max(expected) - min(expected) > 0.1, "a run that learns nothing would agree as well"
@@ -106,8 +129,8 @@ def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16)
 @pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2))])
 def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     """(ranks, stage) before and after."""
-    first, _ = run(before[0], tmp_path, [(before[1], False, range(3))])
-    second, table = run(after[0], tmp_path, [(after[1], False, range(3, 6))])
+    first, _, weights = run(before[0], tmp_path, [(before[1], False, range(3))])
+    second, table, _ = run(after[0], tmp_path, [(after[1], False, range(3, 6))], weights)
     assert first + second == pytest.approx(unbroken[False][0], abs=1e-6)
     assert table == pytest.approx(unbroken[False][1], abs=1e-6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ from dde_ds.evaluation.pictures import open_pictures
 from dde_ds.evaluation.scorers import build_scorers
 from dde_ds.evaluation.scoring import load_scores, read_cache
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, environment, free_port
+from tests.launching import LAUNCHER, PATIENCE, environment, free_port
 from tests.pipelines import save_sd
 from tests.scorers import save_clip, save_hps
 
@@ -87,9 +88,17 @@ def test_table_and_markdown(evaluated, world, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "5 prompts, 2 images each, against base" in out.out
     assert "1 repetitions left out" in out.err
-    for text in (out.out, (evaluated / "comparison.md").read_text()):
-        row = json.loads((evaluated / "comparison.json").read_text())["results"][0]
-        assert f"{row['difference']['mean']:+.3f} [{row['difference']['low']:+.3f}, {row['difference']['high']:+.3f}]" in text
+    markdown = (evaluated / "comparison.md").read_text()
+    results = json.loads((evaluated / "comparison.json").read_text())["results"]
+    assert len(results) == 2
+    for row in results:
+        difference, beats = row["difference"], row["beats"]
+        mean, interval = f"{difference['mean']:+.3f}", f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
+        rate, bounds = f"{beats['rate']:.1%}", f"[{beats['low']:.1%}, {beats['high']:.1%}]"
+        assert f"| {mean} {interval} | {rate} {bounds} |" in markdown
+        # The terminal's table has the intervals on a line of their own, below what they are of.
+        first, second = (" +".join(map(re.escape, words)) for words in ((mean, rate), (interval, bounds)))
+        assert re.search(rf"{row['scorer']} [^\n]* {first} [^\n]*\n +{second}", out.out)
 
 
 def test_nothing_is_drawn_or_scored_twice(evaluated, world, monkeypatch):
@@ -226,7 +235,7 @@ def test_two_ranks(world, evaluated, tmp_path):
     """Drawn and scored by two ranks under the launcher: the same comparison, each score made once."""
     launcher = [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), "--quiet", "--module", "dde_ds.cli"]
     command = [*launcher, *arguments(world, tmp_path / "out")]
-    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr[-3000:]
     found, expected = (json.loads((out / "comparison.json").read_text()) for out in (tmp_path / "out", evaluated))
     for name, own in expected["scores"].items():

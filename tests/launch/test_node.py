@@ -15,7 +15,7 @@ import pytest
 from dde_ds import load_config
 from launchers import node as node_py
 from tests.conftest import ROOT
-from tests.launching import environment, free_port, rows, wait_for_rows, write_config
+from tests.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.launch
@@ -56,12 +56,12 @@ def test_two_nodes_stopped_by_term_and_resumed(config, tmp_path):
     nodes = both("steps=5000", "optimizer.learning_rate=1e-5")
     wait_for_rows(run, 2, *nodes)
     nodes[1].send_signal(signal.SIGTERM)
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [75, 75], outputs
     assert not (run / "DONE").exists()
     arguments = (f"steps={len(rows(run)) + 1}", "optimizer.learning_rate=1e-5")
     nodes = both(*arguments)
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (run / "DONE").exists()
     assert losses(run) == pytest.approx(plain_losses(load_config(config, arguments)), abs=1e-5)
@@ -73,7 +73,7 @@ def test_a_killed_rank_takes_the_others_along(config, tmp_path):
     ranks = ranks_of(node)
     assert len(ranks) == 2
     ranks[1].kill()
-    _, stderr = node.communicate(timeout=60)
+    _, stderr = node.communicate(timeout=PATIENCE)
     assert node.returncode == 1, stderr
     assert "error: the connection to another rank was lost" in stderr
     assert not any(rank.is_running() for rank in ranks)
@@ -87,7 +87,7 @@ def test_no_orphans(config, tmp_path):
     assert len(ranks) >= 4
     os.kill(node.pid, signal.SIGKILL)
     node.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
         assert time.monotonic() < deadline, ranks
         time.sleep(0.1)

@@ -157,6 +157,29 @@ def test_discount_by_sampling_has_no_gain(schedule):
     assert torch.equal(sampled.logits, build_objective("uniform", schedule)(policy, reference, noise, T).logits)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_references_errors_in_its_place_give_the_same_bits(prediction_type):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = NoiseSchedule.from_scheduler({**betas, "prediction_type": prediction_type})
+    policy, reference, noise = predictions(torch.bfloat16)
+    noise = noise.float()
+    noisy = schedule.add_noise(torch.ones(2 * PAIRS, *SHAPE), noise.repeat(2, 1, 1, 1), T.repeat(2))
+    found = []
+    for _ in range(2):
+        objective = build_objective("dde", schedule, beta=50.0)
+        fill_table(objective)
+        given = {"reference_errors": found[0][0].reference_errors} if found else {}
+        out = objective(policy, None if given else reference, noise, T, noisy, **given)
+        objective.commit()
+        found.append((out, torch.autograd.grad(out.loss, policy)[0], objective.state_dict()))
+    (model, gradient, table), (ledger, again, same_table) = found
+    assert model.reference_errors.shape == (2 * PAIRS,) and model.reference_errors.dtype == torch.float32
+    assert torch.equal(model.loss, ledger.loss) and torch.equal(gradient, again)
+    assert all(torch.equal(value, ledger.metrics[name]) for name, value in model.metrics.items())
+    assert torch.equal(model.by_timestep, ledger.by_timestep)
+    assert all(torch.equal(value, same_table[name]) for name, value in table.items())
+
+
 def test_a_skipped_step_leaves_the_table_alone(schedule):
     policy, reference, noise = predictions()
     objective = build_objective("dde", schedule)
@@ -213,6 +236,11 @@ def test_bad_shapes(schedule):
         objective(policy[:-1], reference[:-1], noise, T)
     with pytest.raises(UserError, match="reference"):
         objective(policy, None, noise, T)
+    errors = torch.ones(2 * PAIRS)
+    with pytest.raises(UserError, match="Give one"):
+        objective(policy, reference, noise, T, reference_errors=errors)
+    with pytest.raises(UserError, match="reference_errors has shape"):
+        objective(policy, None, noise, T, reference_errors=errors[1:])
     with pytest.raises(UserError, match="noise"):
         objective(policy, reference, noise[:, :2], T)
     with pytest.raises(UserError, match="empty batch"):

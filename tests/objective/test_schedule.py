@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from dde_ds import NoiseSchedule, UserError
+from dde_ds import NoiseSchedule, UserError, build_objective
 
 # Of Stable Diffusion's schedule: t, ᾱ, w, λ, Σ_{j>t} λ_j.
 TABLE = [
@@ -35,6 +35,10 @@ def test_numbers_of_stable_diffusion(schedule, t, alpha, w, lam, tail):
         {"beta_schedule": "sigmoid"},
         {"beta_schedule": "laplace"},
         {"trained_betas": [0.01 * (i + 1) for i in range(50)], "num_train_timesteps": 50},
+        *(
+            {"beta_schedule": name, "rescale_betas_zero_snr": True}
+            for name in ("linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+        ),
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
     ],
 )
@@ -43,8 +47,32 @@ def test_agrees_with_diffusers(options):
     ours = NoiseSchedule.from_scheduler(theirs)
     # diffusers accumulates its product in float32.
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)
-    for table in (ours.alphas_cumprod, ours.single_shot_weight, ours.stepwise_weight):
-        assert table.isfinite().all()
+    for variance in ("posterior", "beta"):
+        ours = NoiseSchedule.from_scheduler(theirs, variance)
+        for table in (ours.alphas_cumprod, ours.single_shot_weight, ours.stepwise_weight):
+            assert table.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_zero_terminal_snr_trains_without_nan(name, prediction_type, dtype):
+    """Where w would be infinite: loss, gradient, metrics and table of two steps, the second with a correction of such margins."""
+    config = {"beta_schedule": name, "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_scheduler(config | {"prediction_type": prediction_type})
+    objective = build_objective("dde", schedule, beta=5000.0)
+    t = torch.tensor([0, 500, 996, 999])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 4, 8, 8, generator=generator)
+    clean, policy, reference = torch.randn(3, 8, 4, 8, 8, generator=generator)
+    noisy = schedule.add_noise(clean, noise.repeat(2, 1, 1, 1), t.repeat(2))
+    policy = policy.to(dtype).requires_grad_()
+    for _ in range(2):
+        out = objective(policy, reference.to(dtype), noise, t, noisy)
+        (gradient,) = torch.autograd.grad(out.loss, policy)
+        objective.commit()
+        for value in (out.loss, gradient, objective.table.correction, *out.metrics.values()):
+            assert value.isfinite().all()
 
 
 def test_stepwise_weight_is_the_kl_of_one_reverse_step(schedule):
@@ -102,6 +130,11 @@ def test_implied_noise_undoes_the_parameterisation(prediction_type):
         (CogVideoXDDIMScheduler(), "snr_shift_scale"),
         ({"trained_betas": [0.1, -0.1]}, "betas"),
         ({"trained_betas": [0.1, 0.5, 1.0]}, r"betas must lie in \(0, 1\)"),  # ᾱ would be 0 and w infinite
+        ({"trained_betas": [0.5] * 1000}, "weight w at timestep 39 is .* too near to 0 or 1"),  # ᾱ ends at 2⁻¹⁰⁰⁰
+        ({"beta_schedule": "linear", "beta_start": 1e-20, "beta_end": 0.02}, "weight λ at timestep 1 is inf"),
+        ({"trained_betas": []}, "0 training timesteps"),
+        ({"trained_betas": [0.01], "rescale_betas_zero_snr": True}, "1 training timesteps"),
+        ({"trained_betas": "many"}, "trained_betas: expected a list of numbers"),
     ],
 )
 def test_unusable_scheduler(config, named):

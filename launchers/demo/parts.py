@@ -1,0 +1,49 @@
+"""What both the demo and the comparison of objectives do: make the shards, and start real ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PAIRS = {"train": HERE / "pairs" / "train.parquet", "held_out": HERE / "pairs" / "held_out.parquet"}
+
+
+def shard(parquet: Path, model: str, folder: Path) -> None:
+    say(f"shards of {parquet.name}")
+    command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", "--input", parquet, "--model", model, "--output", folder]
+    subprocess.run([*command, "--pairs-per-shard", "128", "--batch", "32"], check=True)
+
+
+def rank_count() -> int:
+    """A rank a GPU, at most two; or two ranks that share the CPU's cores."""
+    return min(2, torch.cuda.device_count()) or 2
+
+
+def launch(script: Path, *arguments: str | Path) -> int:
+    """Run a script on :func:`rank_count` ranks through the real launcher. Gives back its exit code."""
+    ranks = rank_count()
+    environment = dict(os.environ)
+    if not torch.cuda.device_count():
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    # The launcher that was installed beside this Python, whatever the PATH says.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), "--quiet"]
+    return subprocess.run([*launcher, script, *arguments], env=environment).returncode
+
+
+_STARTED = time.perf_counter()
+
+
+def say(what: str) -> None:
+    print(f"[{time.perf_counter() - _STARTED:5.0f} s] {what}", flush=True)

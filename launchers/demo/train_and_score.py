@@ -1,0 +1,181 @@
+"""Train and score a list of runs, one after another, in one launch of real DeepSpeed ranks.
+
+    deepspeed launchers/demo/train_and_score.py --plan demo_compare/plan.json
+
+The plan is ``{"settings": …, "jobs": [{"name", "captions", "overrides", "ledger"}, …]}``, as ``tools/compare_objectives.py`` writes it; beside it
+lie the judge and the held-out shards. Each job
+is a run of ``train.yaml`` with its overrides (none: the base model as it is), drawn on training or on held-out captions. Its
+result, ``results/NAME.json`` beside the plan, is whole or absent, and jobs that have one are left out: a launch that was killed
+goes on where it was.
+
+Exit code 0: all done. 75: stopped as asked. 1: an error, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from judge import Judge, read_vendors
+from parts import HERE, PAIRS, ROOT, say
+from scoring import CaptionSet
+from torch import Tensor
+
+from dde_ds.config import load_config
+from dde_ds.data.shards import ShardSet
+from dde_ds.distributed import agree, gather_rows, start
+from dde_ds.errors import UserError
+from dde_ds.evaluation.compare import frechet_distance
+from dde_ds.evaluation.heldout import HeldOut
+from dde_ds.files import discard, write_atomically
+from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.unet import load_scheduler_config, load_unet
+from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.ranks import Ranks
+from dde_ds.training.loop import DONE, STOPPED, train
+
+BASE = str(HERE / "base")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    args = parser.parse_args()
+    try:
+        quiet_libraries()
+        ranks, device = start()
+        plan, folder = json.loads(args.plan.read_text(encoding="utf-8")), args.plan.parent
+        missing = [job for job in plan["jobs"] if not result_file(folder, job["name"]).exists()]
+        agree(ranks, device)  # nobody writes a result before all have looked
+        bench = Bench(folder, plan["settings"], ranks, device)
+        for number, job in enumerate(missing, 1):
+            if ranks.is_first:
+                say(f"{number} of {len(missing)}: {job['name']}")
+            if do(job, plan["settings"], folder, bench) == STOPPED:
+                return STOPPED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # Python's own exit would wait for the other ranks
+    return DONE
+
+
+def result_file(folder: Path, name: str) -> Path:
+    return folder / "results" / f"{name}.json"
+
+
+class Bench:
+    """What all jobs share, read once a launch: the judge, and each rank's captions with their embeddings."""
+
+    def __init__(self, folder: Path, settings: dict, ranks: Ranks, device: torch.device):
+        self.ranks, self.device, self._settings = ranks, device, settings
+        self.judge = Judge().eval().requires_grad_(False)
+        self.judge.load_state_dict(safetensors.torch.load_file(folder / "judge.safetensors"))
+        self._captions: dict[str, CaptionSet] = {}
+        self._preferred: dict[str, Tensor] = {}
+        schedule = NoiseSchedule.from_scheduler(load_scheduler_config(BASE))
+        shards = ShardSet(folder / "shards_held_out")
+        self._held_out = HeldOut(shards, schedule, settings["captions"], rank=ranks.rank, world=ranks.world)
+
+    def score(self, unet: torch.nn.Module, which: str) -> dict:
+        """The numbers of one model; the same on all ranks. Collective."""
+        settings = self._settings
+        if which not in self._captions:
+            self._load(which)
+        drawn = self._captions[which].draw(unet, settings["images"], settings["inference_steps"], settings["guidance_scale"])
+        rows = torch.cat([drawn.logits[..., None], drawn.spread[..., None], drawn.features], 2)
+        rows = self._gather(rows.flatten(1), len(self._preferred[which])).unflatten(1, rows.shape[1:])
+        found = {
+            "logits": rows[..., 0].tolist(),
+            "spread": rows[..., 1].tolist(),
+            "frechet_distance": frechet_distance(rows[..., 2:].flatten(0, 1), self.judge.features(self._preferred[which])),
+        }
+        if which == "held_out":
+            unet.to(self.device)
+            errors = self._gather(self._held_out.errors(unet).T, self._held_out.pairs).T
+            found |= {"chosen": errors[0].tolist(), "rejected": errors[1].tolist()}
+        return found
+
+    def _load(self, which: str) -> None:
+        limit = self._settings["captions" if which == "held_out" else "tuning_captions"]
+        captions = pq.read_table(PAIRS[which], columns=["caption"])["caption"].to_pylist()
+        # Evenly over the file, which is in Unicode's order: faces first, flags last.
+        chosen = torch.linspace(0, len(captions) - 1, min(limit, len(captions))).round().long()
+        self._preferred[which] = read_vendors(PAIRS[which])[0][chosen]
+        own = [captions[chosen[i]] for i in self._own(len(chosen))]
+        self._captions[which] = CaptionSet(BASE, own, self.judge, self.device)
+
+    def _own(self, count: int) -> list[int]:
+        """This rank's share of ``count`` things, as :class:`HeldOut` has it: as many on each rank, the last ones perhaps repeated."""
+        rank, world = self.ranks.rank, self.ranks.world
+        return [i % count for i in range(rank, rank + world * -(-count // world), world)]
+
+    def _gather(self, rows: Tensor, count: int) -> Tensor:
+        """Rows of all ranks in the order of the things, from each rank's rows of its own."""
+        together = gather_rows(rows.to(self.device).contiguous()).cpu()
+        return together.unflatten(0, (self.ranks.world, -1)).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
+    """Train and score one job and write its result. Collective."""
+    spent = [_spent()]
+    weights, run_folder = BASE, None
+    if job["overrides"] is not None:
+        run_folder = folder / "runs" / job["name"]
+        run = load_config(HERE / "train.yaml", [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
+        if not (run_folder / "DONE").exists() and train(run, "auto") == STOPPED:
+            return STOPPED
+        gc.collect()  # engines are in cycles, and the next run makes new ones
+        weights = str(run_folder / "export")
+    spent.append(_spent())
+    result = {"job": job, "settings": settings, **bench.score(load_unet(weights), job["captions"])}
+    spent.append(_spent())
+    cpu, wall = (torch.tensor(values, dtype=torch.float64).diff() for values in zip(*spent, strict=True))
+    cpu = gather_rows(cpu.to(bench.device)[None]).sum(0)
+    result |= {"cpu_s": cpu.tolist(), "wall_s": wall.tolist()}
+    if bench.ranks.is_first:
+        target = result_file(folder, job["name"])
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, json.dumps(result).encode())
+        if run_folder is not None:  # a hundred megabytes a run; metrics.jsonl stays
+            discard(run_folder / "checkpoints")
+            discard(run_folder / "export")
+    agree(bench.ranks, bench.device)
+    return DONE
+
+
+def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> list[str]:
+    """What all runs share, and the places on this machine."""
+    steps, pairs = settings["steps"], settings["pairs"]
+    overrides = [
+        f"output={run_folder}",
+        f"steps={steps}",
+        f"model.path={BASE}",
+        f"data.path={folder / 'shards'}",
+        f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}",
+        f"batch.pairs={pairs}",
+        f"batch.micro={min(8, pairs // 2)}",  # fits one rank and two
+        "samples.prompts=[]",
+        f"checkpoint.every={steps}",
+        "log.every=8",
+    ]
+    return overrides + ([f"reference.ledger={folder / 'ledgers' / job['ledger']}.safetensors"] if job["ledger"] else [])
+
+
+def _spent() -> tuple[float, float]:
+    """Seconds of this rank: of its processor, and of the clock."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime, time.perf_counter()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
