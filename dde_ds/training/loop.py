@@ -15,7 +15,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, open_sources, order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import any_rank, ranks_of_a_node, start
+from dde_ds.distributed import any_rank, first_says, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
@@ -24,6 +24,7 @@ from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
+from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
@@ -31,6 +32,7 @@ from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
@@ -39,9 +41,9 @@ from dde_ds.training.planning import Utilisation, chosen_checkpointing
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
-from dde_ds.training.resume import choose_checkpoint, state_at
+from dde_ds.training.resume import choose_checkpoint, cut_off, drawing, state_at
 from dde_ds.training.step import micro_step
-from dde_ds.training.stop import StopRequest
+from dde_ds.training.stop import StopRequest, unless_stopped
 from dde_ds.training.track import open_trackers
 from dde_ds.training.watch import Watch
 
@@ -79,15 +81,19 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     utilisation = Utilisation(run, shards, with_reference, ranks.world, device)
     dtype = next(policy.parameters()).dtype
     objective.to(device)
-    look = None
-    if held_out_shards:
-        held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
-        look = Look(held_out, policy.module)  # before a checkpoint is loaded: the policy is still its own reference
-    if resumed is not None:
-        checkpoint.load(resumed, policy, objective)
     if ranks.is_first:
         _open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
+    stop = StopRequest(folder, device, deadline)
+    look = None
+    if held_out_shards:
+        held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
+        # Before a checkpoint is loaded: the policy is still its own reference.
+        look = unless_stopped(lambda: Look(held_out, policy.module, stop.poll))
+    guards = Guards(run.guards.max_skipped_in_a_row)
+    if resumed is not None:
+        checkpoint.load(resumed, policy, objective)
+        guards = Guards(run.guards.max_skipped_in_a_row, **checkpoint.read_state(resumed)["skipped"])
 
     draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
@@ -100,26 +106,26 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
     heartbeat = Heartbeat(folder) if ranks.is_first else None
-    stop = StopRequest(folder, deadline)
     if heartbeat:
         heartbeat.beat(first_step)
+    if ranks.is_first:
+        guards.write_to(folder, first_step)
 
     def draw_samples(step: int) -> None:
         if prompts:
-            images = prompts.draw(policy.module, run.samples.seed, run.samples.inference_steps, run.samples.guidance_scale)
-            if ranks.is_first:
-                save_row(images, folder / "samples" / f"step-{step:08d}.png")
+            options = (run.samples.seed, run.samples.inference_steps, run.samples.guidance_scale)
+            images = unless_stopped(lambda: prompts.draw(policy.module, *options, poll=stop.poll))
+            if ranks.is_first and images is not None:
+                save_row(images, drawing(run, step))
 
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()
         if ledger:
             ledger.write(ranks)
-        state, keep = state_at(run, shards, step), run.checkpoint
+        state, keep = state_at(run, shards, step) | {"skipped": guards.counts()}, run.checkpoint
         path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every)
         progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
 
-    if first_step == 0:
-        draw_samples(0)
     with ProgressLine(first_step, run.steps, visible=ranks.is_first) as progress:
         progress.say(
             f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
@@ -128,60 +134,75 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
-        row: dict[str, float] = {}
+        row = (read_rows(folder / "metrics.jsonl") or [{}])[-1]
+        look_missing, drawing_missing = first_says(cut_off(run, first_step), ranks)
+        if drawing_missing:
+            draw_samples(first_step)
+        if look and look_missing and (looked := unless_stopped(lambda: look(objective))):
+            row |= looked
+            if log:
+                log.write(first_step, first_step * run.batch.pairs, looked)
+        if stop.agreed():
+            progress.say("stopped as asked before a step was made; go on with --resume auto")
+            return STOPPED
         clock.read()  # what came before was not training
         for step in range(first_step + 1, run.steps + 1):
-            finite = torch.ones((), dtype=torch.bool, device=device)
             for _ in range(accumulation):
                 batch = next(batches)
                 out = micro_step(policy, reference, objective, batch, device)
                 if ledger:
                     ledger.add(batch, out.reference_errors)
-                policy.backward(out.loss)
+                policy.backward(guards.watch(out.loss, batch))
                 averages.add(out)
-                finite &= out.loss.detach().isfinite()
                 if not policy.is_gradient_accumulation_boundary():
                     policy.step()
-            # Before the optimizer: a bad number must not reach the weights. One flag for all ranks.
-            _stop_if(any_rank(not finite.item(), device), f"step {step}: the loss is not a finite number")
             for group in policy.optimizer.param_groups:
                 group["lr"] = run.optimizer.rate(step - 1)
             norm = update(policy)
             if heartbeat:
                 heartbeat.beat(step)
-            _stop_if(not math.isfinite(norm), f"step {step}: the gradient's norm is {norm}")
-            objective.commit()
-            if run.ema:
-                update_ema(policy, run.ema.decay)
+            if made := math.isfinite(norm):
+                guards.passed()
+                objective.commit()
+                averages.commit()
+                if run.ema:
+                    update_ema(policy, run.ema.decay)
+            else:
+                objective.discard()
+                averages.discard()
+                progress.say(f"warning: {guards.skipped(step)}")
             clock.add(run.batch.pairs)
 
             looked = {}
             last = step == run.steps
             if look and (step % run.evaluation.every == 0 or last):
                 with clock.stopped():
-                    looked = look(objective)
+                    looked = unless_stopped(lambda: look(objective)) or {}
             if looked or step % run.log.every == 0 or last:
                 row = {**averages.read(objective.schedule.timesteps), **clock.read(), **looked}
                 row |= utilisation.row(row["perf/pairs_per_s"])
                 row |= reading_row(reading, run.data.max_bad_samples, row["perf/pairs_per_s"], device)
-                row |= {"grad_norm": norm, "learning_rate": run.optimizer.rate(step - 1)}
+                row |= {"learning_rate": run.optimizer.rate(step - 1), "guard/skipped_steps": guards.steps}
+                if made:
+                    row["grad_norm"] = norm
                 if log:
                     log.write(step, step * run.batch.pairs, row, objective)
                 progress.update(step, row)
                 for warning in watch(row):
                     progress.say(f"warning: step {step}: {warning}")
-            stopping = any_rank(bool(stop), device) and not last
             with clock.stopped():
-                if stopping or step % run.checkpoint.every == 0 or last:
-                    save_checkpoint(step)
                 if step % run.samples.every == 0 or last:
                     draw_samples(step)
+                stopping = stop.agreed()
+                # Not among skipped steps, whose older checkpoints may be the last good ones.
+                if stopping or last or (step % run.checkpoint.every == 0 and not guards.in_a_row):
+                    save_checkpoint(step)
             if stopping:
                 progress.say(f"stopped after step {step} as asked; go on with --resume")
                 return STOPPED
     export_policy(policy, run, run.steps, row, folder / "export")
     if ranks.is_first:
-        (folder / "DONE").write_text(f"{run.steps} steps\n", encoding="utf-8")
+        write_atomically(folder / "DONE", f"{run.steps} steps\n".encode())
     return DONE
 
 
@@ -287,10 +308,3 @@ def _open_folder(folder: Path, run: RunConfig) -> None:
     except OSError as error:
         raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
     shutil.rmtree(folder / "checkpoints" / ".staging", ignore_errors=True)
-
-
-def _stop_if(condition: bool, what: str) -> None:
-    if condition:
-        raise UserError(
-            f"{what}; nothing of this step was saved. Lower optimizer.learning_rate, then go on with --resume from the last checkpoint"
-        )
