@@ -109,7 +109,7 @@ def explain(args: argparse.Namespace) -> None:
         own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
         if own:
             raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
-        from dde_ds.training.loop import load_run_objective
+        from dde_ds.training.prepare import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
         print(args.output)
@@ -170,7 +170,7 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     accumulation = run.batch.accumulation(ranks)
 
     from dde_ds.engine.zero import complete_config
-    from dde_ds.training.loop import build_run_objective, open_shards
+    from dde_ds.training.prepare import build_run_objective, open_shards
 
     stage = complete_config(run, ranks)["zero_optimization"]["stage"]
     shards, _ = open_shards(run)

@@ -12,7 +12,7 @@ from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
 from dde_ds.evaluation.generate import PromptSet
 from dde_ds.evaluation.heldout import HeldOut, error_drift
-from dde_ds.training.loop import open_shards
+from dde_ds.training.prepare import open_shards
 from tests.conftest import DEMO, shard
 from tests.launching import write_config
 

@@ -9,7 +9,7 @@ import pytest
 from dde_ds import load_config
 from dde_ds.data.draws import Draws
 from dde_ds.engine import checkpoint
-from dde_ds.training.loop import build_run_objective
+from dde_ds.training.prepare import build_run_objective
 from tests.conftest import ROOT
 from tests.faults.legs import Leg, run_legs
 from tests.launching import rows, write_config
