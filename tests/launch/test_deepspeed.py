@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -29,7 +30,10 @@ def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path, sd_model, sd_shards
     assert len(below) >= 4  # two ranks and their loaders
     (process if outer else inner).send_signal(number)
     output, _ = process.communicate(timeout=200)  # until all that inherited its end of the pipe are gone
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (inner, *below))
+    deadline = time.monotonic() + 60
+    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (inner, *below)):
+        assert time.monotonic() < deadline, output
+        time.sleep(0.1)
     assert f"stopped after step {len(rows(run))} as asked" in output
     (newest,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert checkpoint.step_of(newest) == len(rows(run))
