@@ -281,7 +281,7 @@ def test_kept_checkpoints(run):
 
 def test_utilisation(run, monkeypatch):
     """10 pairs a second on two H100, beside what they could do; left out where nothing is known of the device."""
-    from dde_ds.training.loop import open_shards
+    from dde_ds.training.prepare import open_shards
 
     shards, _ = open_shards(run)
     assert Utilisation(run, shards, True, 2, torch.device("cpu")).row(10.0) == {}
