@@ -309,6 +309,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardsConfig:
+    max_skipped_in_a_row: int = 5
+    """Steps in a row whose loss or gradient is not a finite number, after which the run ends. Fewer are skipped, counted, and written to
+    ``skipped.jsonl``; nothing of them is trained. 1 ends the run at the first."""
+
+    def __post_init__(self):
+        _require(self.max_skipped_in_a_row >= 1, "guards.max_skipped_in_a_row", self.max_skipped_in_a_row, "must be 1 or more")
+
+
+@dataclass(frozen=True)
 class SamplesConfig:
     prompts: tuple[str, ...] = ()
     """Prompts to draw before the first step, during the run and at its end, always from the same noise. None draws nothing."""
@@ -368,7 +378,7 @@ class RunConfig:
     """A whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
     """Optimizer steps. May be raised on ``--resume`` to train on."""
@@ -380,6 +390,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

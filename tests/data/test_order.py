@@ -9,7 +9,7 @@ import torch
 from dde_ds import UserError
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
-from dde_ds.data.reader import RankSlices
+from dde_ds.data.reader import AHEAD, LookAhead, RankSlices
 
 COUNTS = [7, 5, 0, 9, 6, 3, 8]
 
@@ -53,6 +53,18 @@ def test_ranks_and_micro_batches_partition_each_global_batch(world, micro):
     for step in range(3):
         positions = [p for batches in per_rank for batch in batches[step * count : (step + 1) * count] for p in batch]
         assert sorted(positions) == list(range((step + 2) * 8, (step + 3) * 8))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_every_position_is_announced_once_and_in_time(steps):
+    slices = RankSlices(8, 2, 1, 2, 0, steps)
+    assert [batch for batch, _ in LookAhead(slices)] == list(slices)
+    announced = []
+    for number, (batch, coming) in enumerate(LookAhead(slices)):
+        announced += coming
+        assert set(batch) <= set(announced)
+        assert len(announced) == min(2 * (number + 1 + AHEAD), 8 * steps // 2)
+    assert announced == [position for batch in slices for position in batch]
 
 
 def test_draws_depend_on_seed_and_position_only():

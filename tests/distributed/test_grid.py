@@ -21,7 +21,6 @@ from tests.launching import launch_many
 from tests.plain_loop import plain_steps
 
 LOSS, NORM = 1e-5, 1e-4
-BF16_LOSS, BF16_NORM = 5e-3, 5e-2
 COLUMNS = [field.name for field in fields(Setting)]
 
 

@@ -22,9 +22,10 @@ from dde_ds.evaluation.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
 from tests.pipelines import save_sd
-from tests.plain_loop import plain_losses
+from tests.plain_loop import plain_losses, plain_steps
 
 pytestmark = pytest.mark.slow
+BF16_LOSS, BF16_NORM = 2e-2, 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,14 @@ def held_out(tmp_path_factory, sd_model):
 
 
 @pytest.fixture(scope="module")
-def expected(config):
-    return plain_losses(load_config(config))
+def expected_steps(config):
+    """Loss and gradient norm of each step."""
+    return plain_steps(load_config(config))
+
+
+@pytest.fixture(scope="module")
+def expected(expected_steps):
+    return [loss for loss, _ in expected_steps]
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +234,16 @@ def test_all_timesteps_on_a_trained_model(ended, other_configs):
 
 
 @pytest.mark.parametrize("name", ["bf16-zero2", "bf16-zero3"])
-def test_bf16(ended, config, expected, name):
-    """Policy and reference take the same path through bfloat16: the first loss is log 2 to the last bit."""
+def test_bf16(ended, config, expected, expected_steps, name):
+    """Policy and reference take the same path through bfloat16: the first loss is log 2 to the last bit. The later ones carry what
+    bfloat16 leaves of a margin times β/2 · w_t, 0.008 at the most where this was measured; gradients do not, and their norms agree to
+    BF16_NORM."""
     run = done(ended, name)
     found = losses(run)
     assert found[0] == torch.tensor(2.0).log().item()
     assert all(math.isfinite(loss) and loss != found[0] for loss in found[1:])
-    print(name, [a - b for a, b in zip(found, expected, strict=True)])
+    assert found == pytest.approx(expected, abs=BF16_LOSS)
+    assert [row["grad_norm"] for row in rows(run)] == pytest.approx([norm for _, norm in expected_steps], rel=BF16_NORM)
     exported, base = (unet(path, torch_dtype=torch.bfloat16) for path in (run / "export", load_config(config).model.path))
     assert any(not torch.equal(value, base[key]) for key, value in exported.items())
 

@@ -161,7 +161,7 @@ def run(tmp_path, sd_model, sd_shards):
 
 
 def test_the_plan_of_a_run(run, sd_shards):
-    from dde_ds.training.loop import open_shards
+    from dde_ds.training.prepare import open_shards
 
     task = task_of(run, open_shards(run)[0])
     plan = make_plan(run, task, 1, 2, H100)

@@ -36,10 +36,10 @@ def test_shipped_files_are_completed(file):
     )
     assert config["gradient_clipping"] == 1.0
     assert config["optimizer"]["params"]["lr"] == 1e-5
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     fp32 = complete_config(run_with(file, precision="fp32"), world=2)
-    assert fp32["bf16"] == {"enabled": False}
+    assert not fp32["bf16"]["enabled"]
 
 
 def test_a_contradiction_names_both_keys(tmp_path):
@@ -49,6 +49,9 @@ def test_a_contradiction_names_both_keys(tmp_path):
         complete_config(run_with(file), world=1)
     file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"scheduler is set, but optimizer\.warmup_steps"):
+        complete_config(run_with(file), world=1)
+    file.write_text(json.dumps({"bf16": {"check_grad_overflow": False}, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=r"bf16\.check_grad_overflow is False, but guards of the run says True"):
         complete_config(run_with(file), world=1)
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

@@ -13,7 +13,7 @@ from dde_ds.config import RunConfig
 from dde_ds.distributed import Ranks
 from dde_ds.errors import RankError
 from dde_ds.training.ledger import FORMAT, Ledger, open_ledger
-from dde_ds.training.loop import build_run_objective, open_shards
+from dde_ds.training.prepare import build_run_objective, open_shards
 from tests.conftest import shard
 from tests.launching import write_config
 from tests.pipelines import save_sd
