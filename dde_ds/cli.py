@@ -13,7 +13,7 @@ from dde_ds import planner
 from dde_ds.config import load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
-from dde_ds.ranks import read_environment
+from dde_ds.ranks import read_environment, read_hostfile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,10 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
-    check.set_defaults(act=lambda args: validate(args.config, args.overrides, args.ranks))
+    check.set_defaults(
+        act=lambda args: validate(
+            args.config, args.overrides, sum(read_hostfile(args.hostfile).values()) if args.hostfile else args.ranks
+        )
+    )
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
+    check.add_argument("--hostfile", help="check this too, and count its slots, in the place of --ranks")
     planner.add_command(commands)
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
     picture.set_defaults(act=explain)
@@ -104,7 +109,7 @@ def explain(args: argparse.Namespace) -> None:
         own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
         if own:
             raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
-        from dde_ds.training.loop import load_run_objective
+        from dde_ds.training.prepare import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
         print(args.output)
@@ -165,7 +170,7 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     accumulation = run.batch.accumulation(ranks)
 
     from dde_ds.engine.zero import complete_config
-    from dde_ds.training.loop import build_run_objective, open_shards
+    from dde_ds.training.prepare import build_run_objective, open_shards
 
     stage = complete_config(run, ranks)["zero_optimization"]["stage"]
     shards, _ = open_shards(run)

@@ -296,7 +296,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes 12 bytes a parameter: float32 weights and AdamW's two moments."""
+    """Newest checkpoints that are kept. Each takes 12 bytes a trained parameter, float32 weights and AdamW's two moments, and 4 more with
+    ``ema``."""
 
     keep_every: int | None = None
     """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""
@@ -305,6 +306,16 @@ class CheckpointConfig:
         _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
         _require(self.keep_every is None or self.keep_every >= 1, "checkpoint.keep_every", self.keep_every, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    max_skipped_in_a_row: int = 5
+    """Steps in a row whose loss or gradient is not a finite number, after which the run ends. Fewer are skipped, counted, and written to
+    ``skipped.jsonl``; nothing of them is trained. 1 ends the run at the first."""
+
+    def __post_init__(self):
+        _require(self.max_skipped_in_a_row >= 1, "guards.max_skipped_in_a_row", self.max_skipped_in_a_row, "must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -367,7 +378,7 @@ class RunConfig:
     """A whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
     """Optimizer steps. May be raised on ``--resume`` to train on."""
@@ -379,6 +390,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

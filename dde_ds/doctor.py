@@ -6,7 +6,6 @@ ranks, it sees what the run will see; by itself it checks one machine.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dde_ds.config import RunConfig
+from dde_ds.data.mixture import open_sources
 from dde_ds.distributed import start
 from dde_ds.engine.plan import checkpoint_bytes, export_bytes, kept_checkpoints
 from dde_ds.errors import UserError
@@ -39,6 +39,8 @@ CLOCK_SECONDS = 2.0
 # A file that one node wrote may show late on another: attributes are cached, by NFS for some seconds.
 SHOWS_SECONDS = 10.0
 TRAFFIC_BYTES = 64 * 2**20
+# Checks that must find the same on every rank, and what to do where they do not.
+ALIKE = {"versions": "install the same everywhere", "shards": "every node must read the same shards"}
 
 
 class Failed(Exception):
@@ -102,8 +104,8 @@ def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
     else:
         counts = Counter(entry[1] for entry in found)
         text = "; ".join(text if len(counts) == 1 else f"{text} ({count} ranks)" for text, count in counts.most_common(4))
-        if name == "versions" and len(counts) > 1:
-            failed, text = found, f"ranks differ: {text}; install the same everywhere"
+        if name in ALIKE and len(counts) > 1:
+            failed, text = found, f"ranks differ: {text}; {ALIKE[name]}"
     if ranks.is_first:
         print(f"{'FAIL' if failed else 'ok  '}  {name:17} {text}", flush=True)
     return not failed
@@ -203,11 +205,10 @@ def _traffic(device: torch.device) -> tuple[bool, str]:
 
 
 def _shards(run: RunConfig) -> str:
-    """What every node must read alike."""
-    path = Path(run.data.path) / "manifest.json"
-    if not path.is_file():
-        raise Failed(f"data.path {run.data.path}: no manifest.json here; every node must see the same shards")
-    return f"{run.data.path}, manifest {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    """What every node must read alike: opened as the run would open them."""
+    data = run.data
+    shards = open_sources(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
+    return f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
 
 
 def _free_disk(run: RunConfig) -> str:

@@ -39,8 +39,8 @@ def plan_run(args: argparse.Namespace) -> None:
     device = chosen_device(args.gpu, args.gpu_memory)
     # The libraries take seconds to load: not before the arguments are known to be right.
     from dde_ds.models.quiet import quiet_libraries
-    from dde_ds.training.loop import open_shards
     from dde_ds.training.planning import shards_are_there, task_of
+    from dde_ds.training.prepare import open_shards
 
     quiet_libraries()
     task = task_of(run, open_shards(run)[0] if shards_are_there(run) else None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 
 import numpy as np
-import peft
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -17,13 +17,14 @@ from dde_ds.data.reader import PairDataset
 from dde_ds.data.shards import ShardSet
 
 
-def plain_losses(run: RunConfig) -> list[float]:
+def plain_losses(run: RunConfig, skipped: Container[int] = ()) -> list[float]:
     """Loss of each optimizer step of a ``dde`` run, fp32, every step's pairs in one batch."""
-    return [loss for loss, _ in plain_steps(run)]
+    return [loss for loss, _ in plain_steps(run, skipped=skipped)]
 
 
-def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tuple[float, float]]:
-    """Loss and gradient norm, before clipping, of each optimizer step, computed in ``dtype``."""
+def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Container[int] = ()) -> list[tuple[float, float]]:
+    """Loss and gradient norm, before clipping, of each optimizer step, computed in ``dtype``. Steps in ``skipped``, counted from 1,
+    train nothing and give no loss, but use up their pairs."""
     scheduler = DDIMScheduler.from_pretrained(run.model.path, subfolder="scheduler")
     betas = np.linspace(scheduler.config.beta_start**0.5, scheduler.config.beta_end**0.5, 1000) ** 2
     alpha_bar = np.cumprod(1 - betas)
@@ -37,6 +38,8 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tupl
     policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet", torch_dtype=dtype).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     if run.lora:
+        import peft
+
         # As diffusers' training scripts do it, from the run's seed.
         torch.manual_seed(run.seed)
         policy.requires_grad_(False)
@@ -58,7 +61,7 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32) -> list[tupl
     dataset = PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
 
     steps = []
-    for step in range(run.steps):
+    for step in (step for step in range(run.steps) if step + 1 not in skipped):
         positions = range(step * run.batch.pairs, (step + 1) * run.batch.pairs)
         batch = dataset.collate([dataset.pair(position) for position in positions])
         t = batch["timesteps"]

@@ -4,12 +4,13 @@ import sys
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
-from dde_ds import UserError, build_objective
+from dde_ds import UserError, build_objective, load_config
 from dde_ds.models import lora
 from dde_ds.training.reference import adapters_off
 from dde_ds.training.step import micro_step
+from tests.conftest import ROOT
 
 TARGETS = ("to_q", "to_out.0", "ff.net.2", "proj_in", "conv1")
 
@@ -39,9 +40,10 @@ def train_somewhat(unet) -> None:
 
 def predict(unet) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 16, generator=generator)
+    latents, text = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (7, unet.config.cross_attention_dim)))
+    conditions = {"text_embeds": torch.ones(2, 16), "time_ids": torch.full((2, 6), 16.0)}  # taken by SDXL's alone
     with torch.no_grad():
-        return unet(latents, torch.tensor([100, 700]), text).sample
+        return unet(latents, torch.tensor([100, 700]), text, added_cond_kwargs=conditions).sample
 
 
 def test_only_the_adapters_are_trained_and_they_come_from_the_seed(sd_model):
@@ -55,19 +57,23 @@ def test_only_the_adapters_are_trained_and_they_come_from_the_seed(sd_model):
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-def test_merged_and_loaded_adapters_are_the_trained_model(tmp_path, sd_model):
-    trained = with_adapters(sd_model)
+@pytest.mark.parametrize("kind", ["sd_model", "sdxl_model"])
+def test_merged_and_loaded_adapters_are_the_trained_model(tmp_path, request, kind):
+    model = request.getfixturevalue(kind)
+    trained = with_adapters(model)
     train_somewhat(trained)
-    expected, base = predict(trained), load(sd_model)
+    expected, base = predict(trained), load(model)
     assert (expected - predict(base)).abs().max() > 1e-2
     adapters, scale = adapters_of(trained), 6 / 4
 
-    pipeline = StableDiffusionPipeline.from_pretrained(sd_model)
+    pipeline = DiffusionPipeline.from_pretrained(model)
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=lora.to_file(adapters, scale))
     pipeline.load_lora_weights(tmp_path)
     assert torch.allclose(predict(pipeline.unet), expected, atol=1e-5)
 
-    lora.merge(base.state_dict(), adapters, scale)
+    weights = base.state_dict()
+    for name, difference in lora.differences(adapters, scale).items():
+        weights[name] += difference.view_as(weights[name])
     assert torch.allclose(predict(base), expected, atol=1e-5)
 
 
@@ -112,3 +118,14 @@ def test_without_peft(sd_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"lora is set, but peft is not installed: pip install 'dde_ds\[lora\]'"):
         with_adapters(sd_model)
+
+
+def test_settings():
+    recipe = ROOT / "launchers" / "recipes" / "sd15_lora.yaml"
+    run = load_config(recipe, ["lora.rank=16", "ema.decay=0.9"])  # ema is null there
+    assert (run.lora.rank, run.lora.scale, run.ema.decay) == (16, 1.0, 0.9)
+    assert load_config(recipe, ["lora.alpha=4"]).lora.scale == 0.5
+    with pytest.raises(UserError, match=r"reference\.placement is 'cpu': must be auto with lora"):
+        load_config(recipe, ["reference.placement=cpu"])
+    with pytest.raises(UserError, match=r"ema\.decay is 1\.0"):
+        load_config(recipe, ["ema.decay=1"])

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from dde_ds import UserError
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.encode import Encoder
 from dde_ds.models.speed import compile_blocks, use_channels_last
-from dde_ds.models.unet import load_unet, predict
+from dde_ds.models.unet import load_unet, predict, unet_digest
 
 
 def test_pickled_weights_are_refused(sd_model, tmp_path):
@@ -21,6 +22,31 @@ def test_pickled_weights_are_refused(sd_model, tmp_path):
         load_unet(str(tmp_path))
     with pytest.raises(UserError, match=r"--model .*no file named"):
         Encoder(str(tmp_path))
+
+
+def test_the_digest_is_that_of_what_is_loaded(sd_model, tmp_path):
+    """All shards of the weights and the architecture; not a variant that lies beside them, nor the version that saved them."""
+    model = shutil.copytree(sd_model, tmp_path / "model")
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    shutil.rmtree(model / "unet")
+    unet.save_pretrained(model / "unet", max_shard_size="40KB")
+    files = sorted((model / "unet").glob("*-of-*.safetensors"))
+    assert len(files) > 1
+    first = unet_digest(str(model))
+    (model / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    config = model / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"_diffusers_version"', '"_older_version"'))
+    assert unet_digest(str(model)) == first
+
+    whole = config.read_text()
+    config.write_text(whole.replace('"norm_num_groups": 4', '"norm_num_groups": 8'))
+    assert unet_digest(str(model)) != first
+    config.write_text(whole)
+    files[-1].write_bytes(files[-1].read_bytes()[:-1] + b"x")
+    assert unet_digest(str(model)) != first
+    files[-1].unlink()
+    with pytest.raises(UserError, match="unet holds no diffusion_pytorch_model-"):
+        unet_digest(str(model))
 
 
 @pytest.mark.parametrize("model", ["sd_model", "sdxl_model"])

@@ -201,6 +201,9 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
         over, under = ("ours", "ledger") if args.ledger else ("ours", "plain")
         middle, low, high = ratio(turns[over], turns[under])
         text += f"\n\n{over} / {under}, median of the ratios within a turn: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
+    if args.ledger:
+        held = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
+        text += f"; weights of the reference, which the loop with a ledger does without: {held / 2**20:.0f} MiB"
     return text, device.type
 
 

@@ -78,11 +78,13 @@ def export_checkpoint(
         raise UserError(f"--output {target}: exists already; choose another name")
     reader, kind = WeightReader(checkpoint), EMA if run.ema and not raw else WEIGHT
     trained = {name.removesuffix(f"/{kind}"): reader.read(name) for name in reader.names if name.endswith(f"/{kind}")}
+    if not trained:
+        raise UserError(f"checkpoint {checkpoint}: holds no moving average of the weights; export them with --raw")
     card = model_card(run, read_state(checkpoint)["step"], metrics, kind)
     if form == "folder":
         _write_folder(trained, DTYPES[dtype], run, card, target, max_shard_size)
     elif form == "lora":
-        _in_place(target, lambda staging: _write_lora(trained, DTYPES[dtype], run, card, staging))
+        _in_place(target, card, lambda staging: _write_lora(trained, DTYPES[dtype], run, staging))
     else:
         _write_single(trained, DTYPES[dtype], run, card, target)
 
@@ -94,16 +96,14 @@ def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
         UserError: the base has no such parameters.
     """
     unet = load_unet(run.model.path, run.model.revision)
-    weights = unet.state_dict()
-    if run.lora:
-        lora.merge(weights, trained, run.lora.scale)  # in place: these are the UNet's own tensors
-        return unet
-    for name, value in trained.items():
+    weights = unet.state_dict()  # the UNet's own tensors
+    for name, value in (lora.differences(trained, run.lora.scale) if run.lora else trained).items():
         if name not in weights:
-            raise UserError(
-                f"model.path {run.model.path}: its UNet has no {name}, which was trained; it is not the base of this run"
-            )
-        weights[name].copy_(value)
+            raise UserError(f"model.path {run.model.path}: has no {name} in its UNet, which was trained: not the base of this run")
+        if run.lora:
+            weights[name] += value.view_as(weights[name])
+        else:
+            weights[name].copy_(value)
     return unet
 
 
@@ -128,19 +128,16 @@ def _write_folder(
     def write(staging: Path) -> None:
         pipeline.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
         if run.lora:
-            _write_lora(trained, dtype, run, card, staging)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+            _write_lora(trained, dtype, run, staging)
 
-    _in_place(target, write)
+    _in_place(target, card, write)
 
 
-def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, folder: Path) -> None:
+def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, folder: Path) -> None:
     from diffusers import StableDiffusionPipeline  # SDXL's writes the same
 
-    folder.mkdir(parents=True, exist_ok=True)
     layers = {name: value.to(dtype).contiguous() for name, value in lora.to_file(trained, run.lora.scale).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, target: Path) -> None:
@@ -155,15 +152,16 @@ def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig
     put_in_place(staged, target)
 
 
-def _in_place(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder, which appears under its name when it is whole."""
+def _in_place(target: Path, card: str, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder, which appears under its name, with the model card, when it is whole."""
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     write(staging)
+    (staging / "README.md").write_text(card, encoding="utf-8")
     publish(staging, target)
 
 
-def model_card(run: RunConfig, step: int, metrics: dict, kind: str = WEIGHT) -> str:
+def model_card(run: RunConfig, step: int, metrics: dict, kind: str) -> str:
     """Where a model comes from: base, pairs, objective and settings, and the last numbers that its run logged."""
     head = {
         "base_model": run.model.path,
@@ -185,9 +183,15 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str = WEIGHT) -> 
     }
     shown = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation")
     numbers = {name: f"{value:.4g}" for name, value in metrics.items() if name in shown or name.startswith("eval/")}
+    adapters = (
+        f"The adapters are in `{LORA_FILE}`, for `load_lora_weights` on the base model; a UNet beside it has them merged already.\n\n"
+        if run.lora
+        else ""
+    )
     rows = "\n".join(f"| {name} | {value} |" for name, value in (settings | numbers).items())
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.model.path}, aligned with preference pairs\n\n"
         "The UNet was trained on pairs of a preferred and a rejected image (Denoised Distribution Estimation and its baselines, "
-        f"arXiv 2411.14871); all other parts are the base model's, and so is its licence.\n\n| | |\n| --- | --- |\n{rows}\n"
+        "arXiv 2411.14871); all other parts are the base model's, and so is its licence.\n\n"
+        f"{adapters}| | |\n| --- | --- |\n{rows}\n"
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 
+from dde_ds.config import ReferenceConfig
+
 # A forward pass uses each weight once, so that there is nothing to keep one for; what is ahead is fetched during the current block.
 # DeepSpeed's default of 10⁹ for each of the last two would keep all of SD1.5 and a third of SDXL.
 SHARDED = {
@@ -31,7 +33,11 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
     Args:
         placement: ``auto``, ``replicated``, ``sharded`` or ``cpu``.
         dtype: ``policy`` takes the policy's precision; ``bf16`` or ``fp32``.
+
+    Raises:
+        UserError: another placement or type.
     """
+    ReferenceConfig(placement=placement, dtype=dtype)  # which checks them
     batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
     kept = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     if dtype != "policy":

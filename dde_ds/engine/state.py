@@ -32,8 +32,8 @@ def moments(policy: Any) -> list[str]:
 
 
 def optimizer_steps(policy: Any) -> int:
-    """How many updates the optimizer has made, which its bias correction depends on."""
-    return int(_optimizer(policy).state[_masters(policy)[0]]["step"])
+    """How many updates the optimizer has made, which its bias correction depends on. 0 where all steps were skipped so far."""
+    return int(_optimizer(policy).state.get(_masters(policy)[0], {}).get("step", 0))
 
 
 def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -66,6 +66,8 @@ def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
 
 def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
     """Make the optimizer's state, which it would only make at its first step; ``restore`` then fills it."""
+    if not steps:
+        return  # without an update there is no state, and a part of one would be taken for whole
     optimizer = _optimizer(policy)
     group = optimizer.param_groups[0]
     for flat in _masters(policy):

@@ -139,6 +139,9 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
         "gradient_accumulation_steps": (accumulation, f"batch.pairs / ({world} ranks × batch.micro)"),
         "gradient_clipping": (run.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         "bf16.enabled": (run.precision == "bf16", "precision"),
+        # Both on, DeepSpeed skips a step with a bad gradient at every stage and in either precision.
+        "bf16.check_grad_overflow": (True, "guards"),
+        "zero_optimization.compute_grad_norm": (True, "guards"),
         "fp16.enabled": (False, "precision"),
         "optimizer.type": (lowbit.TYPE if run.optimizer.type == "adamw_8bit" else "AdamW", "optimizer.type"),
         "optimizer.params.lr": (run.optimizer.learning_rate, "optimizer.learning_rate"),

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -105,14 +105,12 @@ def score_set(
     known = load_set_score(pictures, scorer.name, scorer.digest) if ranks.is_first else None
     if first_says(known, ranks):
         return
-    # All ranks bring the same number of rows; what is there twice for that is cut off again.
-    share = -(-len(paths) // ranks.world)
-    own = [paths[min(number, len(paths) - 1)] for number in range(ranks.rank * share, (ranks.rank + 1) * share)]
+    own = equal_share(paths, ranks.rank, ranks.world)
     features = []
-    for low in range(0, share, batch):
+    for low in range(0, len(own), batch):
         chunk = own[low : low + batch]
         features.append(scorer.features([_decode(_read(path), path) for path in chunk]))
-        on_progress(low + len(chunk), share)
+        on_progress(low + len(chunk), len(own))
     rows = gather_rows(torch.cat(features).to(device), ranks)[: len(paths)].cpu()
     if ranks.is_first:
         mean, deviation = inception_score(rows)
@@ -121,6 +119,12 @@ def score_set(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(row).encode() + b"\n")
     agree(ranks, device)
+
+
+def equal_share(items: Sequence, rank: int, world: int) -> list:
+    """As many items on every rank, as gathering them needs: put together in the ranks' order they are all items, then the last again."""
+    share = -(-len(items) // world)
+    return [items[min(number, len(items) - 1)] for number in range(rank * share, (rank + 1) * share)]
 
 
 def load_set_score(pictures: Pictures, name: str, digest: str) -> dict | None:

@@ -41,20 +41,17 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
 
 
-def merge(weights: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> None:
-    """Add each adapter to its layer, W + (α/r) B A in float32, in place.
+def differences(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """(α/r) B A of each adapter as a matrix, under the name of the weight that it is to be added to.
+
+    A convolution's B is 1×1 and its A has the kernel: flattened they multiply like a linear layer's.
 
     Args:
-        weights: the base's state dict, float32.
-        adapters: trained parameters under their names in the UNet with adapters.
+        adapters: trained parameters, float32, under their names in the UNet with adapters.
         scale: α/r.
     """
-    for name, value in adapters.items():
-        if name.endswith(_UP):
-            layer = name.removesuffix(_UP)
-            # A convolution's B is 1×1 and its A has the kernel: as matrices they multiply like a linear layer's.
-            product = value.flatten(1) @ adapters[layer + _DOWN].flatten(1)
-            weights[f"{layer}.weight"] += scale * product.view_as(weights[f"{layer}.weight"])
+    layers = [name.removesuffix(_UP) for name in adapters if name.endswith(_UP)]
+    return {f"{layer}.weight": scale * (adapters[layer + _UP].flatten(1) @ adapters[layer + _DOWN].flatten(1)) for layer in layers}
 
 
 def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

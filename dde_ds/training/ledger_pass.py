@@ -15,7 +15,7 @@ from dde_ds.errors import UserError
 from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.training.ledger import open_ledger
-from dde_ds.training.loop import build_run_objective, open_shards, treat_alike
+from dde_ds.training.prepare import build_run_objective, open_shards, treat_alike
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import reference_step
 

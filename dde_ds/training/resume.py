@@ -17,6 +17,7 @@ from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
+from dde_ds.training.metrics import read_rows
 
 
 def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, device: torch.device, say) -> Path | None:
@@ -79,12 +80,27 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
     }
 
 
+def cut_off(run: RunConfig, step: int) -> tuple[bool, bool]:
+    """Whether ``step``'s look at the held-out pairs and its drawing are due and missing: a request to stop cuts them off."""
+    look_due, drawing_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
+    rows = read_rows(Path(run.output) / "metrics.jsonl") if run.evaluation.path and step and look_due else []
+    looked = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
+    drawn = not run.samples.prompts or not drawing_due or (step > 0 and drawing(run, step).exists())
+    return not looked, not drawn
+
+
+def drawing(run: RunConfig, step: int) -> Path:
+    """File of the pictures that are drawn after ``step``."""
+    return Path(run.output) / "samples" / f"step-{step:08d}.png"
+
+
 def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
     """What a checkpoint says of itself."""
+    packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,
         "position": step * run.batch.pairs,
         "identity": identity(run, shards),
         "config": yaml.safe_load(run.to_yaml()),
-        "versions": {"dde_ds": __version__, **{name: version(name) for name in ("torch", "deepspeed", "diffusers")}},
+        "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from dde_ds import NoiseSchedule, load_config
@@ -13,6 +13,7 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import WeightReader, list_checkpoints, read_state
 from dde_ds.evaluation.heldout import error_drift
+from dde_ds.models.unet import load_unet
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import alone, launch, rows, write_config
 from tests.plain_loop import plain_losses
@@ -62,7 +63,7 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
         assert torch.allclose(readers[-1].read(f"{name}/ema"), average, atol=1e-6)
     state = read_state(checkpoints[-1])
     assert state["config"]["lora"]["rank"] == 4
-    assert state["versions"].keys() >= {"dde_ds", "torch", "deepspeed", "diffusers"}
+    assert state["versions"].keys() >= {"dde_ds", "torch", "deepspeed", "diffusers", "peft"}
 
     # The run left a pipeline, and beside it the adapters for the base: the same model twice.
     merged = StableDiffusionPipeline.from_pretrained(run / "export")
@@ -79,7 +80,7 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
 
     # What the looks measured during the run is the model of the last step, not the average.
     assert main(["export", str(run), "--output", str(tmp_path / "raw"), "--raw", "--max-shard-size", "100KB"]) == 0
-    unets = [UNet2DConditionModel.from_pretrained(path, subfolder="unet") for path in (tmp_path / "raw", sd_model)]
+    unets = [load_unet(str(path)) for path in (tmp_path / "raw", sd_model)]
     schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_pretrained(sd_model, subfolder="scheduler"))
     drift = error_drift(*unets, schedule, ShardSet(str(folder / "shards")))
     moved = drift["policy_chosen"] - drift["reference_chosen"]

@@ -6,6 +6,7 @@ RANK=… WORLD_SIZE=… python -m tests.engine.held CONFIG.json… > one JSON li
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from dde_ds.engine.zero import initialize
+from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.cost import made_up_batch
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import predict
@@ -51,13 +53,14 @@ def gradients(engine) -> list[Tensor]:
     return [*sums, *(parameter.grad for parameter in engine.module.parameters())]
 
 
-def held(config: dict, unet_config: dict, side: int) -> dict[str, int]:
+def held(config: dict, unet: dict, side: int, checkpointing: str = "none") -> dict[str, int]:
     torch.manual_seed(0)
-    policy, reference = (UNet2DConditionModel.from_config(unet_config) for _ in range(2))
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    policy, reference = (UNet2DConditionModel.from_config(unet).to(dtype) for _ in range(2))
+    set_checkpointing(policy, checkpointing)
     policy, reference = initialize(policy, reference, config)
-    dtype = next(reference.module.parameters()).dtype
-    noisy = torch.randn(2, unet_config["in_channels"], side, side, dtype=dtype)
-    batch = made_up_batch(unet_config, 2, 8)
+    noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
+    batch = made_up_batch(unet, 2, 8)
     timesteps = torch.zeros(2, dtype=torch.int64)
     found = {"gradients": 0}
     for _ in range(2):  # optimizer steps: the moments are made in the first
@@ -74,6 +77,7 @@ def held(config: dict, unet_config: dict, side: int) -> dict[str, int]:
         "weights": model,
         "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
         "reference": bytes_of(weights(reference)),
+        "peak_resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 
@@ -81,7 +85,7 @@ def main() -> None:
     quiet_libraries()
     for path in sys.argv[1:]:
         job = json.loads(Path(path).read_text(encoding="utf-8"))
-        print(json.dumps(held(job["config"], job["unet"], job["side"])), flush=True)
+        print(json.dumps(held(**job)), flush=True)
     dist.destroy_process_group()
 
 

@@ -1,13 +1,11 @@
-"""A state that any stage and number of ranks wrote, any other goes on from; and what a kill, a flipped bit or a full disk leaves."""
+"""A state that any stage and number of ranks wrote, any other goes on from; and what a flipped bit or a full disk leaves."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -147,77 +145,6 @@ def alone():
     policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
     train(policy, objective, range(2), 0, 1)
     return policy, objective
-
-
-EVENTS = ("os.mkdir", "open", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
-
-
-def save_in_a_child(folder, kill_at: int) -> bool:
-    """A forked process resumes what is there, trains a step and saves, keeping one checkpoint; it is killed at its n-th touch of a
-    checkpoint file during the save. True if it was."""
-    child = os.fork()
-    if child == 0:
-        alarm = signal.alarm(60)  # a hang is a failure, not a wait
-        assert alarm == 0
-        from dde_ds.distributed import start
-
-        start()
-        policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
-        first = 0
-        if found := checkpoint.list_checkpoints(folder):
-            checkpoint.load(found[-1], policy, objective)
-            first = checkpoint.step_of(found[-1])
-        train(policy, objective, range(first, first + 1), 0, 1)
-        seen = 0
-
-        def count(name, arguments):
-            nonlocal seen
-            if name in EVENTS and "checkpoints" in str(arguments[0]):
-                seen += 1
-                if seen == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        checkpoint.save(folder, policy, objective, {"step": first + 1}, keep=1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), f"ended with status {status}"
-    return status != 0
-
-
-def kill_everywhere(folder, outcomes) -> None:
-    """In a process that has no process group yet: one that was forked from under gloo's threads could not go on."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    import deepspeed  # noqa: F401 (loaded once for all children)
-
-    assert not save_in_a_child(folder, 0)
-    kept = shutil.copytree(folder, folder.parent / "kept")
-    event = 1
-    while save_in_a_child(folder, event):
-        found = checkpoint.list_checkpoints(folder)
-        assert found, f"killed at event {event}: no checkpoint is left"
-        assert checkpoint.damage(found[-1]) is None, f"killed at event {event}"
-        outcomes.append(found[-1].name)
-        if event % 6 == 1:  # the next save clears what this one left
-            assert not save_in_a_child(folder, 0)
-            assert len(list(folder.iterdir())) == 1
-        shutil.rmtree(folder)
-        shutil.copytree(kept, folder)
-        event += 2  # every other one: each takes a second
-
-
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """At files that the save opens, makes, renames or removes: the newest checkpoint is whole, the old or the new."""
-    with mp.Manager() as manager:
-        outcomes = manager.list()
-        mp.spawn(_spawned, (tmp_path / "checkpoints", outcomes))
-        assert len(outcomes) >= 10
-        assert set(outcomes) == {"step-00000001", "step-00000002"}
-
-
-def _spawned(_, folder, outcomes):
-    kill_everywhere(folder, outcomes)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "table"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dde_ds import UserError, initialize
-from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
+from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
@@ -36,10 +36,10 @@ def test_shipped_files_are_completed(file):
     )
     assert config["gradient_clipping"] == 1.0
     assert config["optimizer"]["params"]["lr"] == 1e-5
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     fp32 = complete_config(run_with(file, precision="fp32"), world=2)
-    assert fp32["bf16"] == {"enabled": False}
+    assert not fp32["bf16"]["enabled"]
 
 
 def test_a_contradiction_names_both_keys(tmp_path):
@@ -49,6 +49,9 @@ def test_a_contradiction_names_both_keys(tmp_path):
         complete_config(run_with(file), world=1)
     file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"scheduler is set, but optimizer\.warmup_steps"):
+        complete_config(run_with(file), world=1)
+    file.write_text(json.dumps({"bf16": {"check_grad_overflow": False}, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=r"bf16\.check_grad_overflow is False, but guards of the run says True"):
         complete_config(run_with(file), world=1)
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -92,7 +95,7 @@ def test_where_the_reference_lies():
     assert [reference_config(both, "auto", kind)["bf16"]["enabled"] for kind in ("policy", "bf16", "fp32")] == [True, True, False]
     for key, value in (("placement", "gpu"), ("dtype", "fp16")):
         with pytest.raises(UserError, match=rf"reference\.{key} is '{value}': must be"):
-            ReferenceConfig(**{key: value})
+            reference_config(both, **{key: value})
 
 
 def test_what_a_file_may_leave_out(tmp_path):
@@ -100,7 +103,7 @@ def test_what_a_file_may_leave_out(tmp_path):
     file.write_text('{"zero_optimization": {"stage": 1}}')
     assert complete_config(run_with(file), world=1)["train_batch_size"] == 16
     file.write_text("{}")
-    assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"] == {"stage": 0}
+    assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"]["stage"] == 0
     # Of the two ways to state a batch the reference takes the one that is there.
     assert reference_config({"train_batch_size": 8})["train_batch_size"] == 8
     both = reference_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
 from dde_ds.evaluation.pictures import Pictures, claim, open_pictures
 from dde_ds.evaluation.scorers import build_scorers
+from dde_ds.evaluation.scoring import equal_share
 from tests.inception import picture, save_inception
 
 CPU = torch.device("cpu")
@@ -104,6 +106,14 @@ def test_two_folders(weights, tmp_path, capsys, monkeypatch):
     open_pictures(new).save(3, 0, np.asarray(picture((40, 40), 99)))
     assert main(["compare", *sources, "--scorers", "inception"]) == 1
     assert f"{new}: these images have no inception score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_put_together_are_the_whole(world):
+    for count in (10, 11, 12):
+        shares = [equal_share(range(count), rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        assert list(itertools.chain(*shares))[:count] == list(range(count))
 
 
 def test_what_cannot_be_scored(weights, tmp_path, capsys):

@@ -14,7 +14,11 @@ from tests.launch.hosts import find
 
 pytestmark = pytest.mark.launch
 MANIFESTS = sorted((ROOT / "launchers" / "kubernetes").glob("*.yaml"))
-SCRIPTS = [*(ROOT / "launchers" / "slurm").glob("*.sbatch"), ROOT / "docker" / "entrypoint", ROOT / "docker" / "healthcheck"]
+SCRIPTS = [
+    *(ROOT / "launchers" / "slurm").glob("*.sbatch"),
+    *(ROOT / "docker" / name for name in ("entrypoint", "healthcheck", "prove")),
+    ROOT / ".ci" / "run",
+]
 # Kinds as kubeflow_trainer_api names their models, which are made from the same definitions as the CRDs.
 MODELS = {
     "v1/Service": "IoK8sApiCoreV1Service",

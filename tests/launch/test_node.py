@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dde_ds import load_config
-from launchers.node import main
+from launchers import node as node_py
 from tests.conftest import ROOT
 from tests.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
@@ -93,6 +93,16 @@ def test_no_orphans(config, tmp_path):
         time.sleep(0.1)
 
 
+def test_a_rank_that_hangs_is_ended(monkeypatch):
+    """One leaves with an error, the other one does nothing any more, not even die of TERM."""
+    monkeypatch.setattr(node_py, "TOGETHER", 0.5)
+    monkeypatch.setattr(node_py, "DYING", 0.5)
+    ranks = [subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(1000)", "raise SystemExit(1)")]
+    ranks[0].send_signal(signal.SIGSTOP)
+    assert node_py.watch(ranks, []) == 1
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -103,5 +113,5 @@ def test_no_orphans(config, tmp_path):
     ],
 )
 def test_wrong_options(arguments, named, capsys):
-    assert main(["--ranks", "1", *arguments]) == 1
+    assert node_py.main(["--ranks", "1", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"error: {named}")
