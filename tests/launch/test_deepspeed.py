@@ -11,7 +11,7 @@ import pytest
 
 from dde_ds.engine import checkpoint
 from tests.conftest import ROOT
-from tests.launching import command, environment, rows, wait_for_rows, write_config
+from tests.launching import PATIENCE, command, environment, rows, wait_for_rows, write_config
 
 pytestmark = pytest.mark.launch
 
@@ -29,7 +29,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path, sd_model, sd_shards
     inner, *below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 4  # two ranks and their loaders
     (process if outer else inner).send_signal(number)
-    output, _ = process.communicate(timeout=200)  # until all that inherited its end of the pipe are gone
+    output, _ = process.communicate(timeout=PATIENCE)  # until all that inherited its end of the pipe are gone
     deadline = time.monotonic() + 60
     while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (inner, *below)):
         assert time.monotonic() < deadline, output
