@@ -71,27 +71,27 @@ def test_channels_last_carries_through(sd_model):
 
 @pytest.mark.slow
 def test_compiled_blocks(sd_model):
-    """Gradients are those of eager PyTorch in every way of checkpointing, and a pass without gradients predicts what training does, to
-    the bit in bfloat16: a reference begins where its policy does."""
-    eager = load_unet(str(sd_model))
+    """Every way of checkpointing has the same gradients, eager PyTorch's but for bfloat16's rounding, and a pass without gradients predicts
+    what training does, to the bit: a reference begins where its policy does."""
+    eager = load_unet(str(sd_model)).bfloat16()
     inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), {"prompt_embeds": torch.randn(4, 7, 16)}
 
-    def passes(unet):
+    def passes(unet, mode):
+        set_checkpointing(unet, mode)
         unet.zero_grad()
         out = predict(unet, *inputs)
         out.float().square().mean().backward()
-        return out.detach(), [parameter.grad.float() for parameter in unet.parameters()]
+        return out.detach(), torch.cat([parameter.grad.flatten() for parameter in unet.parameters()])
 
     unet = copy.deepcopy(eager)
     compile_blocks(unet)
-    expected, expected_gradients = passes(eager)
-    for mode in ("none", "selective", "every_2", "full"):
-        set_checkpointing(unet, mode)
-        found, gradients = passes(unet)
-        assert torch.allclose(found, expected, atol=1e-5), mode
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, expected_gradients, strict=True)), mode
-    half = copy.deepcopy(eager).bfloat16()
-    compile_blocks(half)
-    trained, _ = passes(half)
+    predicted, gradients = passes(unet, "none")
+    for mode in ("selective", "every_2", "full"):
+        found = passes(unet, mode)
+        assert torch.equal(found[0], predicted), mode
+        assert torch.equal(found[1], gradients), mode
     with torch.no_grad():
-        assert torch.equal(predict(half, *inputs), trained)
+        assert torch.equal(predict(unet, *inputs), predicted)
+    expected, expected_gradients = passes(eager, "none")
+    assert torch.allclose(predicted, expected, atol=0.03)
+    assert (gradients - expected_gradients).float().norm() < 0.02 * expected_gradients.float().norm()

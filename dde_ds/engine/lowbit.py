@@ -1,7 +1,8 @@
 """AdamW with moments of 8 bits (bitsandbytes, arXiv 2110.02861): 2 bytes a parameter in the place of 8, under ZeRO-1 and 2.
 
 Each block of 256 moments is stored as codes (uint8), a table of the 256 values that they stand for, and the block's largest value. A
-checkpoint holds the values in float32 under AdamW's own names, so that a run goes on with 32 bits, and the other way round.
+checkpoint holds the values in float32 under AdamW's own names, so that a run goes on with 32 bits, and the other way round. Quantised
+again they may round once more: the codes reach 1 but not -1, so that a block whose largest value is negative gets another scale.
 """
 
 from __future__ import annotations

