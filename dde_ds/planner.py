@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 from dde_ds.config import load_config
-from dde_ds.engine.devices import DEVICES, Device, find_device
-from dde_ds.engine.plan import MFU, make_plan
+from dde_ds.engine.devices import DEVICES, MFU, Device, find_device
 from dde_ds.errors import UserError
 
 GPU = "H100"
@@ -38,6 +37,7 @@ def plan_run(args: argparse.Namespace) -> None:
         raise UserError(f"--mfu {args.mfu:g}: must lie in (0, 1]")
     device = chosen_device(args.gpu, args.gpu_memory)
     # The libraries take seconds to load: not before the arguments are known to be right.
+    from dde_ds.engine.plan import make_plan
     from dde_ds.models.quiet import quiet_libraries
     from dde_ds.training.planning import shards_are_there, task_of
     from dde_ds.training.prepare import open_shards

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+MFU = 0.4
+"""Assumed share of the device's peak that training computes at. Not measured."""
+
 
 class Device(NamedTuple):
     name: str

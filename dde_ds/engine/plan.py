@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dde_ds.config import RunConfig
-from dde_ds.engine.devices import Device
+from dde_ds.engine.devices import MFU, Device
 from dde_ds.engine.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory, stage_of
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.traffic import step_traffic
@@ -24,8 +24,6 @@ from dde_ds.engine.zero import complete_config
 from dde_ds.errors import UserError
 from dde_ds.models import cost
 
-MFU = 0.4
-"""Assumed share of the device's peak that training computes at: not measured. Well-tuned training of such models reaches 30 to 50 %."""
 DISK_BYTES_PER_S = 1e9
 """Assumed speed of the file system that checkpoints are written to."""
 HELD_BACK = 0.08
