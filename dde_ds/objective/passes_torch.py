@@ -32,7 +32,8 @@ def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) 
 
 
 def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
-    implied = _halves(pred.to(accumulator(pred)), target)  # nothing is sliced: autograd would pay for it
+    # Nothing is sliced, which autograd would pay for, and Tensor.unflatten is Python.
+    implied = pred.to(accumulator(pred)).reshape(-1, *target.noise.shape)
     if target.scale is not None:
         scale, shift = (_spread(_halves(each, target).to(implied.dtype)) for each in (target.scale, target.shift))
         implied = (implied * scale).addcmul(_halves(target.noisy, target).to(implied.dtype), shift)
