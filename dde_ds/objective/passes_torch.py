@@ -32,7 +32,12 @@ def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) 
 
 
 def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
-    return _difference(pred, target, slice(None)).square().mean((2, 3, 4)).flatten()
+    # Nothing is sliced, which autograd would pay for, and Tensor.unflatten is Python.
+    implied = pred.to(accumulator(pred)).reshape(-1, *target.noise.shape)
+    if target.scale is not None:
+        scale, shift = (_spread(_halves(each, target).to(implied.dtype)) for each in (target.scale, target.shift))
+        implied = (implied * scale).addcmul(_halves(target.noisy, target).to(implied.dtype), shift)
+    return (implied - target.noise.to(implied.dtype)).square().mean((2, 3, 4)).flatten()
 
 
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
