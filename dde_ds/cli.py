@@ -140,7 +140,7 @@ def export(args: argparse.Namespace) -> None:
     """A model from a checkpoint, without a GPU."""
     from dde_ds.engine import checkpoint
     from dde_ds.engine.export import export_checkpoint
-    from dde_ds.training.metrics import read_rows
+    from dde_ds.training.metrics import last_numbers, read_rows
 
     source = args.source
     chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
@@ -151,7 +151,7 @@ def export(args: argparse.Namespace) -> None:
     run_folder = chosen[-1].parent.parent
     run = load_config(run_folder / "config.yaml")
     rows = [row for row in read_rows(run_folder / "metrics.jsonl") if row["step"] <= checkpoint.step_of(chosen[-1])]
-    metrics = rows[-1] if rows else {}
+    metrics = last_numbers(rows)
     export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
     print(f"{chosen[-1].name} → {args.output}")
 

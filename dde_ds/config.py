@@ -284,7 +284,8 @@ class EmaConfig:
     """Keep a moving average of the trained weights, which the export then takes."""
 
     decay: float
-    """The average spans about the last 1/(1 - decay) optimizer steps. It warms up, at step k to no more than k/(9 + k)."""
+    """The average spans about the last 1/(1 - decay) optimizer steps. It warms up: at step k it is at most k/(9 + k), which is 0.99 after
+    891 steps and 0.999 after 8,991."""
 
     def __post_init__(self):
         _require(0 < self.decay < 1, "ema.decay", self.decay, "must lie in (0, 1)")

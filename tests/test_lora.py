@@ -72,7 +72,7 @@ def test_merged_and_loaded_adapters_are_the_trained_model(tmp_path, request, kin
     assert torch.allclose(predict(pipeline.unet), expected, atol=1e-5)
 
     weights = base.state_dict()
-    for name, difference in lora.differences(adapters, scale).items():
+    for name, difference in lora.differences(adapters, scale):
         weights[name] += difference.view_as(weights[name])
     assert torch.allclose(predict(base), expected, atol=1e-5)
 

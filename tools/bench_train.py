@@ -193,7 +193,7 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
         f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}{' and compiled' if args.compile else ''}, one rank, "
         f"{torch.get_num_threads()} threads, medians of {args.steps} "
-        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.2f} TFLOP/s"
+        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.3g} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n"
         + table(["loop", "step", "pairs/s", "utilisation", "peak memory", *PARTS, "waiting for data"], rows)
     )

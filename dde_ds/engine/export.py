@@ -97,7 +97,7 @@ def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
     """
     unet = load_unet(run.model.path, run.model.revision)
     weights = unet.state_dict()  # the UNet's own tensors
-    for name, value in (lora.differences(trained, run.lora.scale) if run.lora else trained).items():
+    for name, value in lora.differences(trained, run.lora.scale) if run.lora else trained.items():
         if name not in weights:
             raise UserError(f"model.path {run.model.path}: has no {name} in its UNet, which was trained: not the base of this run")
         if run.lora:

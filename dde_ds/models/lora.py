@@ -5,7 +5,7 @@ B begins at zero. So an untouched adapter adds exactly nothing, and with the ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
 
 
-def differences(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """(α/r) B A of each adapter as a matrix, under the name of the weight that it is to be added to.
+def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """(name of the weight that it is to be added to, (α/r) B A as a matrix) of each adapter, one at a time: all are as large as the layers.
 
     A convolution's B is 1×1 and its A has the kernel: flattened they multiply like a linear layer's.
 
@@ -50,8 +50,8 @@ def differences(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         adapters: trained parameters, float32, under their names in the UNet with adapters.
         scale: α/r.
     """
-    layers = [name.removesuffix(_UP) for name in adapters if name.endswith(_UP)]
-    return {f"{layer}.weight": scale * (adapters[layer + _UP].flatten(1) @ adapters[layer + _DOWN].flatten(1)) for layer in layers}
+    for layer in [name.removesuffix(_UP) for name in adapters if name.endswith(_UP)]:
+        yield f"{layer}.weight", scale * (adapters[layer + _UP].flatten(1) @ adapters[layer + _DOWN].flatten(1))
 
 
 def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Shapes: N samples of C·H·W elements. Written as plain autograd, the differences, their float32 copies and their squares would each
 live until the backward pass, at the size of the whole prediction. The two passes are Triton kernels on CUDA (``passes_triton``) and
-PyTorch elsewhere (``passes_torch``).
+PyTorch elsewhere (``passes_torch``); on a CPU, predictions too small for that to matter go through autograd after all.
 """
 
 from __future__ import annotations

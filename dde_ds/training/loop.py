@@ -24,7 +24,7 @@ from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
-from dde_ds.training.metrics import Averages, Clock, RunLog, read_rows
+from dde_ds.training.metrics import Averages, Clock, RunLog, last_numbers, read_rows
 from dde_ds.training.planning import Utilisation, chosen_checkpointing
 from dde_ds.training.prepare import build_run_objective, load_engines, open_folder, open_shards
 from dde_ds.training.progress import ProgressLine
@@ -122,7 +122,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
-        row = (read_rows(folder / "metrics.jsonl") or [{}])[-1]
+        row = last_numbers(read_rows(folder / "metrics.jsonl"))
         look_missing, drawing_missing = first_says(cut_off(run, first_step), ranks)
         if drawing_missing:
             draw_samples(first_step)

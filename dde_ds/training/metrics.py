@@ -141,6 +141,11 @@ class RowFile:
         self._file.flush()
 
 
+def last_numbers(rows: list[dict]) -> dict:
+    """What is known of the last step: a look at the held-out pairs that had been cut off has a row of its own."""
+    return {key: value for row in rows if row["step"] == rows[-1]["step"] for key, value in row.items()}
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows of such a file; a last line that a kill cut short is left out."""
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Requests to stop: TERM, USR1, Ctrl-C, a file named STOP in the run folder, the end of the time that a run has, or a launcher that is gone."""
+"""Requests to stop: TERM, USR1, Ctrl-C, a file named STOP in the run folder, the end of a run's time, or a launcher that is gone."""
 
 from __future__ import annotations
 

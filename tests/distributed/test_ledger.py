@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 
 from tests.conftest import ROOT
-from tests.launching import Outcome, Run, environment, launch_many, launcher, rows, write_config
+from tests.launching import PATIENCE, Outcome, Run, environment, launch_many, launcher, rows, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def test_the_same_losses_without_a_reference(tmp_path, sd_model, sd_shards):
 
     # The forward-only pass finds the same bits.
     command = [*launcher(2), "--module", "dde_ds.cli", "ledger", str(config), f"reference.ledger={tmp_path / 'forward'}"]
-    forward = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    forward = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert "32 of 32 pairs were missing" in forward.stdout, forward.stderr[-3000:]
     trained, forward = (safetensors.torch.load_file(tmp_path / name)["errors"] for name in ("trained", "forward"))
     assert trained.shape == (32, 2) and trained.equal(forward)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
 
 from dde_ds.engine import checkpoint
 from tests.conftest import ROOT
-from tests.launching import command, environment, rows, wait_for_rows, write_config
+from tests.launching import PATIENCE, command, environment, rows, wait_for_rows, write_config
 
 pytestmark = pytest.mark.launch
 
@@ -28,8 +29,11 @@ def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path, sd_model, sd_shards
     inner, *below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 4  # two ranks and their loaders
     (process if outer else inner).send_signal(number)
-    output, _ = process.communicate(timeout=200)  # until all that inherited its end of the pipe are gone
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (inner, *below))
+    output, _ = process.communicate(timeout=PATIENCE)  # until all that inherited its end of the pipe are gone
+    deadline = time.monotonic() + 60
+    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (inner, *below)):
+        assert time.monotonic() < deadline, output
+        time.sleep(0.1)
     assert f"stopped after step {len(rows(run))} as asked" in output
     (newest,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert checkpoint.step_of(newest) == len(rows(run))
