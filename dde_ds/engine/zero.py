@@ -55,7 +55,7 @@ def initialize(
         distributed.start()
     if config.get("torch_autocast", {}).get("enabled"):
         raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
-    _take_torch_adam(config, deepspeed.accelerator.get_accelerator().device_name())
+    _take_torch_adam(config)
     _keep_linear(config, policy)
 
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -74,8 +74,8 @@ def offloads_optimizer(config: dict) -> bool:
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
-def _take_torch_adam(config: dict, device: str) -> None:
-    """PyTorch's AdamW: DeepSpeed would first compile its own, for over a minute and with a CUDA toolkit, for the same update.
+def _take_torch_adam(config: dict) -> None:
+    """PyTorch's fused AdamW: DeepSpeed would first compile its own, for over a minute and with a CUDA toolkit, for the same update.
 
     An offloaded optimizer needs DeepSpeed's, which runs on the CPU and is compiled once, by the first run.
     """
@@ -89,8 +89,8 @@ def _take_torch_adam(config: dict, device: str) -> None:
             )
     elif optimizer.get("type") in ("Adam", "AdamW"):
         parameters = optimizer.setdefault("params", {})
-        if parameters.setdefault("torch_adam", True) and device == "cuda":
-            parameters.setdefault("fused", True)
+        if parameters.setdefault("torch_adam", True):
+            parameters.setdefault("fused", True)  # one pass over the weights, on a CPU as well
 
 
 def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
