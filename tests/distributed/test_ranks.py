@@ -91,7 +91,7 @@ def test_out_of_time_and_resumed(config, tmp_path):
     run = tmp_path / "run"
     stopped = alone(config, "max_hours=1e-9")
     assert stopped.returncode == 75, stopped.stderr[-3000:]
-    assert "stopped after step 1 as asked" in stopped.stdout
+    assert "stopped as asked before a step was made" in stopped.stdout
     assert not (run / "DONE").exists()
     assert alone(config, "--resume", "auto").returncode == 0
     assert [row["loss"] for row in rows(run)] == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
