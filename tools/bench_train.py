@@ -97,7 +97,9 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
     parser.add_argument("--compile", action="store_true", help="compile our UNets' repeated blocks; the plain loop's never")
-    parser.add_argument("--channels-last", action="store_true", help="convolutions of our UNets in (N,H,W,C); the plain loop's never")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="convolutions of our UNets in (N,H,W,C); the plain loop's never"
+    )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
     parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
