@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dde_ds import planner
-from dde_ds.config import load_config
+from dde_ds.config import config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
 from dde_ds.ranks import read_environment, read_hostfile
@@ -148,9 +148,10 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"{source}: neither a run folder with a finished checkpoint nor a checkpoint")
     if wrong := checkpoint.damage(chosen[-1]):
         raise UserError(f"checkpoint {chosen[-1]}: damaged: {wrong}; export an older one")
-    run_folder = chosen[-1].parent.parent
-    run = load_config(run_folder / "config.yaml")
-    rows = [row for row in read_rows(run_folder / "metrics.jsonl") if row["step"] <= checkpoint.step_of(chosen[-1])]
+    state = checkpoint.read_state(chosen[-1])
+    run = config_of(state["config"])
+    # Of the run folder, where the checkpoint still lies in one.
+    rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl") if row["step"] <= state["step"]]
     metrics = last_numbers(rows)
     export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
     print(f"{chosen[-1].name} → {args.output}")

@@ -467,6 +467,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"--config {path}: expected keys and values, found {type(data).__name__}")
     for override in overrides:
         _override(data, override)
+    return config_of(data)
+
+
+def config_of(data: Any) -> RunConfig:
+    """A run from plain data, such as a checkpoint's ``state.json`` holds, checked as :func:`load_config` does."""
     return _build(RunConfig, data, "")
 
 

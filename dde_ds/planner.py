@@ -88,7 +88,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("memory of a rank", [
             f"{_gib(memory['peak'])} GiB = {held}" if memory["communication"] + memory["activations"] >= memory["step"]
             else f"{_gib(memory['peak'])} GiB, in the optimizer step",
-            f"activations by gradient checkpointing: {modes}",
+            f"activations, counted uncompiled, by gradient checkpointing: {modes}",
             *([f"and {_gib(memory['host'])} GiB of the host's"] if memory["host"] else []),
         ]),
         ("traffic of a step", [

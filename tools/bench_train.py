@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import resource
 import statistics
 import sys
@@ -42,10 +43,11 @@ from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.cost import pair_flops
 from dde_ds.models.quiet import quiet_libraries
-from dde_ds.models.speed import compile_blocks
+from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.metrics import Averages, RunLog
 from dde_ds.training.reference import frozen_model
@@ -95,6 +97,9 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
     parser.add_argument("--compile", action="store_true", help="compile our UNets' repeated blocks; the plain loop's never")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="convolutions of our UNets in (N,H,W,C); the plain loop's never"
+    )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
     parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
@@ -114,7 +119,8 @@ def main() -> int:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
         how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
         what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
-        record(f"{what}, {name}, {how}{', compiled' if args.compile else ''}, {machine(device)}", text)
+        treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
+        record(f"{what}, {name}, {how}{treated}, {machine(device)}", text)
     return 0
 
 
@@ -191,7 +197,8 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
         rows.append(row + [f"{part * 1e3:.1f} ms" for part in parts[name]] + [f"{parts[name][0] / sum(parts[name]):.1%}"])
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
-        f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}{' and compiled' if args.compile else ''}, one rank, "
+        f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}"
+        f"{', channels last' if args.channels_last else ''}{' and compiled' if args.compile else ''}, one rank, "
         f"{torch.get_num_threads()} threads, medians of {args.steps} "
         f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.3g} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n"
@@ -225,10 +232,11 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
     """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``ledger`` no reference is loaded: its
     errors, made up, come with the batch."""
     unet, reference = load(args), None if ledger else load(args)
-    if args.compile:
-        compile_blocks(unet)
-        if reference:
-            compile_blocks(reference)
+    for model in (unet, reference) if reference else (unet,):
+        if args.channels_last:
+            use_channels_last(model)
+        if args.compile:
+            compile_blocks(model)
     path = folder / "run.yaml"
     path.write_text(json.dumps({
         "output": str(folder), "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
@@ -240,7 +248,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
     shards = MadeUpShards(unet, args.latent)
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))
     slices = RankSlices(args.micro * args.accumulate, args.micro, 0, 1, 0, 10**6)
-    averages, log, heartbeat, numbers = Averages(), RunLog(folder, 0), Heartbeat(folder), itertools.count(1)
+    guards, averages, log, heartbeat, numbers = Guards(1), Averages(), RunLog(folder, 0), Heartbeat(folder), itertools.count(1)
     batches = micro_batches(dataset, slices, workers=0, pin_memory=device.type == "cuda")
     predict_reference = None if ledger else frozen_model(reference)
 
@@ -252,25 +260,25 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
             return prediction
 
         number = next(numbers)
-        finite = torch.ones((), dtype=torch.bool, device=device)
         for _ in range(args.accumulate):
             batch = next(batches)
             if ledger:
                 batch["reference_errors"] = torch.ones(2 * args.micro)
             out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
             ended("forward")
-            policy.backward(out.loss)
+            policy.backward(guards.watch(out.loss, batch))
             ended("backward")
             averages.add(out)
-            finite &= out.loss.detach().isfinite()
             if not policy.is_gradient_accumulation_boundary():
                 policy.step()
             ended("step")
-        if any_rank(not finite.item(), device):
-            raise RuntimeError("a loss is not finite: nothing of this would be a measurement")
         norm = update(policy)
-        objective.commit()
         heartbeat.beat(number)
+        if not math.isfinite(norm):
+            guards.skipped(number)  # raises: nothing of this would be a measurement
+        guards.passed()
+        objective.commit()
+        averages.commit()
         log.write(number, number, {**averages.read(1000), "grad_norm": norm}, objective)
         any_rank(False, device)  # as it asks whether to stop
         ended("step")

@@ -19,7 +19,7 @@ from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.engine.checkpoint import WeightReader, read_state
 from dde_ds.engine.single_file import to_single_file
-from dde_ds.engine.state import EMA, WEIGHT, gather
+from dde_ds.engine.state import EMA, WEIGHT, gather, moments
 from dde_ds.errors import UserError
 from dde_ds.files import publish, put_in_place, staged_path
 from dde_ds.models import lora
@@ -34,7 +34,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def export_policy(policy: Any, run: RunConfig, step: int, metrics: dict, target: Path) -> None:
     """Write the policy, in the run's precision, as a complete diffusers pipeline; its moving average where the run keeps one.
     Collective."""
-    kind = EMA if run.ema else WEIGHT
+    kind = EMA if run.ema and EMA in moments(policy) else WEIGHT  # it begins with the first step that is made
     trained = {}
     for name, tensors in gather(policy, [kind]):  # a module sharded by ZeRO-3 would save empty tensors without a word
         if dist.get_rank() == 0:

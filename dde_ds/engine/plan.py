@@ -146,24 +146,35 @@ def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device,
     }  # fmt: skip
 
 
-def rank_memory(run: RunConfig, task: Task, world: int, on_a_node: int) -> Memory:
-    """Of one rank, activations included.
+def rank_memory(run: RunConfig, task: Task, world: int, on_a_node: int, with_reference: bool = True) -> Memory:
+    """Of one rank, activations included: those of eager PyTorch, also where a run compiles its blocks.
+
+    Args:
+        with_reference: False where a complete ledger takes the place of the reference that the objective needs.
 
     Raises:
         UserError: as :func:`~dde_ds.engine.zero.complete_config`.
     """
-    state = _state_memory(run, task, world, on_a_node)
+    state = _state_memory(run, task, world, on_a_node, with_reference)
     one = task.training_pass(run.model.gradient_checkpointing, _dtype(run))
     return dataclasses.replace(state, activations=one.peak * run.batch.micro)
 
 
-def pick_checkpointing(run: RunConfig, task: Task, world: int, on_a_node: int, usable_bytes: float) -> str | None:
+def pick_checkpointing(
+    run: RunConfig, task: Task, world: int, on_a_node: int, usable_bytes: float, with_reference: bool = True
+) -> str | None:
     """The mode of gradient checkpointing that computes least again among those that fit into ``usable_bytes`` of a device's memory;
-    None where not even the last does."""
-    for mode in MODES:
-        if rank_memory(_change(run, {"model.gradient_checkpointing": mode}), task, world, on_a_node).peak <= usable_bytes:
+    None where not even the last does. ``with_reference`` as in :func:`rank_memory`."""
+    for mode in _modes(run):
+        changed = _change(run, {"model.gradient_checkpointing": mode})
+        if rank_memory(changed, task, world, on_a_node, with_reference).peak <= usable_bytes:
             return mode
     return None
+
+
+def _modes(run: RunConfig) -> list[str]:
+    """Without ``selective`` where the blocks are compiled: they decide by themselves what to keep, and what that saves is not counted."""
+    return [mode for mode in MODES if not (run.model.compile and mode == "selective")]
 
 
 def nearest_fit(run: RunConfig, task: Task, world: int, on_a_node: int, usable_bytes: float) -> list[str] | None:
@@ -185,7 +196,7 @@ def nearest_fit(run: RunConfig, task: Task, world: int, on_a_node: int, usable_b
 def _changes(run: RunConfig, world: int) -> Iterator[dict[str, Any]]:
     share = run.batch.pairs // world
     micros = [micro for micro in range(run.batch.micro, 0, -1) if share % micro == 0]
-    modes = [mode for mode in MODES if _saving(mode) > _saving(run.model.gradient_checkpointing)]
+    modes = [mode for mode in _modes(run) if _saving(mode) > _saving(run.model.gradient_checkpointing)]
     files = [run.deepspeed]
     for name in ("zero3.json", "zero2_offload.json", "zero3_offload.json"):
         beside = Path(run.deepspeed).with_name(name)
@@ -226,10 +237,10 @@ def kept_checkpoints(run: RunConfig) -> int:
     return keep.keep + 1 + (run.steps // keep.keep_every if keep.keep_every else 0)
 
 
-def _state_memory(run: RunConfig, task: Task, world: int, on_a_node: int) -> Memory:
+def _state_memory(run: RunConfig, task: Task, world: int, on_a_node: int, with_reference: bool = True) -> Memory:
     config = complete_config(run, world, on_a_node)
     memory = policy_memory(task.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
-    placed = _reference_config(run, config)
+    placed = _reference_config(run, config) if with_reference else None
     if placed is None:
         return memory
     frozen = reference_memory(task.sizes.trained, placed, world)

@@ -176,6 +176,8 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
     if run.precision == "fp32":
         # Communication and accumulation types are for mixed precision; in fp32 they would be contradictions.
         config.pop("data_types", None)
+    else:  # DeepSpeed's default is the model's own type, whose sums lose their late terms
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
 
 

@@ -12,8 +12,8 @@ from dde_ds.errors import UserError
 from dde_ds.training.metrics import RowFile
 
 MEND = (
-    "lower optimizer.learning_rate, try precision=fp32, or leave these timesteps out by objective.timestep_range; then go on with "
-    "--resume from the last checkpoint. skipped.jsonl has every pair"
+    "lower optimizer.learning_rate and go on with --resume from the last checkpoint; or, in a new output folder, try precision=fp32 or "
+    "leave these timesteps out by objective.timestep_range. skipped.jsonl has every pair"
 )
 
 

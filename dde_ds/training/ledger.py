@@ -112,6 +112,7 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
         "precision": run.precision,  # x_t is rounded to it
         "precision of the reference": run.reference_precision,
         "model.compile": run.model.compile,  # the same sums, rounded in other places
+        "model.channels_last": run.model.channels_last,
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,

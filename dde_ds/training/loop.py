@@ -36,6 +36,7 @@ from dde_ds.training.track import open_trackers
 from dde_ds.training.watch import Watch
 
 DONE, STOPPED = 0, 75
+UNSTARTED = "stopped as asked before a step was made; go on with --resume auto"
 
 
 def train(run: RunConfig, resume: str | None = None) -> int:
@@ -61,27 +62,31 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     ds_config = complete_config(run, ranks.world, on_a_node)
     resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
 
-    first_step = checkpoint.read_state(resumed)["step"] if resumed else 0
+    state = checkpoint.read_state(resumed) if resumed else {}
+    first_step, guards = state.get("step", 0), Guards(run.guards.max_skipped_in_a_row, **state.get("skipped", {}))
     ledger = open_ledger(run, shards, objective, ranks)
-    with_reference = objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
-    checkpointing = chosen_checkpointing(run, shards, ranks.world, on_a_node, device)
-    policy, reference = load_engines(run, ds_config, with_reference, checkpointing)
-    utilisation = Utilisation(run, shards, with_reference, ranks.world, device)
-    dtype = next(policy.parameters()).dtype
-    objective.to(device)
+    # All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
     if ranks.is_first:
         open_folder(folder, run)
     any_rank(False, device)  # nobody goes on before the folder is there
     stop = StopRequest(folder, device, deadline)
+    with_reference = objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
+    checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world, on_a_node, device)
+    policy, reference = load_engines(run, ds_config, with_reference, checkpointing)
+    utilisation = Utilisation(run, shards, with_reference, ranks.world, device)
+    dtype = next(policy.parameters()).dtype
+    objective.to(device)
     look = None
     if held_out_shards:
         held_out = HeldOut(held_out_shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
         # Before a checkpoint is loaded: the policy is still its own reference.
         look = unless_stopped(lambda: Look(held_out, policy.module, stop.poll))
-    guards = Guards(run.guards.max_skipped_in_a_row)
+    if stop.agreed():
+        if ranks.is_first:
+            print(UNSTARTED, flush=True)
+        return STOPPED
     if resumed is not None:
         checkpoint.load(resumed, policy, objective)
-        guards = Guards(run.guards.max_skipped_in_a_row, **checkpoint.read_state(resumed)["skipped"])
 
     draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
@@ -131,7 +136,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             if log:
                 log.write(first_step, first_step * run.batch.pairs, looked)
         if stop.agreed():
-            progress.say("stopped as asked before a step was made; go on with --resume auto")
+            progress.say(UNSTARTED)
             return STOPPED
         clock.read()  # what came before was not training
         for step in range(first_step + 1, run.steps + 1):

@@ -44,7 +44,9 @@ def task_of(run: RunConfig, shards: ShardSet | MixedShards | None) -> Task:
     return Task(unet, tuple(shards.latent_shape), tokens, pair_bytes, total, pairs, adapters)
 
 
-def chosen_checkpointing(run: RunConfig, shards: ShardSet | MixedShards, world: int, on_a_node: int, device: torch.device) -> str:
+def chosen_checkpointing(
+    run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, on_a_node: int, device: torch.device
+) -> str:
     """The mode of gradient checkpointing: the run's own, or what ``auto`` comes to with the memory of the smallest device. Collective."""
     if run.model.gradient_checkpointing != "auto":
         return run.model.gradient_checkpointing
@@ -55,7 +57,7 @@ def chosen_checkpointing(run: RunConfig, shards: ShardSet | MixedShards, world: 
     smallest = torch.tensor(memory, device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     usable = smallest.item() * (1 - HELD_BACK)
-    return pick_checkpointing(run, task_of(run, shards), world, on_a_node, usable) or MODES[-1]
+    return pick_checkpointing(run, task_of(run, shards), world, on_a_node, usable, with_reference) or MODES[-1]
 
 
 class Utilisation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import pytest
 import torch
 
 from dde_ds import load_config
-from tests.conftest import ROOT
-from tests.launching import Run, launch_many, rows, write_config
+from tests.launching import Run, launch_many, rows, shipped, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -20,18 +18,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, sd_model, sd_shards) -> Path:
     return write_config(tmp_path_factory.mktemp("engines") / "run.yaml", sd_model, sd_shards)
-
-
-def shipped(folder: Path, name: str, **changes) -> str:
-    """An override that names a file of ds_configs. By default ZeRO-3 leaves parameters below 100,000 elements whole, which all of a
-    tiny model's are: here none."""
-    found = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    if found["zero_optimization"]["stage"] == 3:
-        changes["stage3_param_persistence_threshold"] = 0
-    found["zero_optimization"] |= changes
-    path = folder / f"{name}{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps(found))
-    return f"deepspeed={path}"
 
 
 def launched(config: Path, folder: Path, plan: dict[str, list[str]]) -> dict[str, list[dict]]:

@@ -14,8 +14,8 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import WeightReader, list_checkpoints, read_state
 from dde_ds.evaluation.heldout import error_drift
 from dde_ds.models.unet import load_unet
-from tests.conftest import DEMO, ROOT, shard
-from tests.launching import alone, launch, rows, write_config
+from tests.conftest import DEMO, shard
+from tests.launching import alone, launch, rows, shipped, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
         samples={"prompts": ["dagger"], "inference_steps": 2, "every": 3},
         evaluation={"path": str(shard(folder / "pairs.parquet", sd_model, folder / "shards")), "every": 1},
     )
-    run, zero3 = tmp_path / "run", f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
+    run, zero3 = tmp_path / "run", shipped(tmp_path, "zero3")
     process = launch(config, "steps=3", zero3, "model.gradient_checkpointing=full")
     assert process.returncode == 0, process.stderr[-3000:]
     process = alone(config, "--resume", "steps=5", "batch.micro=4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from dde_ds import NoiseSchedule, load_config
 from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
+from dde_ds.engine.checkpoint import list_checkpoints
 from dde_ds.evaluation.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
@@ -206,6 +208,12 @@ def test_stopped_at_step_3_and_resumed(ended, config, tmp_path, before):
     assert "| optimizer steps | 5 of 8 pairs |" in card
     assert "| eval/drift_chosen |" in card
     assert card == (run / "export" / "README.md").read_text()
+    # So does a copy of it elsewhere, without the run's numbers.
+    copy = shutil.copytree(list_checkpoints(run / "checkpoints")[-1], tmp_path / "copied")
+    assert main(["export", str(copy), "--output", str(tmp_path / "from a copy")]) == 0
+    found = unet(tmp_path / "from a copy")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "eval/" not in (tmp_path / "from a copy" / "README.md").read_text()
 
     # The base's held-out errors were measured before the checkpoint was loaded: the drift goes on, it does not begin again.
     drift = [abs(values["eval/drift_chosen"]) for values in looks(run).values()]

@@ -31,7 +31,8 @@ def engine(stage, world, bf16=False):
     config = {
         "train_batch_size": PAIRS,
         "train_micro_batch_size_per_gpu": PAIRS // world,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage}
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),  # shard even the smallest
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "bf16": {"enabled": bf16},
     } | ({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {})

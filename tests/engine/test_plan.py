@@ -198,6 +198,12 @@ def test_checkpointing_that_fits(run):
     assert pick_checkpointing(run, task, 2, 2, peaks["none"] - 1) in ("selective", "every_2")
     assert pick_checkpointing(run, task, 2, 2, peaks["full"]) == "full"
     assert pick_checkpointing(run, task, 2, 2, peaks["full"] - 1) is None
+    compiled = replace(run, model=replace(run.model, compile=True))
+    assert pick_checkpointing(compiled, task, 2, 2, peaks["none"] - 1) == "every_2"  # its blocks do not heed selective
+    # A ledger that covers the run takes the reference's place in memory.
+    lighter = rank_memory(override(run, "none"), task, 2, 2, with_reference=False)
+    assert (lighter.reference, lighter.peak < peaks["none"]) == (0, True)
+    assert pick_checkpointing(run, task, 2, 2, lighter.peak, with_reference=False) == "none"
     automatic = make_plan(override(run, "auto"), task, 1, 2, H100)
     assert automatic["settings"]["gradient_checkpointing"] == "none"
 

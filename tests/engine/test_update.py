@@ -29,7 +29,8 @@ def engine(stage: int, bf16: bool):
         "train_micro_batch_size_per_gpu": 8 // WORLD // ACCUMULATION,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage}
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),  # shard even the smallest
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
     } | ({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {})

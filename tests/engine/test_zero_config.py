@@ -102,6 +102,9 @@ def test_what_a_file_may_leave_out(tmp_path):
     file = tmp_path / "bare.json"
     file.write_text('{"zero_optimization": {"stage": 1}}')
     assert complete_config(run_with(file), world=1)["train_batch_size"] == 16
+    assert complete_config(run_with(file), world=1)["data_types"] == {"grad_accum_dtype": "fp32"}  # not DeepSpeed's bf16
+    file.write_text('{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}')
+    assert complete_config(run_with(file), world=1)["data_types"] == {"grad_accum_dtype": "bf16"}
     file.write_text("{}")
     assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"]["stage"] == 0
     # Of the two ways to state a batch the reference takes the one that is there.

@@ -10,9 +10,10 @@ import pytest
 
 from dde_ds import load_config
 from dde_ds.engine import checkpoint
-from tests.conftest import DEMO, ROOT, shard
+from dde_ds.training.metrics import read_rows
+from tests.conftest import DEMO, shard
 from tests.faults.legs import Leg, run_legs
-from tests.launching import rows, write_config
+from tests.launching import rows, shipped, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def contents(run: Path) -> tuple:
     """Newest checkpoint, steps with a loss, steps with a look, drawings."""
-    found = rows(run)
+    found = read_rows(run / "metrics.jsonl")  # none before the first row
     return (
         max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")), default=0),
         [row["step"] for row in found if "loss" in row],
@@ -39,7 +40,7 @@ def test_in_a_drawing_and_in_a_look(tmp_path, sd_model, sd_shards):
         sd_shards,
         samples={"prompts": ["dagger"], "inference_steps": 3, "every": 2},
         evaluation={"path": str(held_out), "every": 1},
-        deepspeed=str(ROOT / "ds_configs" / "zero3.json"),
+        deepspeed=shipped(tmp_path, "zero3").removeprefix("deepspeed="),
     )
     legs = {
         Leg(signal_in=("errors", 1)): (75, 0, [], [], []),  # at the base, with which each launch begins

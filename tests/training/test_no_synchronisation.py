@@ -8,6 +8,8 @@ import torch
 from dde_ds import NoiseSchedule, build_objective
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.unet import load_unet
+from dde_ds.training.guards import Guards
+from dde_ds.training.metrics import Averages
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 from tests.objective.test_no_synchronisation import NoCopies
@@ -27,9 +29,13 @@ def work(model, mode: str, schedule: NoiseSchedule, device: str):
     }
     if policy.config.addition_embed_type == "text_time":
         batch |= {"pooled": torch.randn(4, 16, device=device), "time_ids": torch.ones(4, 6, device=device)}
+    batch["positions"] = torch.tensor([0, 1]).to(device)
+    guards, averages = Guards(1), Averages()
     yield
     for _ in range(2):
-        micro_step(policy, frozen_model(reference), objective, batch, torch.device(device)).loss.backward()
+        out = micro_step(policy, frozen_model(reference), objective, batch, torch.device(device))
+        guards.watch(out.loss, batch).backward()
+        averages.add(out)
     yield
 
 
