@@ -203,3 +203,4 @@ def test_whole_comparison_in_short(tmp_path):
         json.loads(file.read_text()) for file in (tmp_path / "before.json", results["final-sft-beta500-rate0.0001-seed0"])
     )
     assert after["chosen"] == pytest.approx(before["chosen"], abs=1e-6)
+    assert (before["resumed"], after["resumed"]) == (False, True)
