@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dde_ds import planner
 from dde_ds.config import load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
-from dde_ds.ranks import read_environment
+from dde_ds.ranks import read_environment, read_hostfile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,10 +21,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
-    check.set_defaults(act=lambda args: validate(args.config, args.overrides, args.ranks))
+    check.set_defaults(
+        act=lambda args: validate(
+            args.config, args.overrides, sum(read_hostfile(args.hostfile).values()) if args.hostfile else args.ranks
+        )
+    )
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
+    check.add_argument("--hostfile", help="check this too, and count its slots, in the place of --ranks")
+    planner.add_command(commands)
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
     picture.set_defaults(act=explain)
     picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all five that compare pairs")
@@ -35,11 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
     picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
     picture.add_argument("--output", type=Path, default=Path("explain.png"))
-    model = commands.add_parser("export", help="make a diffusers folder from a run's newest checkpoint, or from one of your choice")
-    model.set_defaults(act=lambda args: export(args.source, args.output, args.dtype))
+    model = commands.add_parser("export", help="make a model from a run's newest checkpoint, or from one of your choice")
+    model.set_defaults(act=export)
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
-    model.add_argument("--output", type=Path, required=True, help="folder to write")
-    model.add_argument("--dtype", default="fp32", help="of the UNet: fp32, bf16 or fp16")
+    model.add_argument("--output", type=Path, required=True, help="folder to write, or with --format single a .safetensors file")
+    model.add_argument(
+        "--format",
+        default="folder",
+        help="folder: for diffusers, with a LoRA run's adapters merged and beside it; lora: the adapters alone; "
+        "single: one file in the layout of the original Stable Diffusion code",
+    )
+    model.add_argument("--dtype", default="fp32", help="of the UNet, of adapters, or of a single file: fp32, bf16 or fp16")
+    model.add_argument("--max-shard-size", metavar="5GB", help="split the folder's weights into files of at most this size")
+    model.add_argument("--raw", action="store_true", help="the weights themselves, where the run kept a moving average of them")
     ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
     ledger.set_defaults(act=lambda args: fill_ledger(args.config, args.overrides))
     ledger.add_argument("config", help="YAML of a run with reference.ledger")
@@ -94,7 +109,7 @@ def explain(args: argparse.Namespace) -> None:
         own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
         if own:
             raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
-        from dde_ds.training.loop import load_run_objective
+        from dde_ds.training.prepare import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
         print(args.output)
@@ -121,12 +136,13 @@ def explain(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-def export(source: Path, output: Path, dtype: str) -> None:
-    """A diffusers folder from a checkpoint, without a GPU."""
+def export(args: argparse.Namespace) -> None:
+    """A model from a checkpoint, without a GPU."""
     from dde_ds.engine import checkpoint
     from dde_ds.engine.export import export_checkpoint
-    from dde_ds.training.metrics import read_rows
+    from dde_ds.training.metrics import last_numbers, read_rows
 
+    source = args.source
     chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
     if not chosen:
         raise UserError(f"{source}: neither a run folder with a finished checkpoint nor a checkpoint")
@@ -135,8 +151,9 @@ def export(source: Path, output: Path, dtype: str) -> None:
     run_folder = chosen[-1].parent.parent
     run = load_config(run_folder / "config.yaml")
     rows = [row for row in read_rows(run_folder / "metrics.jsonl") if row["step"] <= checkpoint.step_of(chosen[-1])]
-    export_checkpoint(chosen[-1], run, rows[-1] if rows else {}, output, dtype)
-    print(f"{chosen[-1].name} → {output}")
+    metrics = last_numbers(rows)
+    export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
+    print(f"{chosen[-1].name} → {args.output}")
 
 
 def fill_ledger(config: str, overrides: list[str]) -> None:
@@ -153,7 +170,7 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     accumulation = run.batch.accumulation(ranks)
 
     from dde_ds.engine.zero import complete_config
-    from dde_ds.training.loop import build_run_objective, open_shards
+    from dde_ds.training.prepare import build_run_objective, open_shards
 
     stage = complete_config(run, ranks)["zero_optimization"]["stage"]
     shards, _ = open_shards(run)

@@ -34,18 +34,53 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
-    gradient_checkpointing: str = "full"
+    gradient_checkpointing: str = "auto"
     """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
-    of the throughput. The first that fits is the fastest."""
+    of the throughput. The first that fits is the fastest: ``auto`` takes it, by what ``dde-ds plan`` counts and the memory that is there."""
+
+    compile: bool = False
+    """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
+    ZeRO-3."""
+
+    channels_last: bool = False
+    """Convolutions in the memory format that tensor cores take. Turn it on on a GPU where it is faster: measure a few steps."""
 
     def __post_init__(self):
         _require(
-            re.fullmatch(r"none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
             "model.gradient_checkpointing",
             self.gradient_checkpointing,
-            "must be none, selective, every_2, every_3, … or full",
+            "must be auto, none, selective, every_2, every_3, … or full",
         )
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    placement: str = "auto"
+    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
+    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
+    are there, else replicated. Changes memory and speed, not the result."""
+
+    dtype: str = "policy"
+    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
+    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
+    rounding, which β and w_t multiply."""
+
+    ledger: str | None = None
+    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
+    it has all, no reference is loaded, which saves one forward pass of two and the reference's memory. For runs that share seed, data and
+    model, such as a search for β or the learning rate. With another ``batch.micro`` or on other hardware the model itself would round
+    otherwise. ``sft`` has no reference and leaves it alone."""
+
+    def __post_init__(self):
+        _require(
+            self.placement in ("auto", "replicated", "sharded", "cpu"),
+            "reference.placement",
+            self.placement,
+            "must be auto, replicated, sharded or cpu",
+        )
+        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -81,14 +116,6 @@ class ObjectiveConfig:
         _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    ledger: str | None = None
-    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded: about a fifth faster, and the reference's memory is free. For runs that share seed, data, batch
-    and model, such as a search for β or the learning rate. ``sft`` has no reference and leaves it alone."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +233,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm. 0 does not clip."""
 
+    type: str = "adamw"
+    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on one to
+    four GPUs. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
+
     def __post_init__(self):
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -213,10 +244,51 @@ class OptimizerConfig:
         _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be 0 or more")
+        _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant."""
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train two thin matrices beside each chosen layer, and nothing else."""
+
+    rank: int
+    """r, the thin side of the adapters. Memory, file and what can be learned grow with it; 4 to 128 are usual."""
+
+    alpha: float | None = None
+    """The adapters are scaled by α/r. None is α = r, no scale; change it only together with the learning rate."""
+
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that get adapters. Default: the projections of all attentions. ``ff.net.0.proj`` and ``ff.net.2``
+    add the feed-forward layers, ``conv1`` and ``conv2`` the convolutions."""
+
+    def __post_init__(self):
+        _require(self.rank >= 1, "lora.rank", self.rank, "must be 1 or more")
+        _require(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "must be above 0, or null")
+        _require(len(self.targets) >= 1, "lora.targets", self.targets, "must name at least one layer")
+
+    @property
+    def alpha_or_rank(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        return self.alpha_or_rank / self.rank
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Keep a moving average of the trained weights, which the export then takes."""
+
+    decay: float
+    """The average spans about the last 1/(1 - decay) optimizer steps. It warms up: at step k it is at most k/(9 + k), which is 0.99 after
+    891 steps and 0.999 after 8,991."""
+
+    def __post_init__(self):
+        _require(0 < self.decay < 1, "ema.decay", self.decay, "must lie in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -225,7 +297,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes 12 bytes a parameter: float32 weights and AdamW's two moments."""
+    """Newest checkpoints that are kept. Each takes 12 bytes a trained parameter, float32 weights and AdamW's two moments, and 4 more with
+    ``ema``."""
 
     keep_every: int | None = None
     """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""
@@ -234,6 +307,16 @@ class CheckpointConfig:
         _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
         _require(self.keep_every is None or self.keep_every >= 1, "checkpoint.keep_every", self.keep_every, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    max_skipped_in_a_row: int = 5
+    """Steps in a row whose loss or gradient is not a finite number, after which the run ends. Fewer are skipped, counted, and written to
+    ``skipped.jsonl``; nothing of them is trained. 1 ends the run at the first."""
+
+    def __post_init__(self):
+        _require(self.max_skipped_in_a_row >= 1, "guards.max_skipped_in_a_row", self.max_skipped_in_a_row, "must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -296,7 +379,7 @@ class RunConfig:
     """A whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
     """Optimizer steps. May be raised on ``--resume`` to train on."""
@@ -308,15 +391,25 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    lora: LoraConfig | None = None
+    """``{rank, alpha, targets}`` trains LoRA adapters alone; the base with its adapters off is the reference, so that one UNet is held.
+    Needs the extra ``lora``. None trains all parameters of the UNet."""
+
+    ema: EmaConfig | None = None
+    """``{decay}`` keeps a float32 average of the trained weights, sharded over the ranks, 4 bytes a parameter in memory and in a
+    checkpoint. The export takes it; samples and held-out looks show the weights themselves. None keeps none."""
+
     log: LogConfig = field(default_factory=LogConfig)
 
     deepspeed: str = "ds_configs/zero2.json"
     """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of policy and reference alike."""
+    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else."""
 
     max_hours: float | None = None
     """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
@@ -335,12 +428,24 @@ class RunConfig:
         _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
         _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
+        for key, usual in (("placement", "auto"), ("dtype", "policy")):
+            value = getattr(self.reference, key)
+            _require(
+                not self.lora or value == usual,
+                f"reference.{key}",
+                value,
+                f"must be {usual} with lora: the policy itself is the reference",
+            )
         _require(
             not (self.reference.ledger and self.data.max_bad_samples),
             "data.max_bad_samples",
             self.data.max_bad_samples,
             "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
         )
+
+    @property
+    def reference_precision(self) -> str:
+        return self.precision if self.reference.dtype == "policy" else self.reference.dtype
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
@@ -371,7 +476,8 @@ def _override(data: dict, override: str) -> None:
         raise UserError(f"override {override!r}: expected key=value, such as optimizer.learning_rate=1e-6")
     *parents, leaf = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        data[parent] = {} if data.get(parent) is None else data[parent]
+        data = data[parent]
         if not isinstance(data, dict):
             raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
     try:

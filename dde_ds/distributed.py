@@ -63,6 +63,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def ranks_of_a_node(ranks: Ranks, device: torch.device) -> int:
+    """How many ranks a node has, the fullest where they differ. Collective."""
+    if ranks.world == 1:
+        return 1
+    value = torch.tensor([ranks.local_rank + 1], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """In place. Collective."""
     if dist.get_world_size() > 1:

@@ -6,7 +6,6 @@ ranks, it sees what the run will see; by itself it checks one machine.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -24,8 +23,12 @@ import torch
 import torch.distributed as dist
 
 from dde_ds.config import RunConfig
+from dde_ds.data.mixture import open_sources
 from dde_ds.distributed import start
+from dde_ds.engine.plan import checkpoint_bytes, export_bytes, kept_checkpoints
 from dde_ds.errors import UserError
+from dde_ds.models.cost import Adapters, parameter_sizes
+from dde_ds.models.unet import load_unet_config
 from dde_ds.ranks import Ranks
 
 PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
@@ -36,6 +39,8 @@ CLOCK_SECONDS = 2.0
 # A file that one node wrote may show late on another: attributes are cached, by NFS for some seconds.
 SHOWS_SECONDS = 10.0
 TRAFFIC_BYTES = 64 * 2**20
+# Checks that must find the same on every rank, and what to do where they do not.
+ALIKE = {"versions": "install the same everywhere", "shards": "every node must read the same shards"}
 
 
 class Failed(Exception):
@@ -99,8 +104,8 @@ def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
     else:
         counts = Counter(entry[1] for entry in found)
         text = "; ".join(text if len(counts) == 1 else f"{text} ({count} ranks)" for text, count in counts.most_common(4))
-        if name == "versions" and len(counts) > 1:
-            failed, text = found, f"ranks differ: {text}; install the same everywhere"
+        if name in ALIKE and len(counts) > 1:
+            failed, text = found, f"ranks differ: {text}; {ALIKE[name]}"
     if ranks.is_first:
         print(f"{'FAIL' if failed else 'ok  '}  {name:17} {text}", flush=True)
     return not failed
@@ -200,25 +205,21 @@ def _traffic(device: torch.device) -> tuple[bool, str]:
 
 
 def _shards(run: RunConfig) -> str:
-    """What every node must read alike."""
-    path = Path(run.data.path) / "manifest.json"
-    if not path.is_file():
-        raise Failed(f"data.path {run.data.path}: no manifest.json here; every node must see the same shards")
-    return f"{run.data.path}, manifest {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    """What every node must read alike: opened as the run would open them."""
+    data = run.data
+    shards = open_sources(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
+    return f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
 
 
 def _free_disk(run: RunConfig) -> str:
-    from diffusers import UNet2DConditionModel
-
-    from dde_ds.models.unet import load_unet_config
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(load_unet_config(run.model.path, run.model.revision))
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    # Adam's two moments and the weights in fp32, beside them bf16 weights; the newest is written before the oldest goes.
-    need = parameters * (14 if run.precision == "bf16" else 16) * (run.checkpoint.keep + 1)
+    """Against what :mod:`dde_ds.engine.plan` says that the run will keep."""
+    sizes = parameter_sizes(
+        load_unet_config(run.model.path, run.model.revision), Adapters(run.lora.rank, run.lora.targets) if run.lora else None
+    )
+    each, kept, exported = checkpoint_bytes(run, sizes), kept_checkpoints(run), export_bytes(run, sizes)
+    need = each * kept + exported
     free = shutil.disk_usage(_existing(Path(run.output))).free
-    wanted = f"{run.checkpoint.keep + 1} checkpoints of {parameters / 1e6:.0f} M parameters take {need / 1e9:.1f} GB"
+    wanted = f"{kept} checkpoints of {sum(sizes.trained) / 1e6:.0f} M parameters and the export take {need / 1e9:.1f} GB"
     if free < need:
         raise Failed(f"output {run.output}: {free / 1e9:.1f} GB free, but {wanted}; free some, or lower checkpoint.keep")
     return f"{free / 1e9:.0f} GB free, {wanted}"

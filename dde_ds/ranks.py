@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dde_ds.errors import UserError
 
@@ -166,6 +167,37 @@ def valid_host(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_hostfile(path: str | Path) -> dict[str, int]:
+    """Ranks of each host of a deepspeed hostfile. The launcher hands these names to ssh and pdsh as they stand, where one such as
+    ``-oProxyCommand=…`` is an option that runs a program.
+
+    Raises:
+        UserError: no such file, a line that is not ``HOST slots=N``, a host twice, or hosts with different numbers of ranks.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--hostfile {path}: {error.strerror.lower()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--hostfile {path}: not a text file") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,4})", line)
+        if not found or not valid_host(found[1]) or int(found[2]) < 1:
+            raise UserError(
+                f"--hostfile {path}: line {number} is {line!r}: expected a host name and its GPUs, such as node1 slots=8"
+            )
+        if found[1] in hosts:
+            raise UserError(f"--hostfile {path}: line {number}: {found[1]} is there twice")
+        hosts[found[1]] = int(found[2])
+    if len(set(hosts.values())) != 1:
+        counts = ", ".join(f"{host} {count}" for host, count in hosts.items()) or "none"
+        raise UserError(f"--hostfile {path}: expected hosts with equal numbers of slots, found {counts}")
+    return hosts
 
 
 def _check(rank: int, world: int, local: int, names: tuple[str, str, str]) -> None:

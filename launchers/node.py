@@ -89,21 +89,22 @@ def start_rank(args: argparse.Namespace, local: int, train: list[str]) -> subpro
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def die_with_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it went before the line above
-            os._exit(1)
-
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *train]
     # A session of its own: Ctrl-C in a terminal reaches it once, through this process.
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with(parent, libc))
+
+
+def die_with(parent: int, libc: ctypes.CDLL) -> None:
+    """Have the system kill this process when its parent ends, however that comes about."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the line above
+        os._exit(1)
 
 
 def watch(ranks: list[subprocess.Popen], asked: list[int]) -> int:
     """Pass requests to stop on, wait for all ranks, and return the worst of their exit codes: an error, 75, or 0."""
     first_end, termed = None, False
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all are asked: one that ended must not hide behind one that hangs
         while asked:
             asked.pop()
             send(ranks, signal.SIGUSR1)

@@ -37,8 +37,11 @@ def sdxl_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory) -> Path:
+    return first_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+
+
+def first_pairs(path: Path) -> Path:
     """Twenty real pairs in Pick-a-Pic's columns."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
     pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(0, 20), path)
     return path
 

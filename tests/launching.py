@@ -15,10 +15,13 @@ from pathlib import Path
 
 import yaml
 
+from dde_ds.training.metrics import read_rows
 from tests.conftest import ROOT
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
+# Seconds until something is held to hang. No statement about speed: the machine may be doing other things.
+PATIENCE = 600
 
 # What a process of one rank exports for DeepSpeed, as this one may have: a launch must not inherit it.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,14 +49,14 @@ def command(config: Path, *arguments: str, ranks: int = 2) -> list[str]:
 
 def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(config, *arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command(config, *arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
 
 
 def alone(config: Path, *arguments: str) -> subprocess.CompletedProcess:
     """One rank, started without a launcher."""
     started = [sys.executable, ROOT / "launchers" / "train.py", "--config", config, *arguments]
-    return subprocess.run(started, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(started, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Outcome:
     stdout: str
 
 
-def launch_many(runs: Sequence[Run], ranks: int = 2, timeout: float = 900) -> list[Outcome]:
+def launch_many(runs: Sequence[Run], ranks: int = 2, timeout: float = 2 * PATIENCE) -> list[Outcome]:
     """The runs one after another in one launch; a single rank is started without the launcher. Much faster than a launch each.
 
     A run that ends in a ``UserError`` of all ranks is an outcome as any other; whatever else goes wrong fails the test.
@@ -122,8 +125,8 @@ def rows(run: Path) -> list[dict]:
 
 def wait_for_rows(run: Path, count: int, *processes: subprocess.Popen) -> None:
     """Until ``metrics.jsonl`` holds ``count`` rows. Fails when one of the processes ends before."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < count:
+    deadline = time.monotonic() + PATIENCE
+    while len(read_rows(run / "metrics.jsonl")) < count:  # without a last line that is being written
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         assert time.monotonic() < deadline
         time.sleep(0.05)

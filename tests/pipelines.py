@@ -19,11 +19,11 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocabulary, [], model_max_length=TOKENS)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel):
+def _text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel, width: int = 16):
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=16,
+            hidden_size=width,
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -89,18 +89,21 @@ def save_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
-def save_sdxl(folder: Path) -> Path:
+def save_sdxl(folder: Path, second_width: int = 16) -> Path:
     """An SDXL pipeline: two text encoders, pooled embeddings, size conditioning."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=_text_encoder(tokenizer),
-        text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection),
+        text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection, second_width),
         tokenizer=tokenizer,
         tokenizer_2=make_tokenizer(),
         unet=_unet(
-            32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
+            16 + second_width,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
         ),
         scheduler=_scheduler("epsilon"),
     ).save_pretrained(folder)

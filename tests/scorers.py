@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -42,6 +43,20 @@ def save_clip(folder: Path, seed: int = 0, processor: bool = True, quick: bool =
     if processor:
         save_processor(folder)
     return folder
+
+
+def save_aesthetic(folder: Path, version: int = 2) -> Path:
+    """The vision half of a CLIP with LAION's head, as published: under the names of ``AestheticsPredictorV2Linear``, or V1's."""
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(save_clip(folder / "clip"))
+    sizes = [12, 1] if version == 1 else [12, 1024, 128, 64, 16, 1]
+    names = ["predictor"] if version == 1 else [f"layers.{number}" for number in (0, 2, 4, 6, 7)]
+    weights = dict(model.state_dict()) | {"vision_model.embeddings.position_ids": torch.arange((SIDE // PATCH) ** 2 + 1)[None]}
+    for name, into, out in zip(names, sizes[:-1], sizes[1:], strict=True):
+        layer = nn.Linear(into, out)
+        weights |= {f"{name}.{part}": value.detach().contiguous() for part, value in layer.state_dict().items()}
+    model.config.save_pretrained(folder)
+    safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    return save_processor(folder)
 
 
 def save_processor(folder: Path) -> Path:

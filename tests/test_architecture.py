@@ -24,7 +24,8 @@ FLOORS = {
     "engine": {"", "errors", "files", "config", "distributed", "models", "objective"},
     "evaluation": {"", "errors", "files", "config", "distributed", "data", "models", "objective"},
     "training": {"", "errors", "files", "config", "distributed", "data", "models", "objective", "engine", "evaluation"},
-    "doctor": {"errors", "config", "ranks", "distributed", "models"},
+    "doctor": {"errors", "config", "ranks", "distributed", "data", "models", "engine"},
+    "planner": {"errors", "config", "data", "models", "engine", "training"},
     "cli": None,
 }
 # `distributed` joins the process group, which DeepSpeed must do.

@@ -89,5 +89,5 @@ def test_modes_that_are_none(unet):
     for mode in ("every", "every_1", "every_0", "every_02", "Full", "", "half"):
         with pytest.raises(ValueError, match="must be none, selective, every_2"):
             set_checkpointing(unet, mode)
-        with pytest.raises(UserError, match=r"model\.gradient_checkpointing is .*must be none, selective, every_2"):
+        with pytest.raises(UserError, match=r"model\.gradient_checkpointing is .*must be auto, none, selective, every_2"):
             ModelConfig("m", gradient_checkpointing=mode)

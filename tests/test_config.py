@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 import dde_ds.config
 from dde_ds import UserError, load_config
 from dde_ds.config import BatchConfig, OptimizerConfig
+from dde_ds.engine.zero import complete_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = {
@@ -120,9 +123,34 @@ def test_every_field_is_documented():
                 assert documented or own_section, f"{definition.name}.{field.target.id} has no docstring"
 
 
-@pytest.mark.parametrize(
-    "recipe", [*sorted(ROOT.glob("launchers/recipes/*.yaml")), ROOT / "launchers/demo/train.yaml"], ids=lambda path: path.name
-)
+RECIPES = sorted(ROOT.glob("launchers/recipes/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, ROOT / "launchers/demo/train.yaml"], ids=lambda path: path.name)
 def test_shipped_configurations_load(recipe):
     run = load_config(recipe)
     assert (ROOT / run.deepspeed).is_file()
+
+
+# Adapters fit any number of GPUs that divides the batch.
+WHOLE = [path for path in RECIPES if not path.stem.endswith("_lora")]
+
+
+@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: path.name)
+def test_a_recipe_fits_the_gpus_that_it_names(recipe):
+    named = re.search(r"[Mm]ade for ([\d, or]+) GPUs of", recipe.read_text())
+    assert named, "a recipe says which numbers of GPUs it is made for"
+    run = dataclasses.replace(load_config(recipe), deepspeed=str(ROOT / load_config(recipe).deepspeed))
+    for world in map(int, re.findall(r"\d+", named[1])):
+        complete_config(run, world)  # whose DeepSpeed file contradicts nothing, and whose batch divides
+
+
+def test_the_manual_shows_every_key():
+    """All but sections that are off by default, which have recipes or a key of their own."""
+    text = (ROOT / "launchers/recipes/sdxl_dde.yaml").read_text()
+    written = yaml.safe_load(text)
+    for name, value in dataclasses.asdict(load_config(ROOT / "launchers/recipes/sdxl_dde.yaml")).items():
+        if isinstance(value, dict):
+            assert written[name].keys() | {"sources"} >= value.keys(), name
+        elif value is not None:
+            assert name in written

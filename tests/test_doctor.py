@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import environment, free_port, write_config
+from tests.launching import PATIENCE, environment, free_port, write_config
 
 CODE = "import sys; from dde_ds.cli import main; sys.exit(main())"
 
@@ -39,7 +39,7 @@ def start(*arguments, rank: int = 0, world: int = 1, port: int = 0, **options) -
 
 def lines(process: subprocess.Popen) -> dict[str, str]:
     """The verdict and what was found, by check."""
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert not stderr.strip().startswith("Traceback"), stderr
     return {
         line[6:24].strip(): line[:6].strip() + " " + line[24:] for line in stdout.splitlines() if line.startswith(("ok  ", "FAIL"))
@@ -47,11 +47,12 @@ def lines(process: subprocess.Popen) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_two_healthy_ranks(config, tmp_path):
+def test_two_healthy_ranks(config, sd_shards, tmp_path):
     port = free_port()
-    first, second = (start(config, rank=rank, world=2, port=port) for rank in range(2))
+    sources = ("data.path=null", f"data.sources=[{{path: {sd_shards}}}]")
+    first, second = (start(config, *sources, rank=rank, world=2, port=port) for rank in range(2))
     found = lines(first)
-    assert second.communicate(timeout=60)[0].strip() == ""
+    assert second.communicate(timeout=PATIENCE)[0].strip() == ""
     assert (first.returncode, second.returncode) == (0, 0), found
     assert all(line.startswith("ok ") for line in found.values())
     assert list(found) == [
@@ -69,26 +70,29 @@ def test_two_healthy_ranks(config, tmp_path):
         *("clocks", "traffic", "shared folder"),
     ]
     assert "2 on 1 hosts" in found["ranks"]
-    assert "M parameters take" in found["free disk"]
+    assert f"{sd_shards}: 20 pairs, digest " in found["shards"]
+    assert "M parameters and the export take" in found["free disk"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "it leaves nothing behind"
 
 
 @pytest.mark.slow
-def test_two_ranks_that_do_not_share_a_folder(config, tmp_path):
-    """Each in a working directory of its own, with a relative output: as two nodes with local disks."""
+def test_two_ranks_that_do_not_share_a_folder(config, sd_shards, sdxl_shards, tmp_path):
+    """Each in a working directory of its own, with relative paths: as two nodes with local disks, and another set of shards on each."""
     port = free_port()
     processes = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "shards").symlink_to((sd_shards, sdxl_shards)[rank])
         root = str(Path(__file__).resolve().parent.parent)
         options = {"cwd": tmp_path / str(rank), "variables": {"PYTHONPATH": root}}
-        processes.append(start(config, "output=run", rank=rank, world=2, port=port, **options))
+        processes.append(start(config, "output=run", "data.path=shards", rank=rank, world=2, port=port, **options))
     found = lines(processes[0])
-    processes[1].communicate(timeout=60)
+    processes[1].communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [1, 1]
     assert found["shared folder"].startswith("FAIL")
     assert "a file that rank 0 wrote is not there" in found["shared folder"]
-    assert [name for name, line in found.items() if line.startswith("FAIL")] == ["shared folder"]
+    assert "ranks differ: shards: 20 pairs, digest " in found["shards"]
+    assert [name for name, line in found.items() if line.startswith("FAIL")] == ["shards", "shared folder"]
 
 
 @pytest.mark.slow
@@ -104,13 +108,13 @@ def test_one_sick_machine(config):
     assert process.returncode == 1
     assert [name for name, line in found.items() if line.startswith("FAIL")] == ["open files", "shards", "free disk"]
     assert "512 files may be open: raise it to 1024 or more" in found["open files"]
-    assert "data.path /nowhere: no manifest.json here" in found["shards"]
+    assert "data.path /nowhere: no such folder" in found["shards"]
     assert "GB free, but 100000001 checkpoints of" in found["free disk"]
 
 
 def test_ranks_that_do_not_meet():
     process = start("--timeout-minutes", "0.03", rank=0, world=2, port=free_port())
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert stdout == ""
     assert "error: rank 0 of 2 did not meet the others at 127.0.0.1:" in stderr

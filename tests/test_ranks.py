@@ -8,7 +8,8 @@ import re
 import pytest
 
 from dde_ds.errors import UserError
-from dde_ds.ranks import Ranks, first_host, read_environment, valid_host
+from dde_ds.ranks import Ranks, first_host, read_environment, read_hostfile, valid_host
+from tests.conftest import ROOT
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
 MPIRUN = {
@@ -126,3 +127,33 @@ def test_exported_variables_read_back_the_same(monkeypatch):
     ranks.export()
     assert set(os.environ) == {*SRUN, *TORCH}
     assert read_environment(os.environ) == ranks
+
+
+def test_hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# two nodes\n\nnode1 slots=8\n 10.0.0.2\tslots=8 \n")
+    assert read_hostfile(path) == {"node1": 8, "10.0.0.2": 8}
+    assert set(read_hostfile(ROOT / "launchers" / "hostfile.example").values()) == {8}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("node1 slots=8\n-oProxyCommand=reboot slots=8", "line 2 is '-oProxyCommand=reboot slots=8': expected a host name"),
+        ("$(reboot) slots=8", "line 1 is '$(reboot) slots=8'"),
+        ("node1;reboot slots=8", "line 1 is"),
+        ("node1", "line 1 is 'node1'"),
+        ("node1 slots=0", "line 1 is"),
+        ("node1 slots=8 max=9", "line 1 is"),
+        ("node1 slots=8\nnode1 slots=8", "line 2: node1 is there twice"),
+        ("node1 slots=8\nnode2 slots=4", "equal numbers of slots, found node1 8, node2 4"),
+        ("", "found none"),
+    ],
+)
+def test_no_hostfile(tmp_path, text, named):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(named)):
+        read_hostfile(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_hostfile(tmp_path / "none")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.launching import environment
+from tests.launching import PATIENCE, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -35,7 +35,9 @@ def test_own_deepspeed_loop(sd_model, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "own_loop.py"
     script.write_text(PREAMBLE + code + "\nprint('seen', int(objective.table.count.sum()), 'loss', out.loss.item())")
-    process = subprocess.run([sys.executable, script, sd_model], env=environment(), capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, script, sd_model], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert "seen 8 " in process.stdout
 

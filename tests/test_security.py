@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launching import environment, write_config
+from tests.launching import PATIENCE, environment, write_config
 
 OURS = [path for folder in ("dde_ds", "launchers", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 SECRETS = {name: f"very-secret-{name.lower()}-7d1c" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
@@ -73,7 +73,12 @@ def run_node(config: Path, output: Path, *before: str, **variables) -> subproces
         f"output='{yaml_quoted(output)}'",
     ]
     return subprocess.run(
-        command, cwd=output.parent, env=online | {"PYTHONPATH": str(ROOT)} | variables, capture_output=True, text=True, timeout=300
+        command,
+        cwd=output.parent,
+        env=online | {"PYTHONPATH": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 

@@ -2,8 +2,8 @@
 
     python tools/bench_objective.py            # prints; --write puts the table into BENCHMARKS.md
 
-Each row times forward and backward of the loss from predictions that are already there. Ratios are of medians, the candidates
-taking turns. The floor is the bytes that must move, read once and written once, divided by the machine's measured copy bandwidth.
+Each row times forward and backward of the loss from predictions that are already there. The candidates take turns, and a ratio is
+the median of those within a turn. The floor is the bytes that must move, read once and written once, divided by the machine's measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmarks import machine, record, table
+from benchmarks import machine, ratio, record, table, take_turns
 
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.losses import margin, preference_loss
@@ -35,7 +34,7 @@ BETA = 2000.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="pairs of a micro-batch")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=31, help="at the least: short calls are repeated for a second")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the predictions")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler on a CPU")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
@@ -54,16 +53,18 @@ def main() -> int:
         for pairs in args.micro:
             inputs = made_up(shape, pairs, dtype, device)
             floor = moved_bytes(*inputs[:3]) / bandwidth
-            times = measure({name: (lambda run=run, inputs=inputs: run(*inputs)) for name, run in candidates.items()}, args.repeats)
+            calls = {name: (lambda run=run, inputs=inputs: run(*inputs)) for name, run in candidates.items()}
+            turns = take_turns(calls, args.repeats, least_seconds=1.0, warm_seconds=0.5)
+            times = {name: statistics.median(values) for name, values in turns.items()}
             peaks = [peak_bytes(lambda run=run, inputs=inputs: run(*inputs)) for run in candidates.values()]
             row = [model, str(pairs), micros(floor), *(micros(value) for value in times.values()), f"{times['fused'] / floor:.1f}"]
-            row += [f"{value / times['fused']:.2f}" for name, value in times.items() if name != "fused"]
+            row += [f"{ratio(values, turns['fused'])[0]:.2f}" for name, values in turns.items() if name != "fused"]
             rows.append([*row, *(f"{peak / 2**20:.1f} MiB" for peak in peaks)])
             print(" ".join(rows[-1]), flush=True)
     commits, calls = step_costs(device, dtype, args.repeats)
 
     text = (
-        f"Forward and backward, {args.dtype} predictions, medians of {args.repeats}; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
+        f"Forward and backward, {args.dtype} predictions, medians of {args.repeats} turns or a second of them; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
         "floor: bytes ÷ bandwidth. Peak: memory beyond the inputs, the gradient included.\n\n"
         + table(header, rows)
         + "\n\nA whole call of the `dde` objective, with metrics and the correction table's sums, and `commit()`, which ends an optimizer "
@@ -120,20 +121,9 @@ def copy_bandwidth(device: str) -> float:
 
 
 def measure(candidates: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns so that what slows the machine slows all."""
-    for run in candidates.values():
-        for _ in range(3):
-            run()
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            synchronize()
-            started = time.perf_counter()
-            run()
-            synchronize()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds of each."""
+    turns = take_turns(candidates, repeats, least_seconds=0.3, warm_seconds=0.1)
+    return {name: statistics.median(values) for name, values in turns.items()}
 
 
 def peak_bytes(run: Callable) -> int:

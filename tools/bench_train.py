@@ -1,43 +1,53 @@
 """A training step of ours beside a plain PyTorch + diffusers loop of the same work, in one process and in turns.
 
     python tools/bench_train.py                                     # the demo's model
-    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full
+    python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full --zero 2 --compile
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
+    python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
 
-The plain loop is what public Diffusion-DPO scripts do: one pass of the policy and one of the reference over winners and losers, the
-loss in eager PyTorch, gradient clipping, AdamW, no compilation. Both read made-up pairs from memory, so that no disk is measured.
+The plain loop is what public Diffusion-DPO scripts do: a pass of the policy and a separate one of the reference, each over winners and
+losers at once, the loss in eager PyTorch, gradient clipping, AdamW, no compilation. Ours is the trainer's step with all that belongs to
+it: ZeRO, correction table, agreement of the ranks, metrics, log and heartbeat. Both read made-up pairs from memory, so that no disk is
+measured. The split of the time comes from further steps, in which the device is waited for after each part.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarks import machine, record, table
+from benchmarks import machine, ratio, record, table, take_turns
 from diffusers import UNet2DConditionModel
 
 from dde_ds.config import load_config
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
-from dde_ds.distributed import start
+from dde_ds.distributed import any_rank, start
+from dde_ds.engine.update import update
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.cost import pair_flops
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.speed import compile_blocks
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.training.metrics import Averages
+from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.metrics import Averages, RunLog
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 
@@ -81,11 +91,15 @@ def main() -> int:
     parser.add_argument("--latent", type=int, default=16, help="side of the latents")
     parser.add_argument("--micro", type=int, default=8, help="pairs of a micro-batch")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each that are timed, after two that are not")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each that are timed, after three that are not")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--checkpointing", default="none", help="none, selective, every_2, every_3, … or full")
-    parser.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero2.json"))
-    parser.add_argument("--only", choices=("ours", "plain"), help="where both do not fit the memory together")
+    parser.add_argument("--compile", action="store_true", help="compile our UNets' repeated blocks; the plain loop's never")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
+    parser.add_argument(
+        "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
+    )
+    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="where both do not fit the memory together")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
@@ -98,34 +112,103 @@ def main() -> int:
     print(text)
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
-        record(f"Training step, {name}, {args.precision}, {machine(device)}", text)
+        how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
+        what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
+        record(f"{what}, {name}, {how}{', compiled' if args.compile else ''}, {machine(device)}", text)
     return 0
+
+
+class Split:
+    """Seconds of the parts of a step: a part ends where it is called with the part's name, and the next one begins."""
+
+    def __init__(self, device: torch.device):
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        self.steps: list[Counter] = []
+
+    def begin(self) -> None:
+        self._wait()
+        self.steps.append(Counter())
+        self._since = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        self._wait()
+        now = time.perf_counter()
+        self.steps[-1][part] += now - self._since
+        self._since = now
+
+    def medians(self) -> list[float]:
+        return [statistics.median(step[part] for step in self.steps) for part in PARTS]
+
+
+PARTS = ("data", "reference", "forward", "backward", "step")
+"""Reading and noise; the reference's pass; the policy's pass and the loss; its gradients; optimizer, table, metrics and the rest."""
+Step = Callable[[Callable[[str], None]], None]
+"""A training step; it says where each of its parts ends."""
 
 
 def bench(args: argparse.Namespace) -> tuple[str, str]:
     _, device = start()
-    steps = {}
-    if args.only != "plain":
-        steps["ours"], flops = ours(args, device)
-    if args.only != "ours":
-        steps["plain"], flops = plain(args, device)
-    seconds, peaks = measure(steps, args.steps, device)
+    makers = {"ours": ours, "ledger": partial(ours, ledger=True), "plain": plain}
+    loops: dict[str, Step] = {}
+    flops: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]:
+            (Path(folder) / name).mkdir()
+            loops[name], flops[name] = makers[name](args, device, Path(folder) / name)
+        peaks = dict.fromkeys(loops, "see --only")
+
+        def whole(name: str) -> None:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            loops[name](lambda part: None)
+            if device.type == "cuda":
+                both = " (both loops' models)" if len(loops) > 1 else ""
+                peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB{both}"
+
+        turns = take_turns({name: lambda name=name: whole(name) for name in loops}, args.steps)
+        parts = {}
+        for name, step in loops.items():
+            split = Split(device)
+            for _ in range(max(3, args.steps // 2)):
+                split.begin()
+                step(split)
+            parts[name] = split.medians()
+
+    if device.type == "cpu" and len(loops) == 1:
+        peaks[name] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
     pairs = args.micro * args.accumulate
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, dtype)
-    rows = [
-        [name, f"{value * 1e3:.0f} ms", f"{pairs / value:.2f}", f"{flops * pairs / value / peak:.1%}", peaks[name]]
-        for name, value in seconds.items()
-    ]
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, torch_type(args))
+    rows = []
+    for name, values in turns.items():
+        seconds = statistics.median(values)
+        row = [
+            name,
+            f"{seconds * 1e3:.0f} ms",
+            f"{pairs / seconds:.2f}",
+            f"{flops[name] * pairs / seconds / peak:.1%}",
+            peaks[name],
+        ]
+        rows.append(row + [f"{part * 1e3:.1f} ms" for part in parts[name]] + [f"{parts[name][0] / sum(parts[name]):.1%}"])
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
-        f"gradient checkpointing {args.checkpointing}, {Path(args.deepspeed).name}, one rank, medians of {args.steps} "
-        f"steps; {flops / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.1f} TFLOP/s"
-        f"{'' if args.peak_tflops else ' (measured)'}.\n\n" + table(["loop", "step", "pairs/s", "utilisation", "peak memory"], rows)
+        f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}{' and compiled' if args.compile else ''}, one rank, "
+        f"{torch.get_num_threads()} threads, medians of {args.steps} "
+        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.3g} TFLOP/s"
+        f"{'' if args.peak_tflops else ' (measured)'}.\n\n"
+        + table(["loop", "step", "pairs/s", "utilisation", "peak memory", *PARTS, "waiting for data"], rows)
     )
-    if len(seconds) == 2:
-        text += f"\n\nplain / ours: {seconds['plain'] / seconds['ours']:.3f}"
+    if len(turns) == 2:
+        over, under = ("ours", "ledger") if args.ledger else ("ours", "plain")
+        middle, low, high = ratio(turns[over], turns[under])
+        text += f"\n\n{over} / {under}, median of the ratios within a turn: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
+    if args.ledger:
+        held = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
+        text += f"; weights of the reference, which the loop with a ledger does without: {held / 2**20:.0f} MiB"
     return text, device.type
+
+
+def torch_type(args: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if args.precision == "bf16" else torch.float32
 
 
 def load(args: argparse.Namespace) -> UNet2DConditionModel:
@@ -138,39 +221,66 @@ def load(args: argparse.Namespace) -> UNet2DConditionModel:
     return unet
 
 
-def ours(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], float]:
-    """A step as the trainer takes it, logged row included; and the FLOPs of a pair."""
-    unet = load(args)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.yaml"
-        path.write_text(json.dumps({
-            "output": folder, "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
-            "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
-            "precision": args.precision, "deepspeed": args.deepspeed,
-        }))  # fmt: skip
-        ds_config = complete_config(load_config(path), 1)
-    policy, reference = initialize(policy=unet, reference=load(args), config=ds_config)
+def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: bool = False) -> tuple[Step, float]:
+    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``ledger`` no reference is loaded: its
+    errors, made up, come with the batch."""
+    unet, reference = load(args), None if ledger else load(args)
+    if args.compile:
+        compile_blocks(unet)
+        if reference:
+            compile_blocks(reference)
+    path = folder / "run.yaml"
+    path.write_text(json.dumps({
+        "output": str(folder), "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
+        "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
+        "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
+    }))  # fmt: skip
+    policy, reference = initialize(unet, reference, complete_config(load_config(path), 1))
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
     shards = MadeUpShards(unet, args.latent)
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))
     slices = RankSlices(args.micro * args.accumulate, args.micro, 0, 1, 0, 10**6)
+    averages, log, heartbeat, numbers = Averages(), RunLog(folder, 0), Heartbeat(folder), itertools.count(1)
     batches = micro_batches(dataset, slices, workers=0, pin_memory=device.type == "cuda")
-    averages = Averages()
+    predict_reference = None if ledger else frozen_model(reference)
 
-    def step() -> None:
+    def step(ended: Callable[[str], None]) -> None:
+        def timed_reference(*inputs):
+            ended("data")
+            prediction = predict_reference(*inputs)
+            ended("reference")
+            return prediction
+
+        number = next(numbers)
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for _ in range(args.accumulate):
-            out = micro_step(policy, frozen_model(reference), objective, next(batches), device)
+            batch = next(batches)
+            if ledger:
+                batch["reference_errors"] = torch.ones(2 * args.micro)
+            out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
+            ended("forward")
             policy.backward(out.loss)
+            ended("backward")
             averages.add(out)
-            policy.step()
+            finite &= out.loss.detach().isfinite()
+            if not policy.is_gradient_accumulation_boundary():
+                policy.step()
+            ended("step")
+        if any_rank(not finite.item(), device):
+            raise RuntimeError("a loss is not finite: nothing of this would be a measurement")
+        norm = update(policy)
         objective.commit()
-        averages.read(1000)
+        heartbeat.beat(number)
+        log.write(number, number, {**averages.read(1000), "grad_norm": norm}, objective)
+        any_rank(False, device)  # as it asks whether to stop
+        ended("step")
 
-    return step, pair_flops(unet, shards, args.latent, device)
+    flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
+    return step, 0.75 * flops if ledger else flops  # three passes of four
 
 
-def plain(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], float]:
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[Step, float]:
+    dtype = torch_type(args)
     policy, reference = load(args).to(device).train(), load(args).to(device, dtype).eval().requires_grad_(False)
     schedule = NoiseSchedule.from_scheduler(STABLE_DIFFUSION)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE)
@@ -178,68 +288,39 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], 
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
     positions = iter(range(10**9))
 
-    def step() -> None:
+    def step(ended: Callable[[str], None]) -> None:
         for _ in range(args.accumulate):
             batch = dataset.collate([dataset.pair(next(positions)) for _ in range(args.micro)])
             batch = {key: value.to(device) for key, value in batch.items()}
             both, target = batch["timesteps"].repeat(2), batch["noise"].repeat(2, 1, 1, 1)
             noisy = schedule.add_noise(batch["latents"].float(), target, both)
+            ended("data")
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                reference_prediction = predict(reference, noisy.to(dtype), both, batch)
+            ended("reference")
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 prediction = predict(policy, noisy, both, batch)
-                with torch.no_grad():
-                    reference_prediction = predict(reference, noisy.to(dtype), both, batch)
             winner, loser = (prediction.float() - target).pow(2).mean((1, 2, 3)).chunk(2)
             reference_winner, reference_loser = (reference_prediction.float() - target).pow(2).mean((1, 2, 3)).chunk(2)
             loss = -F.logsigmoid(-0.5 * BETA * ((winner - loser) - (reference_winner - reference_loser))).mean()
-            (loss / args.accumulate).backward()
             loss.item()  # as such scripts do for their progress bar
+            ended("forward")
+            (loss / args.accumulate).backward()
+            ended("backward")
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        ended("step")
 
-    return step, pair_flops(policy, shards, args.latent, device)
-
-
-def pair_flops(unet: UNet2DConditionModel, shards: MadeUpShards, latent: int, device: torch.device) -> float:
-    """Of two latents: forward and twice as much backward of the policy, forward of the reference. FLOPs are 2 × MAC."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    meta = UNet2DConditionModel.from_config(unet.config).to("meta")
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
-    batch = {key: value.to("meta") for key, value in dataset.collate([dataset.pair(0)]).items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predict(meta, batch["latents"].float(), batch["timesteps"].repeat(2), batch)
-    return 4.0 * counter.get_total_flops()
-
-
-def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each, in turns, and the most memory that one of its steps held, where the device can tell."""
-    cuda = device.type == "cuda"
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = dict.fromkeys(steps, "not measured on a CPU")
-    for repeat in range(repeats + 2):
-        for name, step in steps.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-                peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (
-                    " (both loops' models)" if len(steps) > 1 else ""
-                )
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}, peaks
+    return step, pair_flops(policy.config, (policy.config.in_channels, args.latent, args.latent))
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds, _ = measure({"product": lambda: a @ b}, 10, device)
-    return 2.0 * side**3 / seconds["product"]
+    seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10)["product"])
+    return 2.0 * side**3 / seconds
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What the benchmark scripts share: a Markdown table, the machine's name, and the section of BENCHMARKS.md that a script owns."""
+"""What the benchmark scripts share: taking turns, a Markdown table, the machine's name, and a script's section of BENCHMARKS.md."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "BENCHMARKS.md"
@@ -14,6 +16,47 @@ HEAD = """# Benchmarks
 
 Every number was printed by the command above it. Ratios compare candidates that took turns within one run.
 """
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]],
+    turns: int,
+    least_seconds: float = 0.0,
+    warm_seconds: float = 0.0,
+    warm_turns: int = 3,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each turn; in a turn all run once, each time beginning with the next one.
+
+    What slows the machine for a while then slows all of them. Calls of microseconds need ``least_seconds`` in all, for their median to
+    be told from that of a moment; what is compiled, cached or woken up at first goes into the warm turns, which do not count.
+    """
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    began, warm, done = time.perf_counter(), 0, 0
+    while warm < warm_turns or time.perf_counter() - began < warm_seconds:
+        for run in candidates.values():
+            run()
+        warm += 1
+    began = time.perf_counter()
+    while done < turns or time.perf_counter() - began < least_seconds:
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize()
+            started = time.perf_counter()
+            candidates[name]()
+            synchronize()
+            times[name].append(time.perf_counter() - started)
+        done += 1
+    return times
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the quartiles below and above, of the ratios within each turn."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(numerator, denominator, strict=True)], n=4)
+    return middle, low, high
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,13 +9,14 @@ simply read again after a resume. So ranks, workers, prefetch and micro-batches 
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
@@ -23,12 +24,15 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
 
+AHEAD = 4
+"""Micro-batches whose bytes are asked of a local disk before their turn, whatever the loader's processes are at: the pages are theirs in common."""
+
 REPORT = "report"
 """Key under which a worker hands over its :class:`Report` beside the tensors."""
 
 
 class PairDataset(Dataset):
-    """Micro-batches by their positions. Indexed by a list, so that a worker hands over one whole micro-batch.
+    """Micro-batches by their positions. Indexed by what :class:`LookAhead` gives, so that a worker hands over one whole micro-batch.
 
     Args:
         shards, order: of one set, or a mixture of several (:mod:`dde_ds.data.mixture`).
@@ -42,10 +46,11 @@ class PairDataset(Dataset):
         """Damaged samples that this process has met, and what was said of them."""
         self._reported = Counter()
 
-    def __getitems__(self, positions: list[int]) -> dict | UserError:
+    def __getitems__(self, batch: tuple[list[int], list[int]]) -> dict | UserError:
+        positions, coming = batch
         # An exception that leaves a worker is rewritten with its traceback; handed over as a value it keeps its one line.
         try:
-            for position in positions:
+            for position in coming:
                 self.shards.announce(*self.order.locate(position))
             batch = self.collate([self.pair(position) for position in positions])
         except UserError as error:
@@ -108,13 +113,15 @@ class PairDataset(Dataset):
 
     @staticmethod
     def collate(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        batch = {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
-        for key in ("latents", "time_ids", "noise"):  # (B,2,…) → winners, then losers; shared noise is (B,1,…)
-            if key in batch:
-                batch[key] = batch[key].transpose(0, 1).flatten(0, 1)
-        for key in ("prompt_embeds", "pooled"):  # one caption for both
-            if key in batch:
-                batch[key] = torch.cat([batch[key], batch[key]])
+        # default_collate puts a worker's batch into shared memory at once: each tensor is copied once on its way to the trainer.
+        batch = {}
+        for key in pairs[0]:
+            values = [pair[key] for pair in pairs]
+            if key in ("latents", "time_ids", "noise"):  # (2,…) each → winners, then losers; shared noise is (1,…)
+                values = [value[side] for side in range(len(values[0])) for value in values]
+            elif key in ("prompt_embeds", "pooled"):  # one caption for both
+                values = values * 2
+            batch[key] = default_collate(values)
         return batch
 
 
@@ -137,6 +144,24 @@ class RankSlices(Sampler):
 
     def __len__(self) -> int:
         return (self.end_step - self.start_step) * (self.pairs // self.world // self.micro)
+
+
+class LookAhead(Sampler):
+    """Each micro-batch with the positions to announce when it is read: those that come ``AHEAD`` micro-batches later, and at first all before them."""
+
+    def __init__(self, slices: RankSlices):
+        self.slices = slices
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        later = iter(self.slices)
+        coming = [position for batch in itertools.islice(later, AHEAD) for position in batch]
+        for batch in self.slices:
+            coming += next(later, [])
+            yield batch, coming
+            coming = []
+
+    def __len__(self) -> int:
+        return len(self.slices)
 
 
 class ReadingTotals:
@@ -175,7 +200,7 @@ def micro_batches(
     totals = ReadingTotals() if totals is None else totals
     loader = DataLoader(
         dataset,
-        batch_sampler=slices,
+        batch_sampler=LookAhead(slices),
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -150,7 +150,8 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
                 value.copy_(reader.read(f"{name}/{kind}"))
             dist.broadcast(value, 0)
             tensors[kind] = value
-        training_state.restore(parameter, tensors)
+        training_state.restore(policy, parameter, tensors)
+    training_state.end_restoring(policy)
     policy.global_steps = state["step"]
 
 

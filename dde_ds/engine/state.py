@@ -7,79 +7,138 @@ DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dde_ds.engine import lowbit
+
 WEIGHT = "weight"
 """Name of the float32 weights among a parameter's tensors; the others are the optimizer's, such as ``exp_avg``."""
+EMA = "ema"
+"""Name of the weights' moving average, which :mod:`dde_ds.engine.ema` keeps among the optimizer's tensors."""
 
 
 def moments(policy: Any) -> list[str]:
     """Names of the optimizer's tensors that have an entry for each weight. Empty before the first step."""
     flat = _masters(policy)[0]
-    state = policy.optimizer.optimizer.state.get(flat, {})
+    state = _optimizer(policy).state.get(flat, {})
+    if lowbit.is_quantized(state):
+        return sorted({*lowbit.MOMENTS, *({EMA} & state.keys())})
     return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
 
 
 def optimizer_steps(policy: Any) -> int:
-    """How many updates the optimizer has made, which its bias correction depends on."""
-    return int(policy.optimizer.optimizer.state[_masters(policy)[0]]["step"])
+    """How many updates the optimizer has made, which its bias correction depends on. 0 where all steps were skipped so far."""
+    return int(_optimizer(policy).state.get(_masters(policy)[0], {}).get("step", 0))
 
 
 def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in policy.module.named_parameters() if parameter.requires_grad]
 
 
-def gather(policy: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together."""
+def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together.
+
+    Args:
+        kinds: which tensors; by default the weights and every moment.
+    """
+    kinds = kinds or [WEIGHT, *moments(policy)]
+    for name, parameter in trained(policy):
+        yield name, {kind: _full(policy, parameter, kind) for kind in kinds}
+
+
+def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    kinds = moments(policy)
-    for name, parameter in trained(policy):
-        state = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in kinds}
-        yield name, {WEIGHT: safe_get_full_fp32_param(parameter), **state}
+    states = _optimizer(policy).state
+    if _is_plain(policy):
+        return parameter.detach() if kind == WEIGHT else states[parameter][kind]
+    if kind == WEIGHT:
+        return safe_get_full_fp32_param(parameter)
+    if kind in lowbit.MOMENTS and lowbit.is_quantized(states[_masters(policy)[0]]):
+        return lowbit.full_moment(parameter, states.get(_master_of(policy, parameter), {}), kind)
+    return safe_get_full_optimizer_state(parameter, kind)
 
 
 def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
     """Make the optimizer's state, which it would only make at its first step; ``restore`` then fills it."""
-    optimizer = policy.optimizer.optimizer
+    if not steps:
+        return  # without an update there is no state, and a part of one would be taken for whole
+    optimizer = _optimizer(policy)
     group = optimizer.param_groups[0]
     for flat in _masters(policy):
+        if lowbit.is_ours(optimizer):
+            whole = {kind: torch.zeros_like(flat) for kind in kinds if kind not in lowbit.MOMENTS}
+            optimizer.state[flat] = {"restoring": lowbit.Restoring(flat, steps), **whole}
+            continue
         if type(optimizer).__module__.startswith("torch."):
             on_device = group.get("fused") or group.get("capturable")
             count: Any = torch.tensor(float(steps), device=flat.device if on_device else "cpu")
         else:  # DeepSpeed's own optimizers count in plain integers
             count = steps
         optimizer.state[flat] = {"step": count, **{kind: torch.zeros_like(flat) for kind in kinds}}
-    # Stages 1 and 2 keep views of each parameter's part, which they make at the first step. No public name leads there.
+    link_views(policy)
+
+
+def link_views(policy: Any, again: bool = False) -> None:
+    """Stages 1 and 2 keep views of each parameter's part of the optimizer's tensors, which they make at the first step. No public
+    name leads there. ``again`` makes them anew, for a tensor that came later."""
     link = getattr(policy.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
+        if again:
+            policy.optimizer._hp_optimizer_states_linked = False
         link()
 
 
+def partitions(policy: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """(flat float32 weights, their optimizer state) of this rank's partitions."""
+    for flat in _masters(policy):
+        yield flat.detach(), _optimizer(policy).state[flat]
+
+
 @torch.no_grad()
-def restore(parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+def restore(policy: Any, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
     """Set one parameter's float32 weights, its moments, and the weights that the model runs on. All ranks together."""
     import deepspeed
     from deepspeed import utils
 
     weight = tensors[WEIGHT]
+    kinds = tensors.keys() - {WEIGHT}
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         utils.safe_set_local_fp32_param(parameter, _own_part(parameter, weight))
-        for kind in tensors.keys() - {WEIGHT}:
+        for kind in kinds:
             utils.safe_set_local_optimizer_state(parameter, _own_part(parameter, tensors[kind]), kind)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:
                 parameter.copy_(weight)
         return
-    utils.safe_set_full_fp32_param(parameter, weight)
-    for kind in tensors.keys() - {WEIGHT}:
-        utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
     parameter.copy_(weight)
+    states = _optimizer(policy).state
+    if _is_plain(policy):
+        for kind in kinds:
+            states[parameter][kind].copy_(tensors[kind])
+        return
+    utils.safe_set_full_fp32_param(parameter, weight)
+    for kind in kinds:
+        flat = _master_of(policy, parameter)
+        if kind in lowbit.MOMENTS and flat is not None and "restoring" in states[flat]:
+            states[flat]["restoring"].take(parameter, kind, tensors[kind])
+        else:
+            utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
+
+
+def end_restoring(policy: Any) -> None:
+    """What can only be done when every parameter is there."""
+    optimizer = _optimizer(policy)
+    for flat in _masters(policy):
+        if "restoring" in optimizer.state[flat]:
+            whole = optimizer.state.pop(flat)
+            whole.pop("restoring").finish(optimizer, flat)
+            optimizer.state[flat].update(whole)
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -95,9 +154,29 @@ def _own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
     return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
+def _optimizer(policy: Any) -> Any:
+    """The inner optimizer, which ZeRO wraps; stage 0 in float32 does not."""
+    return policy.optimizer if _is_plain(policy) else policy.optimizer.optimizer
+
+
+def _is_plain(policy: Any) -> bool:
+    return not hasattr(policy.optimizer, "optimizer")
+
+
 def _masters(policy: Any) -> list[Tensor]:
-    """The flat float32 partitions that the inner optimizer updates: ZeRO-3, stages 1 and 2, and bfloat16 at stage 1."""
+    """The float32 tensors that the inner optimizer updates: the parameters themselves where nothing is sharded, else flat partitions,
+    by the names of ZeRO-3, stages 1 and 2, and bfloat16 at stage 1."""
+    if _is_plain(policy):
+        return [parameter for _, parameter in trained(policy)]
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(policy.optimizer, name):
             return getattr(policy.optimizer, name)
     raise TypeError(f"{type(policy.optimizer).__name__} is none of DeepSpeed's ZeRO optimizers")
+
+
+def _master_of(policy: Any, parameter: torch.nn.Parameter) -> Tensor | None:
+    """The flat partition that holds this rank's part of a parameter, at stages 1 and 2; None where it has none."""
+    if parameter._hp_mapping is None:
+        return None
+    storage = parameter._hp_mapping.hp_fragment.untyped_storage().data_ptr()
+    return next(flat for flat in _masters(policy) if flat.untyped_storage().data_ptr() == storage)

@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dde_ds.config import RunConfig
+from dde_ds.engine import lowbit
+from dde_ds.engine.reference import reference_config
 from dde_ds.errors import UserError
+from dde_ds.models.checkpointing import is_selective
 
 
-def initialize(policy: torch.nn.Module, reference: torch.nn.Module | None, config: dict | str | Path) -> tuple[Any, Any | None]:
+def initialize(
+    policy: torch.nn.Module,
+    reference: torch.nn.Module | None,
+    config: dict | str | Path,
+    *,
+    reference_placement: str = "auto",
+    reference_dtype: str = "policy",
+) -> tuple[Any, Any | None]:
     """DeepSpeed engines for a policy and its frozen reference, from one DeepSpeed configuration.
 
-    Joins the process group first where that has not happened. The reference gets no optimizer and no gradients, and the
-    policy's precision, so that both take the same path through the numbers and the first loss is log 2. It is sharded
-    beside a ZeRO-3 policy and replicated beside any other.
+    Joins the process group first where that has not happened. The reference gets no optimizer and no gradients, and, unless
+    told otherwise, the policy's precision, so that both take the same path through the numbers and the first loss is log 2.
 
     Args:
         policy: the UNet to train; all of its parameters that require gradients are trained.
         reference: another copy of it, or None for an objective without one.
         config: a DeepSpeed configuration, as a dict or the path of its JSON.
+        reference_placement: ``replicated``, ``sharded`` or ``cpu``, see :mod:`dde_ds.engine.reference`; ``auto`` is sharded beside a
+            ZeRO-3 policy, on the CPU where that policy's weights are, and replicated beside any other.
+        reference_dtype: ``policy``, ``bf16`` or ``fp32``.
 
     Returns:
         (policy engine, reference engine or None).
 
     Raises:
-        UserError: the configuration is not readable, or policy and reference are one module.
+        UserError: the configuration is not readable or contradicts the models, or policy and reference are one module.
     """
     import deepspeed
 
@@ -43,43 +56,56 @@ def initialize(policy: torch.nn.Module, reference: torch.nn.Module | None, confi
     if config.get("torch_autocast", {}).get("enabled"):
         raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
     _take_torch_adam(config, deepspeed.accelerator.get_accelerator().device_name())
+    _keep_linear(config, policy)
 
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    policy_engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config)
+    optimizer = lowbit.client_optimizer(config)
+    policy_engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
     if reference is None:
         return policy_engine, None
     reference.requires_grad_(False).eval()
-    reference_engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config))
+    placed = reference_config(config, reference_placement, reference_dtype)
+    reference_engine, *_ = deepspeed.initialize(model=reference, config=placed)
     reference_engine.module.eval()
     return policy_engine, reference_engine
+
+
+def offloads_optimizer(config: dict) -> bool:
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _take_torch_adam(config: dict, device: str) -> None:
     """PyTorch's AdamW: DeepSpeed would first compile its own, for over a minute and with a CUDA toolkit, for the same update.
 
-    An offloaded optimizer needs DeepSpeed's, which runs on the CPU.
+    An offloaded optimizer needs DeepSpeed's, which runs on the CPU and is compiled once, by the first run.
     """
     optimizer = config.get("optimizer", {})
-    offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if optimizer.get("type") in ("Adam", "AdamW") and not offloaded:
+    if offloads_optimizer(config):
+        missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+        if missing:
+            raise UserError(
+                f"deepspeed zero_optimization.offload_optimizer: {' and '.join(missing)} not found: DeepSpeed compiles its optimizer for the "
+                "CPU; install them, or take a file without offload"
+            )
+    elif optimizer.get("type") in ("Adam", "AdamW"):
         parameters = optimizer.setdefault("params", {})
         if parameters.setdefault("torch_adam", True) and device == "cuda":
             parameters.setdefault("fused", True)
 
 
-def reference_config(config: dict) -> dict:
-    """The policy's configuration without what trains: stage 3 stays 3, every other stage becomes 0 (replicated).
+def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
+    """PyTorch's own linear layers at stage 3, where DeepSpeed would by default replace them in the whole process.
 
-    DeepSpeed accepts an engine without optimizer at these two stages only.
+    Its own multiply and then add the bias, which in bfloat16 rounds twice: a run would depend on its stage. And they add in place, to the
+    very tensor that selective checkpointing has kept: the bias would come a second time when a block is computed again, and the
+    gradients be wrong without a word. What they are for, not to keep gathered weights until the backward pass, checkpointing does as well.
     """
-    batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
-    kept = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3:
-        kept["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
-    else:
-        kept["zero_optimization"] = {"stage": 0}
-    return kept
+    if zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False) and is_selective(policy):
+        raise UserError(
+            "deepspeed zero_optimization.memory_efficient_linear is true, but model.gradient_checkpointing is selective, which needs "
+            "PyTorch's own; remove it from the JSON"
+        )
 
 
 def read_config(config: dict | str | Path) -> dict:
@@ -94,18 +120,18 @@ def read_config(config: dict | str | Path) -> dict:
         raise UserError(f"deepspeed {config}: not valid JSON: {error}") from None
 
 
-def complete_config(run: RunConfig, world: int) -> dict:
+def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) -> dict:
     """The run's DeepSpeed configuration, with what the run configuration states filled in.
+
+    Args:
+        on_a_node: ranks of a node, for a file that shards within nodes; None takes all ranks for one node's.
 
     Raises:
         UserError: the JSON says something else than the run configuration; both keys are named.
     """
     config = read_config(run.deepspeed)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"{run.deepspeed}: zero_optimization.stage is {stage}: must be 1, 2 or 3 (0 reports no gradient norm to guard)"
-        )
+    _check_stage(run, config)
+    zero = config["zero_optimization"]
     accumulation = run.batch.accumulation(world)
     stated = {
         "train_batch_size": (run.batch.pairs, "batch.pairs"),
@@ -113,8 +139,11 @@ def complete_config(run: RunConfig, world: int) -> dict:
         "gradient_accumulation_steps": (accumulation, f"batch.pairs / ({world} ranks × batch.micro)"),
         "gradient_clipping": (run.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         "bf16.enabled": (run.precision == "bf16", "precision"),
+        # Both on, DeepSpeed skips a step with a bad gradient at every stage and in either precision.
+        "bf16.check_grad_overflow": (True, "guards"),
+        "zero_optimization.compute_grad_norm": (True, "guards"),
         "fp16.enabled": (False, "precision"),
-        "optimizer.type": ("AdamW", "optimizer"),
+        "optimizer.type": (lowbit.TYPE if run.optimizer.type == "adamw_8bit" else "AdamW", "optimizer.type"),
         "optimizer.params.lr": (run.optimizer.learning_rate, "optimizer.learning_rate"),
         "optimizer.params.betas": (list(run.optimizer.betas), "optimizer.betas"),
         "optimizer.params.eps": (run.optimizer.eps, "optimizer.eps"),
@@ -135,7 +164,44 @@ def complete_config(run: RunConfig, world: int) -> dict:
             raise UserError(
                 f"{run.deepspeed}: {dotted} is {place[leaf]!r}, but {key} of the run says {value!r}; remove it from the JSON"
             )
+    if "zero_hpz_partition_size" in zero:
+        node = on_a_node or world
+        if zero["zero_hpz_partition_size"] == "auto":
+            zero["zero_hpz_partition_size"] = node
+        if world % zero["zero_hpz_partition_size"]:
+            raise UserError(
+                f"{run.deepspeed}: zero_optimization.zero_hpz_partition_size is {zero['zero_hpz_partition_size']}: must divide the {world} "
+                'ranks; "auto" takes the ranks of a node'
+            )
     if run.precision == "fp32":
         # Communication and accumulation types are for mixed precision; in fp32 they would be contradictions.
         config.pop("data_types", None)
     return config
+
+
+def _check_stage(run: RunConfig, config: dict) -> None:
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{run.deepspeed}: zero_optimization.stage is {stage}: must be 0, 1, 2 or 3")
+    if stage == 0 and run.precision == "bf16":
+        raise UserError(
+            f"{run.deepspeed}: zero_optimization.stage is 0, where DeepSpeed sums gradients in bf16, but precision is bf16; take "
+            "ds_configs/zero1.json, which sums in float32"
+        )
+    if stage == 3 and run.model.compile:
+        raise UserError(
+            f"{run.deepspeed}: zero_optimization.stage is 3, whose weights come and go between a compiled block's operations, but "
+            "model.compile is true; take stage 1 or 2, or set it to false"
+        )
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{run.deepspeed}: zero_optimization.compute_grad_norm is false, but a run watches the norm; remove it")
+    if zero.get("round_robin_gradients"):
+        raise UserError(
+            f"{run.deepspeed}: zero_optimization.round_robin_gradients is true, with which DeepSpeed takes one parameter's float32 weights for "
+            "another's: checkpoints would be wrong; set it to false"
+        )
+    if config.get("managed_gradient_accumulation") is False:
+        raise UserError(
+            f"{run.deepspeed}: managed_gradient_accumulation is false, but batch.pairs states the accumulation; remove it"
+        )

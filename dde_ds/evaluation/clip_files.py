@@ -67,14 +67,56 @@ def load_clip(folder: Path, key: str) -> Any:
 
 def load_processors(folder: Path, key: str) -> tuple[Any, Any]:
     """Tokenizer and image processor. The latter by PIL, as the scores were published; torchvision's would differ a little."""
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder), load_image_processor(folder, key)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{key} {folder}: no CLIP processor: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_image_processor(folder: Path, key: str) -> Any:
+    """CLIP's, by PIL."""
     import transformers
 
     # Where there are two, the name without a suffix is torchvision's.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     try:
-        return transformers.CLIPTokenizer.from_pretrained(folder), kind.from_pretrained(folder)
+        return kind.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{key} {folder}: no CLIP processor: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
+    """LAION's aesthetic predictor: a transformers ``CLIPVisionModelWithProjection``, and the linear layers behind its embedding.
+
+    ``predictor`` is the one layer of version 1; ``layers`` are the five of version 2, whose dropouts between them do nothing here.
+
+    Raises:
+        UserError: weights of something else; of version 2 with ReLUs as well, whose numbers between the layers are others.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    weights = read_weights(folder / "model.safetensors", key)
+    heads = {}
+    for name in [name for name in weights if name.startswith(("layers.", "predictor."))]:
+        layer, _, kind = name.rpartition(".")
+        heads.setdefault(layer, {})[kind] = weights.pop(name)
+    weights.pop("vision_model.embeddings.position_ids", None)  # of older transformers; a range, no weight
+    if list(heads) not in (["predictor"], [f"layers.{number}" for number in (0, 2, 4, 6, 7)]):
+        raise UserError(f"{key} {folder}: is no linear aesthetic predictor: its head is {', '.join(heads) or 'not there'}")
+    try:
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder)).eval()
+        model.load_state_dict(weights)
+        layers = []
+        for own in heads.values():
+            layers.append(torch.nn.Linear(*own["weight"].T.shape))
+            layers[-1].load_state_dict(own)
+    except (RuntimeError, KeyError, OSError) as error:
+        raise UserError(
+            f"{key} {folder}: does not hold the weights of its config.json: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return model.requires_grad_(False), torch.nn.Sequential(*layers).requires_grad_(False)
 
 
 def load_open_clip(weights: Path, config_folder: Path, key: str) -> Any:
@@ -89,7 +131,7 @@ def load_open_clip(weights: Path, config_folder: Path, key: str) -> Any:
 
     model = CLIPModel(CLIPConfig.from_pretrained(config_folder)).eval()
     try:
-        model.load_state_dict(_renamed(_read_weights(weights, key)))
+        model.load_state_dict(_renamed(read_weights(weights, key)))
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"{key} {weights}: does not hold the weights of {config_folder}/config.json: {' '.join(str(error).split())[:300]}"
@@ -97,7 +139,7 @@ def load_open_clip(weights: Path, config_folder: Path, key: str) -> Any:
     return model
 
 
-def _read_weights(path: Path, key: str) -> dict[str, Tensor]:
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         import safetensors.torch
         from safetensors import SafetensorError

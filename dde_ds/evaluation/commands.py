@@ -57,7 +57,8 @@ def _add_comparing(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME[=MODEL[,PROCESSOR]]",
-        help="clip, pickscore, hps_v2, hps_v2.1; MODEL is a local folder or file, or a hub id with @revision if wanted",
+        help="clip, pickscore, hps_v2, hps_v2.1, aesthetic, inception; MODEL is a local folder or file, or a hub id with @revision if "
+        "wanted (inception: a local file)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and comparison.md")
 
@@ -81,10 +82,11 @@ def evaluate(args: argparse.Namespace) -> None:
     """Draw what is not there, score what is not scored, compare. Every rank calls this; the first one writes."""
     from dde_ds.evaluation.comparison import name_sources
     from dde_ds.evaluation.draw import draw_folder
+    from dde_ds.evaluation.inception import InceptionScorer
     from dde_ds.evaluation.pictures import open_pictures, require_whole
     from dde_ds.evaluation.prompts import read_prompts
     from dde_ds.evaluation.scorers import build_scorers
-    from dde_ds.evaluation.scoring import score_folder
+    from dde_ds.evaluation.scoring import score_folder, score_set
 
     options = draw_options(args)
     sources = name_sources([args.base, *args.model])
@@ -104,7 +106,8 @@ def evaluate(args: argparse.Namespace) -> None:
         require_whole(pictures)
         for scorer in scorers:
             with progress(f"{scorer.name} of {name}", ranks) as advance:
-                score_folder(pictures, scorer, ranks, device, args.batch, advance)
+                score = score_set if isinstance(scorer, InceptionScorer) else score_folder
+                score(pictures, scorer, ranks, device, args.batch, advance)
     if ranks.is_first:
         if drawn:
             _say_prompts(prompts, repeated)

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, win_rate
+from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.pictures import Pictures, open_pictures, require_whole
-from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores
+from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
 from dde_ds.files import write_atomically
 
-FORMAT = "dde_ds comparison 1"
+FORMAT = "dde_ds comparison 2"
 # What must agree for two images to be a pair; what else differs (steps, guidance, …) is said beside the numbers.
 PAIRED = ("images_per_prompt", "seed", "resolution")
 # Fewer prompts than this, and the intervals are too wide for the differences that alignment makes.
 ENOUGH_PROMPTS = 500
+# Inception Score rises with the number of images, until there are some thousands of each part; its authors took 5,000.
+ENOUGH_IMAGES = 5000
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Comparison:
     scores: dict[str, dict[str, Tensor]]
     """By name and scorer, (prompts, images a prompt) float64."""
     rows: list[Row]
+    sets: list[dict[str, Any]]
+    """Scores of whole sets, one row a folder: ``scorer``, ``model``, ``mean``, ``deviation``, ``splits``, ``count``."""
 
     @property
     def models(self) -> list[str]:
@@ -66,6 +71,11 @@ class Comparison:
                 found.append(f"{self.base} and {name} were drawn with different settings: {'; '.join(differing)}")
             if base.get("weights") == other.get("weights"):
                 found.append(f"{self.base} and {name} are the same weights")
+        if any(row["count"] < ENOUGH_IMAGES for row in self.sets):
+            found.append(
+                f"the Inception Score of fewer than {ENOUGH_IMAGES} images is too low, by as much for all of one size: "
+                "compare it with nothing but the other rows"
+            )
         if len(self.rows) > 1:
             found.append(f"{len(self.rows)} comparisons are made here, each at 95 %: about one in twenty misses by chance")
         return found
@@ -109,8 +119,9 @@ def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests
     for each in pictures.values():
         require_whole(each)
     chosen = dict(digests) if digests else dict(_cached_version(list(pictures.values()), name) for name in scorers)
+    paired = {scorer: digest for scorer, digest in chosen.items() if scorer != INCEPTION}
     scores = {
-        name: {scorer: load_scores(each, scorer, digest) for scorer, digest in chosen.items()} for name, each in pictures.items()
+        name: {scorer: load_scores(each, scorer, digest) for scorer, digest in paired.items()} for name, each in pictures.items()
     }
     rows = [
         Row(
@@ -121,11 +132,12 @@ def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests
             paired_difference(scores[model][scorer], scores[base][scorer]),
             win_rate(scores[model][scorer], scores[base][scorer]),
         )
-        for scorer in chosen
+        for scorer in paired
         for model in list(pictures)[1:]
     ]
+    sets = [_set_row(name, each, chosen[INCEPTION]) for name, each in pictures.items()] if INCEPTION in chosen else []
     settings = {name: each.settings for name, each in pictures.items()}
-    return Comparison(base, dict(folders), pictures[base].prompts, settings, chosen, scores, rows)
+    return Comparison(base, dict(folders), pictures[base].prompts, settings, chosen, scores, rows, sets)
 
 
 def write_comparison(found: Comparison, out: Path) -> None:
@@ -144,6 +156,7 @@ def write_comparison(found: Comparison, out: Path) -> None:
         "scorers": found.scorers,
         "notes": found.notes(),
         "results": [asdict(row) for row in found.rows],
+        "sets": found.sets,
         "prompts": found.prompts,
         "scores": {name: {scorer: values.tolist() for scorer, values in own.items()} for name, own in found.scores.items()},
     }
@@ -188,15 +201,25 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+SET_COLUMNS = ("scorer", "model", "mean ± deviation of the parts", "parts", "images")
+
+
+def set_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of whole sets' scores as text, under :data:`SET_COLUMNS`."""
+    return row["scorer"], row["model"], f"{row['mean']:.3f} ± {row['deviation']:.3f}", str(row["splits"]), str(row["count"])
+
+
 def title(prompts: int, images_per_prompt: int, base: str) -> str:
     return f"{prompts} prompts, {images_per_prompt} images each, against {base}"
 
 
 def markdown(found: Comparison) -> str:
     lines = [f"**{title(len(found.prompts), found.settings[found.base]['images_per_prompt'], found.base)}**", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(asdict(row))) + " |" for row in found.rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in found.notes()), ""])
+    for columns, rows in _tables(found):
+        lines += ["| " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines.append("")
+    return "\n".join([*lines, *(f"- {note}" for note in found.notes()), ""])
 
 
 def print_table(found: Comparison) -> None:
@@ -204,20 +227,32 @@ def print_table(found: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        title=title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base),
-    )
-    for number, column in enumerate(COLUMNS):
-        # A narrow terminal folds names and headings, never a number.
-        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
-    for row in found.rows:
-        table.add_row(*(cell.replace(" [", "\n[") for cell in cells(asdict(row))))
     console = Console()
-    console.print(table)
+    heading = title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base)
+    for columns, rows in _tables(found):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=heading)
+        for number, column in enumerate(columns):
+            # A narrow terminal folds names and headings, never a number.
+            table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+        console.print(table)
     for note in found.notes():
         console.print(f"- {note}", highlight=False, markup=False)
+
+
+def _tables(found: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """(columns, rows) of what was scored in pairs and as whole sets; without an empty one."""
+    both = [(COLUMNS, [cells(asdict(row)) for row in found.rows]), (SET_COLUMNS, [set_cells(row) for row in found.sets])]
+    return [(columns, rows) for columns, rows in both if rows]
+
+
+def _set_row(name: str, pictures: Pictures, digest: str) -> dict[str, Any]:
+    found = load_set_score(pictures, INCEPTION, digest)
+    if found is None:
+        raise UserError(f"{pictures.folder}: these images have no {INCEPTION} score; score with dde-ds evaluate")
+    kept = {key: found[key] for key in ("mean", "deviation", "splits", "count")}
+    return {"scorer": INCEPTION, "model": name, **kept}
 
 
 def _require_paired(base: Pictures, other: Pictures) -> None:

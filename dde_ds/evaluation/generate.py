@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,27 @@ class PromptSet:
         pipeline.register_modules(**{name: None for name in TEXT_PARTS if hasattr(pipeline, name)})
 
     @torch.no_grad()
-    def draw(self, unet: Any, seed: int, inference_steps: int, guidance_scale: float, batch: int = 32, index: int = 0) -> Tensor:
+    def draw(
+        self,
+        unet: Any,
+        seed: int,
+        inference_steps: int,
+        guidance_scale: float,
+        batch: int = 32,
+        index: int = 0,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
         """One image a prompt, (N,3,H,W) uint8 on the CPU.
 
-        Under ZeRO-3 every forward is a collective: all ranks must call this together, with the same arguments.
+        Under ZeRO-3 every forward is a collective: all ranks must call this together, with the same arguments. ``poll`` is called
+        after each denoising step; what it raises ends the drawing.
         """
+
+        def after_step(pipeline, step, timestep, tensors) -> dict:
+            if poll:
+                poll()
+            return tensors
+
         pipeline, config = self._pipeline, unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         side = config.sample_size * pipeline.vae_scale_factor
@@ -65,6 +81,7 @@ class PromptSet:
                 height=side,
                 width=side,
                 output_type="latent",
+                callback_on_step_end=after_step,
             ).images
             images.append(decode(pipeline.vae, latents))
         pipeline.unet = None

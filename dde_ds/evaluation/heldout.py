@@ -7,6 +7,8 @@ pairs say more than more timesteps of the same pair.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,12 +50,17 @@ class HeldOut:
         """(n,) int64."""
 
     @torch.no_grad()
-    def errors(self, unet: torch.nn.Module) -> Tensor:
-        """(2,n) float64 on the CPU: the UNet's errors on winners and on losers. Under ZeRO-3 all ranks call this together."""
+    def errors(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> Tensor:
+        """(2,n) float64 on the CPU: the UNet's errors on winners and on losers. Under ZeRO-3 all ranks call this together.
+
+        ``poll`` is called before each batch, as often on every rank; what it raises ends the look.
+        """
         parameter = next(unet.parameters())
         device, dtype = parameter.device, parameter.dtype
         found = []
         for low in range(0, len(self._positions), self.micro):
+            if poll:
+                poll()
             chosen = slice(low, low + self.micro)
             batch = self._dataset.collate([self._dataset.pair(position) for position in self._positions[chosen]])
             batch = {key: value.to(device) for key, value in batch.items()}

@@ -41,18 +41,19 @@ figure{margin:0;padding:12px;background:var(--card);border-radius:8px;min-width:
 .wide{grid-column:1/-1}
 figcaption{font-weight:600;font-size:.9rem;margin-bottom:4px}
 figure p{margin:4px 0 0;font-size:.85rem;color:var(--soft)}
-svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif;fill:var(--soft)}
+svg{display:block;width:100%;height:auto;font:13px system-ui,sans-serif;fill:var(--soft)}
 svg .rule{stroke:var(--line)}svg .axis{stroke:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.8rem;color:var(--soft)}
 .legend i{display:inline-block;width:12px;height:8px;margin-right:5px;border:1px solid var(--line)}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;margin-bottom:16px}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 td,th{padding:4px 12px 4px 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+@media(max-width:600px){td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:7em}}
 td.long,.facts th{white-space:normal;overflow-wrap:anywhere}.facts th{min-width:8.5em}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:6px}.pair div{min-width:0;font-size:.8rem;color:var(--soft)}
 img{display:block;width:100%;height:auto;border-radius:4px}.pixels{image-rendering:pixelated}
 pre{overflow-x:auto;background:var(--card);padding:12px;border-radius:8px;font-size:.8rem}
-summary{cursor:pointer}.note{color:var(--soft)}footer{margin:48px auto 24px;font-size:.8rem;color:var(--soft)}
+details{margin-top:12px}summary{cursor:pointer}.note{color:var(--soft)}footer{margin:48px auto 24px;font-size:.8rem;color:var(--soft)}
 """
 
 

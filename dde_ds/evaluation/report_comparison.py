@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_ds.evaluation.comparison import COLUMNS, cells, title
+from dde_ds.evaluation.comparison import COLUMNS, SET_COLUMNS, cells, set_cells, title
 from dde_ds.evaluation.page import data_uri, table
 from dde_ds.evaluation.svg import intervals
 
@@ -32,24 +32,25 @@ def _models(data: dict[str, Any]) -> list[str]:
 def _scores(data: dict[str, Any]) -> str:
     per_prompt = data["settings"][data["base"]]["images_per_prompt"]
     charts = []
-    for scorer in data["scorers"]:
+    for scorer in dict.fromkeys(row["scorer"] for row in data["results"]):
         rows = [row for row in data["results"] if row["scorer"] == scorer]
         found = [(row["model"], *(row["difference"][key] for key in ("low", "mean", "high"))) for row in rows]
         charts.append(intervals(f"{scorer}: difference to {data['base']}, 95 %", found, 0.0, "higher is better"))
         found = [(row["model"], *(100 * row["beats"][key] for key in ("low", "rate", "high"))) for row in rows]
         charts.append(intervals(f"{scorer}: beats {data['base']}, 95 %", found, 50.0, "per cent of images, ties half"))
+    tables = [(COLUMNS, [cells(row) for row in data["results"]]), (SET_COLUMNS, [set_cells(row) for row in data["sets"]])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in data["notes"])
     return (
         f"<p>{escape(title(len(data['prompts']), per_prompt, data['base']))}. Pairs share prompt and initial noise; intervals are "
         "bootstraps over prompts; the sign test counts prompts, not images.</p>"
-        + table(COLUMNS, [cells(row) for row in data["results"]])
+        + "".join(table(columns, rows) for columns, rows in tables if rows)
         + (f'<ul class="note">{notes}</ul>' if notes else "")
         + f'<div class="grid">{"".join(charts)}</div>'
     )
 
 
 def _side_by_side(data: dict[str, Any], folder: Path, model: str, count: int) -> str:
-    scorer = next(iter(data["scorers"]))
+    scorer = data["results"][0]["scorer"]
     gain = torch.tensor(data["scores"][model][scorer]) - torch.tensor(data["scores"][data["base"]][scorer])
     groups = zip((f"Largest gains by {scorer}", f"Largest losses by {scorer}", "At random"), choose(gain, count), strict=True)
     parts = [
@@ -82,7 +83,7 @@ def _pair(data: dict[str, Any], folder: Path, model: str, prompt: int, index: in
     sides = []
     for name in (data["base"], model):
         path = folder / data["folders"][name] / "images" / f"{prompt:05d}-{index:02d}.png"
-        scores = ", ".join(f"{scorer} {data['scores'][name][scorer][prompt][index]:.3f}" for scorer in data["scorers"])
+        scores = ", ".join(f"{scorer} {values[prompt][index]:.3f}" for scorer, values in data["scores"][name].items())
         try:
             uri, small = data_uri(path, SIDE)
             style = ' class="pixels"' if small else ""

@@ -4,6 +4,8 @@ clip       100 max(cos, 0) of CLIP's embeddings of image and prompt (arXiv 2104.
 pickscore  exp(logit scale) · cos, of a CLIP that was tuned on Pick-a-Pic (arXiv 2305.01569)
 hps_v2     100 cos, of a CLIP that was tuned on HPD v2 (arXiv 2306.09341), in the unit of its benchmark's tables
 hps_v2.1   the same with the weights of 2024: another scale, not to be mixed
+aesthetic  LAION's predictor: a head on CLIP's embedding of the image, tuned on people's marks from 1 to 10; the prompt does not count
+inception  Inception Score, of the whole set of images and not of one (:mod:`.inception`)
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from dde_ds.errors import UserError, nearest
 from dde_ds.evaluation import clip_files as files
+from dde_ds.evaluation.inception import NAME as INCEPTION
+from dde_ds.evaluation.inception import InceptionScorer
 
 
 class Scorer(Protocol):
@@ -49,26 +53,31 @@ KINDS = {
     "pickscore": Kind("yuvalkirstain/PickScore_v1", LAION_H),
     "hps_v2": Kind("xswu/HPSv2", LAION_H, "HPS_v2_compressed.pt"),
     "hps_v2.1": Kind("xswu/HPSv2", LAION_H, "HPS_v2.1_compressed.pt"),
+    "aesthetic": Kind("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
 }
 # Raise it when a formula or a preprocessing below changes: cached scores of before are then not taken.
 FORMULA = 1
 
 
-def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer]:
+def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer | InceptionScorer]:
     """Scorers of ``NAME[=MODEL[,PROCESSOR]]``, their files found and digested, their models not loaded yet.
 
     Raises:
         UserError: an unknown or repeated name, or files that are not there.
     """
-    found: dict[str, Scorer] = {}
+    found: dict[str, Scorer | InceptionScorer] = {}
     for specification in specifications:
         name, _, sources = specification.partition("=")
-        if name not in KINDS:
-            raise UserError(f"--scorers {name!r}{nearest(name, KINDS)}")
+        if name not in (*KINDS, INCEPTION):
+            raise UserError(f"--scorers {name!r}{nearest(name, (*KINDS, INCEPTION))}")
         if name in found:
             raise UserError(f"--scorers: {name} is given twice")
+        if name == INCEPTION:
+            found[name] = InceptionScorer(sources or None, device)
+            continue
         model, _, processor = sources.partition(",")
-        found[name] = (OpenClipScorer if KINDS[name].weights else ClipScorer)(name, model or None, processor or None, device)
+        kind = OpenClipScorer if KINDS[name].weights else AestheticScorer if name == "aesthetic" else ClipScorer
+        found[name] = kind(name, model or None, processor or None, device)
     return list(found.values())
 
 
@@ -100,6 +109,20 @@ class ClipScorer:
         if self.name == "pickscore":
             return cosine * model.logit_scale.double().exp().cpu()
         return 100 * cosine.clamp_min(0)
+
+
+class AestheticScorer(ClipScorer):
+    """``aesthetic``: the vision half of a transformers CLIP and the head, in one safetensors."""
+
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        if self._loaded is None:
+            vision, head = files.load_aesthetic(self._folder, self._key)
+            self._loaded = (vision.to(self._device), head.to(self._device), files.load_image_processor(self._processor, self._key))
+        vision, head, processor = self._loaded
+        pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        embedding = vision(pixel_values=pixels.to(self._device)).image_embeds
+        return head(F.normalize(embedding, dim=1))[:, 0].double().cpu()
 
 
 class OpenClipScorer:

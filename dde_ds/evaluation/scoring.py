@@ -2,7 +2,8 @@
 
     folder/scores/pickscore-0123456789ab/00000.jsonl     one file a rank: {"image": sha256, "score": 21.3} a line
 
-The prompt stands in the image's own text chunks, so the file's digest covers it too.
+The prompt stands in the image's own text chunks, so the file's digest covers it too. What is scored as a set has one file,
+scores/inception-0123456789ab.json, with a digest of all images.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dde_ds.distributed import Ranks, agree
+from dde_ds.distributed import Ranks, agree, first_says, gather_rows
 from dde_ds.errors import RankError, UserError
+from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
 from dde_ds.evaluation.pictures import Pictures
 from dde_ds.evaluation.scorers import Scorer
 from dde_ds.files import sha256_of, write_atomically
@@ -83,9 +85,69 @@ def load_scores(pictures: Pictures, name: str, digest: str) -> Tensor:
     return torch.tensor(scores, dtype=torch.float64).view(len(pictures.prompts), pictures.per_prompt)
 
 
+def score_set(
+    pictures: Pictures,
+    scorer: InceptionScorer,
+    ranks: Ranks,
+    device: torch.device,
+    batch: int = 8,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Score the images as a whole, where that has not been done. Every rank calls this; each sees its share of them.
+
+    Raises:
+        RankError: an image that cannot be read.
+        UserError: fewer images than the score has parts.
+    """
+    paths = [pictures.path(*item) for item in pictures.items()]
+    if len(paths) < SPLITS:
+        raise UserError(f"--scorers {scorer.name}: {pictures.folder} holds {len(paths)} images; {SPLITS} or more are needed")
+    known = load_set_score(pictures, scorer.name, scorer.digest) if ranks.is_first else None
+    if first_says(known, ranks):
+        return
+    own = equal_share(paths, ranks.rank, ranks.world)
+    features = []
+    for low in range(0, len(own), batch):
+        chunk = own[low : low + batch]
+        features.append(scorer.features([_decode(_read(path), path) for path in chunk]))
+        on_progress(low + len(chunk), len(own))
+    rows = gather_rows(torch.cat(features).to(device), ranks)[: len(paths)].cpu()
+    if ranks.is_first:
+        mean, deviation = inception_score(rows)
+        row = {"images": _set_digest(pictures), "count": len(paths), "splits": SPLITS, "mean": mean, "deviation": deviation}
+        path = cache_folder(pictures, scorer.name, scorer.digest).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(row).encode() + b"\n")
+    agree(ranks, device)
+
+
+def equal_share(items: Sequence, rank: int, world: int) -> list:
+    """As many items on every rank, as gathering them needs: put together in the ranks' order they are all items, then the last again."""
+    share = -(-len(items) // world)
+    return [items[min(number, len(items) - 1)] for number in range(rank * share, (rank + 1) * share)]
+
+
+def load_set_score(pictures: Pictures, name: str, digest: str) -> dict | None:
+    """``count``, ``splits``, ``mean`` and ``deviation`` of these very images, or None where they have not been scored."""
+    path = cache_folder(pictures, name, digest).with_suffix(".json")
+    try:
+        row = json.loads(path.read_bytes())
+        return row if row["images"] == _set_digest(pictures) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; delete it to score again") from None
+
+
+def _set_digest(pictures: Pictures) -> str:
+    return hashlib.sha256("".join(sha256_of(pictures.path(*item)) for item in pictures.items()).encode()).hexdigest()
+
+
 def cached_digests(pictures: Pictures, name: str) -> set[str]:
     """Short digests of the scorers of this name whose scores are cached."""
-    return {folder.name.removeprefix(f"{name}-") for folder in (pictures.folder / "scores").glob(f"{name}-{'?' * DIGITS}")}
+    digits = "?" * DIGITS
+    found = [path for ending in ("", ".json") for path in (pictures.folder / "scores").glob(f"{name}-{digits}{ending}")]
+    return {path.name.removesuffix(".json").removeprefix(f"{name}-") for path in found}
 
 
 def cache_folder(pictures: Pictures, name: str, digest: str) -> Path:

@@ -66,7 +66,7 @@ def heatmap(title: str, rows: Sequence[tuple[str, Sequence[float]]], x: Sequence
     if not finite:
         return ""
     reach = max(finite) or 1.0
-    cell, left, right = max(9.0, min(20.0, 200 / len(table))), 66, 56
+    cell, left, right = max(14.0, min(20.0, 200 / len(table))), 66, 56
     height = TOP + cell * len(table) + BOTTOM
     step = (WIDTH - left - right) / columns
     parts = []
@@ -96,11 +96,14 @@ def heatmap(title: str, rows: Sequence[tuple[str, Sequence[float]]], x: Sequence
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], zero: float, x_label: str) -> str:
-    """Estimates with intervals: (label, low, estimate, high) each, and a line at ``zero``, where there is no difference."""
+    """Estimates with intervals: (label, low, estimate, high) each, and a stroke at ``zero``, where there is no difference.
+
+    Names and figures stand above their line, over the whole width: beside it, a phone would leave no room for either.
+    """
     if not rows:
         return ""
     low, high = _range([value for row in rows for value in row[1:]] + [zero])
-    left, line = min(150.0, 16 + 6.5 * max(len(row[0]) for row in rows)), 24
+    left, line = RIGHT, 36
     height = TOP + line * len(rows) + BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -111,14 +114,17 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], zero:
     for tick in _ticks(low, high, 4):
         x, _ = place(tick, 0)
         parts.append(f'<text x="{x:.1f}" y="{axis + 14}" text-anchor="middle">{_number(tick)}</text>')
-    x, _ = place(zero, 0)
-    parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{axis}" class="axis" stroke-dasharray="3 3"/>')
+    none, _ = place(zero, 0)
     for number, (label, first, estimate, last) in enumerate(rows):
-        y = TOP + line * (number + 0.5)
+        y = TOP + line * (number + 0.75)
         colour = COLOURS[0] if first > zero else COLOURS[1] if last < zero else COLOURS[6]
         a, b, c = (place(value, y)[0] for value in (first, estimate, last))
-        shown = label if len(label) <= 24 else label[:23] + "…"
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}</text>')
+        figures = f"{_number(estimate, 3)} [{_number(first, 3)}, {_number(last, 3)}]"
+        room = 52 - len(figures)
+        shown = label if len(label) <= room else label[: room - 1] + "…"
+        parts.append(f'<text x="{left}" y="{y - 10:.1f}">{escape(shown)}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 10:.1f}" text-anchor="end">{figures}</text>')
+        parts.append(f'<line x1="{none:.1f}" x2="{none:.1f}" y1="{y - 7}" y2="{y + 7}" class="axis"/>')
         parts.append(f'<line x1="{a:.1f}" x2="{c:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<circle cx="{b:.1f}" cy="{y}" r="4" fill="{colour}"/>')
     parts.append(f'<text x="{(left + WIDTH - RIGHT) / 2}" y="{axis + 29}" text-anchor="middle">{escape(x_label)}</text>')

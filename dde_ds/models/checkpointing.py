@@ -53,6 +53,14 @@ def set_checkpointing(unet: torch.nn.Module, mode: str) -> None:
         raise ValueError(f"gradient checkpointing {mode!r}: must be none, selective, every_2, every_3, … or full")
 
 
+def is_selective(unet: torch.nn.Module) -> bool:
+    """Whether ``unet``, of whatever class, was set to ``selective``."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) and module._gradient_checkpointing_func is _selective
+        for module in unet.modules()
+    )
+
+
 def blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
     """ResNet and transformer blocks, in the order in which the UNet registers them."""
     from diffusers.models.attention import BasicTransformerBlock
@@ -67,6 +75,13 @@ def _recompute(whole: set[int], block: torch.nn.Module, *args):
 
 
 def _selective(block: torch.nn.Module, *args):
+    if getattr(torch.nn.functional.linear, "__module__", None) == "deepspeed.runtime.zero.linear":
+        raise RuntimeError(
+            "selective checkpointing would give wrong gradients with the linear layers that DeepSpeed has put in place of PyTorch's: "
+            "set zero_optimization.memory_efficient_linear to false wherever ZeRO-3 is used in this process"
+        )
+    if block._compiled_call_impl is not None:  # the compiler decides by itself what is cheaper computed again than kept
+        return block(*args)
     return checkpoint(block, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 

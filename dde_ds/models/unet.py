@@ -115,13 +115,15 @@ def load_scheduler_config(path: str, revision: str | None = None) -> dict:
 def predict(unet, noisy_latents: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,), conditioned by the batch's embeddings.
 
-    ``unet`` may be the model or a DeepSpeed engine around it, of the dtype of ``noisy_latents``; the embeddings are cast to it.
+    ``unet`` may be the model or a DeepSpeed engine around it; latents and embeddings are cast to its type.
     """
-    dtype = noisy_latents.dtype
+    dtype = next(unet.parameters()).dtype
     conditions = None
     if "pooled" in batch:  # time_ids stay float32: a size of 765 pixels has no bfloat16
         conditions = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
-    return unet(noisy_latents, timesteps, batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions, return_dict=False)[0]
+    return unet(
+        noisy_latents.to(dtype), timesteps, batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions, return_dict=False
+    )[0]
 
 
 def _from_hub(path: str, name: str, revision: str | None) -> str:

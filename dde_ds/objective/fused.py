@@ -2,7 +2,7 @@
 
 Shapes: N samples of C·H·W elements. Written as plain autograd, the differences, their float32 copies and their squares would each
 live until the backward pass, at the size of the whole prediction. The two passes are Triton kernels on CUDA (``passes_triton``) and
-PyTorch elsewhere (``passes_torch``).
+PyTorch elsewhere (``passes_torch``); on a CPU, predictions too small for that to matter go through autograd after all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dde_ds.errors import UserError
+from dde_ds.objective import passes_torch
 from dde_ds.objective.schedule import NoiseTarget
+
+# Up to here, two pairs of SD1.5 latents, a CPU is done before a function of our own has been called. Autograd then keeps 256 kB.
+SMALL_ELEMENTS = 2**16
 
 
 def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
@@ -32,14 +36,16 @@ def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: Noi
         β = 5000 the rounding of a bfloat16 mean alone would move the logit by more than 1. Equal predictions that
         lie alike in memory have equal errors to the last bit.
     """
-    if policy_pred.ndim != 4 or not policy_pred.numel():
-        raise UserError(f"predictions have shape {tuple(policy_pred.shape)}: expected (N,C,H,W), none of them 0")
-    rows, expected = len(target.noise), tuple(policy_pred.shape)
-    if target.noise.shape[1:] != expected[1:] or rows not in (len(policy_pred), len(policy_pred) / 2):
-        raise UserError(f"noise has shape {tuple(target.noise.shape)}, the predictions {expected}: expected (N or N/2,C,H,W)")
+    shape, noise = policy_pred.shape, target.noise.shape
+    if len(shape) != 4 or 0 in shape:
+        raise UserError(f"predictions have shape {tuple(shape)}: expected (N,C,H,W), none of them 0")
+    if noise[1:] != shape[1:] or noise[0] not in (shape[0], shape[0] / 2):
+        raise UserError(f"noise has shape {tuple(noise)}, the predictions {tuple(shape)}: expected (N or N/2,C,H,W)")
     for other, name in ((reference_pred, "the reference's prediction"), (target.noisy, "x_t")):
-        if other is not None and other.shape != expected:
-            raise UserError(f"{name} has shape {tuple(other.shape)}, the policy's prediction {expected}")
+        if other is not None and other.shape != shape:
+            raise UserError(f"{name} has shape {tuple(other.shape)}, the policy's prediction {tuple(shape)}")
+    if policy_pred.device.type == "cpu" and policy_pred.numel() <= SMALL_ELEMENTS:
+        return passes_torch.plain_errors(policy_pred, reference_pred, target)
     return _NoiseErrors.apply(policy_pred, reference_pred, target.noise, target.scale, target.shift, target.noisy)
 
 

@@ -24,6 +24,22 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     return joined[0], None if reference is None else joined[1]
 
 
+def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
+    """The same numbers as :func:`errors`, through autograd: faster for predictions of less than a block."""
+    error = _plain_error(policy, target)
+    with torch.no_grad():
+        return error, None if reference is None else _plain_error(reference, target)
+
+
+def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
+    # Nothing is sliced, which autograd would pay for, and Tensor.unflatten is Python.
+    implied = pred.to(accumulator(pred)).reshape(-1, *target.noise.shape)
+    if target.scale is not None:
+        scale, shift = (_spread(_halves(each, target).to(implied.dtype)) for each in (target.scale, target.shift))
+        implied = (implied * scale).addcmul(_halves(target.noisy, target).to(implied.dtype), shift)
+    return (implied - target.noise.to(implied.dtype)).square().mean((2, 3, 4)).flatten()
+
+
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
     result = torch.empty_like(policy)

@@ -109,7 +109,9 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
     probable = objective.timestep_probabilities.nonzero().flatten().tolist()
     return {
         "reference weights": unet_digest(run.model.path, run.model.revision),
-        "precision": run.precision,
+        "precision": run.precision,  # x_t is rounded to it
+        "precision of the reference": run.reference_precision,
+        "model.compile": run.model.compile,  # the same sums, rounded in other places
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,
@@ -137,8 +139,9 @@ def read_ledger(path: Path, expected: dict) -> Tensor:
         if metadata.get("format") != FORMAT:
             raise UserError(f"reference.ledger {path}: format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
         found = json.loads(metadata["identity"])
-        if errors.dtype != torch.float32 or errors.ndim != 2 or errors.shape[1] != 2 or metadata["sha256"] != _digest_of(errors):
-            raise ValueError("its errors are not what was written")
+        shaped = errors.dtype == torch.float32 and errors.ndim == 2 and errors.shape[1] == 2 and isinstance(found, dict)
+        if not shaped or metadata["sha256"] != _digest_of(errors):
+            raise ValueError("it is not what was written")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"reference.ledger {path}: damaged or no ledger: {' '.join(str(error).split())}; delete it to make it again"

@@ -15,7 +15,7 @@ from dde_ds.errors import UserError
 from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.training.ledger import open_ledger
-from dde_ds.training.loop import build_run_objective, open_shards
+from dde_ds.training.prepare import build_run_objective, open_shards, treat_alike
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import reference_step
 
@@ -41,8 +41,10 @@ def fill_ledger(run: RunConfig) -> None:
     ledger = open_ledger(run, shards, objective, ranks)
     missing = [step for step in range(run.steps) if not ledger.covers(step, step + 1)]
     if missing:
-        dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-        reference = models.load_unet(run.model.path, run.model.revision).to(device, dtype).requires_grad_(False).eval()
+        types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        reference = models.load_unet(run.model.path, run.model.revision).to(device, types[run.reference_precision])
+        reference.requires_grad_(False).eval()
+        treat_alike(run, reference)
         objective.to(device)
         draws = Draws(
             run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip
@@ -51,7 +53,7 @@ def fill_ledger(run: RunConfig) -> None:
         slices = [RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, step, step + 1) for step in missing]
         batches = micro_batches(dataset, [own for each in slices for own in each], run.data.workers, device.type == "cuda")
         for number, batch in enumerate(batches, 1):
-            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, dtype))
+            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, types[run.precision]))
             if number % (accumulation * run.checkpoint.every) == 0:
                 ledger.write(ranks)
         ledger.write(ranks)

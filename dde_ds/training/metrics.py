@@ -17,26 +17,41 @@ from dde_ds.training.track import Write
 
 
 class Averages:
-    """Running means of what the objective reports, on the device until they are read."""
+    """Running means of what the objective reports, on the device until they are read. A step's count when it is committed."""
 
     def __init__(self):
+        self._step: list[tuple[dict[str, Tensor], Tensor | None]] = []
         self._sums: dict[str, Tensor] = {}
         self._by_timestep: Tensor | None = None
         self._count = 0
 
     def add(self, out: ObjectiveOutput) -> None:
-        for name, value in out.metrics.items():
-            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
-        if out.by_timestep is not None:
-            self._by_timestep = out.by_timestep.double() + (0 if self._by_timestep is None else self._by_timestep)
-        self._count += 1
+        """Take in one micro-batch."""
+        self._step.append((out.metrics, out.by_timestep))
+
+    def commit(self) -> None:
+        """The step was made; done by :meth:`read` as well."""
+        for metrics, by_timestep in self._step:
+            for name, value in metrics.items():
+                self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+            if by_timestep is not None:
+                self._by_timestep = by_timestep.double() + (0 if self._by_timestep is None else self._by_timestep)
+            self._count += 1
+        self._step.clear()
+
+    def discard(self) -> None:
+        """The step was skipped: its numbers are none."""
+        self._step.clear()
 
     def read(self, timesteps: int) -> dict[str, float]:
         """Means over all micro-batches and ranks since the last call. Collective.
 
         Share of pairs with m < 0, reward margin, and the winners' drift in parts of the reference's error also by tenths of the
-        ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one.
+        ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one. Nothing where all steps were skipped.
         """
+        self.commit()
+        if not self._count:
+            return {}
         names = sorted(self._sums)
         values = torch.stack([self._sums[name] for name in names]) / self._count
         buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
@@ -99,11 +114,12 @@ class RunLog:
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
         self._correction = RowFile(folder / "correction.jsonl", resume_step)
 
-    def write(self, step: int, position: int, row: dict[str, float], objective: Objective) -> None:
+    def write(self, step: int, position: int, row: dict[str, float], objective: Objective | None = None) -> None:
+        """Without ``objective`` its table gets no row."""
         self._metrics.write({"step": step, "position": position, **row})
         for track in self._trackers:
             track(step, row)
-        if objective.correction_weight:
+        if objective and objective.correction_weight:
             steps = objective.schedule.timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))
             values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
@@ -123,6 +139,11 @@ class RowFile:
     def write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def last_numbers(rows: list[dict]) -> dict:
+    """What is known of the last step: a look at the held-out pairs that had been cut off has a row of its own."""
+    return {key: value for row in rows if row["step"] == rows[-1]["step"] for key, value in row.items()}
 
 
 def read_rows(path: Path) -> list[dict]:

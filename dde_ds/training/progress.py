@@ -44,7 +44,7 @@ class ProgressLine:
         """Show the row of a finished step. In a pipe: the first, the last, and one every ten seconds between."""
         if not self._visible:
             return
-        text = f"loss {row['loss']:.4f}"
+        text = f"loss {row['loss']:.4f}" if "loss" in row else "skipped"
         if "rewards/accuracies" in row:
             text += f"  accuracy {row['rewards/accuracies']:.2f}"
         text += f"  {row['perf/pairs_per_s']:.1f} pairs/s"

@@ -14,6 +14,22 @@ Reference = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 without gradients, before the policy's own pass."""
 
 
+def adapters_off(unet: Any) -> Reference:
+    """The policy's own UNet without its LoRA adapters, which is the base that it was made from: one UNet serves as both.
+
+    The UNet inside a DeepSpeed engine, not the engine: ZeRO-3 gathers by hooks on the modules.
+    """
+
+    def predictions(noisy: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        unet.disable_adapters()
+        try:
+            return predict(unet, noisy, timesteps, batch)
+        finally:
+            unet.enable_adapters()
+
+    return predictions
+
+
 def frozen_model(reference: Any) -> Reference:
     """A second UNet, or a DeepSpeed engine around one."""
     return lambda noisy, timesteps, batch: predict(reference, noisy, timesteps, batch)

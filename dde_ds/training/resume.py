@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from dde_ds import __version__
 from dde_ds.config import RunConfig
@@ -15,6 +17,7 @@ from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
+from dde_ds.training.metrics import read_rows
 
 
 def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, device: torch.device, say) -> Path | None:
@@ -72,14 +75,32 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
         "precision": run.precision,
         # As JSON has it: tuples are lists there.
         "objective": json.loads(json.dumps(asdict(run.objective))),
+        "lora": json.loads(json.dumps(run.lora and asdict(run.lora))),
+        "ema": run.ema and asdict(run.ema),
     }
+
+
+def cut_off(run: RunConfig, step: int) -> tuple[bool, bool]:
+    """Whether ``step``'s look at the held-out pairs and its drawing are due and missing: a request to stop cuts them off."""
+    look_due, drawing_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
+    rows = read_rows(Path(run.output) / "metrics.jsonl") if run.evaluation.path and step and look_due else []
+    looked = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
+    drawn = not run.samples.prompts or not drawing_due or (step > 0 and drawing(run, step).exists())
+    return not looked, not drawn
+
+
+def drawing(run: RunConfig, step: int) -> Path:
+    """File of the pictures that are drawn after ``step``."""
+    return Path(run.output) / "samples" / f"step-{step:08d}.png"
 
 
 def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
     """What a checkpoint says of itself."""
+    packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,
         "position": step * run.batch.pairs,
         "identity": identity(run, shards),
-        "versions": {"dde_ds": __version__, "torch": torch.__version__},
+        "config": yaml.safe_load(run.to_yaml()),
+        "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }

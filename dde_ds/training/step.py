@@ -42,7 +42,7 @@ def reference_step(
 ) -> Tensor:
     """The reference's errors of one micro-batch, (2B,) float32, as :func:`micro_step` finds them with a policy beside it.
 
-    ``dtype`` is what the reference takes.
+    ``dtype`` is the policy's, which x_t is rounded to for both.
     """
     batch, noisy, both = _noised(objective, batch, device)
     target = objective.schedule.target(batch["noise"], both, noisy)

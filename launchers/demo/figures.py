@@ -40,6 +40,7 @@ def comparison(captions: list[str], drawn: dict[str, Tensor], real: Tensor, path
 
 def curves(rows: list[dict], path: Path) -> None:
     """Loss, accuracy, rewards and the errors' drift over the run."""
+    rows = [row for row in rows if "loss" in row]
     steps = [row["step"] for row in rows]
     panels = {
         "loss": {"loss": "loss"},

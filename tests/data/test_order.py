@@ -9,7 +9,7 @@ import torch
 from dde_ds import UserError
 from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
-from dde_ds.data.reader import RankSlices
+from dde_ds.data.reader import AHEAD, LookAhead, RankSlices
 
 COUNTS = [7, 5, 0, 9, 6, 3, 8]
 
@@ -55,6 +55,18 @@ def test_ranks_and_micro_batches_partition_each_global_batch(world, micro):
         assert sorted(positions) == list(range((step + 2) * 8, (step + 3) * 8))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_every_position_is_announced_once_and_in_time(steps):
+    slices = RankSlices(8, 2, 1, 2, 0, steps)
+    assert [batch for batch, _ in LookAhead(slices)] == list(slices)
+    announced = []
+    for number, (batch, coming) in enumerate(LookAhead(slices)):
+        announced += coming
+        assert set(batch) <= set(announced)
+        assert len(announced) == min(2 * (number + 1 + AHEAD), 8 * steps // 2)
+    assert announced == [position for batch in slices for position in batch]
+
+
 def test_draws_depend_on_seed_and_position_only():
     draws = Draws(5, torch.ones(1000), caption_dropout=0.3)
     t, noise, drop = draws(123456789, (2, 4, 8, 8))
@@ -80,3 +92,24 @@ def test_draws_have_their_distributions():
     noise = torch.stack([n for _, n, _ in found]).flatten()
     assert noise.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.std().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("micro", "pairs"), [(4, 2048), (2, 4096)])
+def test_512_ranks_share_the_data_out(micro, pairs):
+    """Each pair of an epoch exactly once, by exactly one rank, and each rank as many."""
+    ranks, counts = 512, [211] * 97 + [13]
+    order, epoch = Order(counts, seed=11, block=8), sum(counts)
+    steps = -(-epoch // pairs)
+    shares = [np.array([list(batch) for batch in RankSlices(pairs, micro, rank, ranks, 0, steps)]) for rank in range(ranks)]
+    assert {share.shape for share in shares} == {(steps * pairs // ranks // micro, micro)}
+    positions = np.concatenate([share.ravel() for share in shares])
+    assert len(np.unique(positions)) == len(positions) == steps * pairs
+    assert (positions.min(), positions.max()) == (0, steps * pairs - 1)
+    places = [order.locate(position) for position in range(epoch)]
+    assert len(set(places)) == epoch
+    # What one rank reads, it reads alone: the pairs of another have other positions, within an epoch other places.
+    owner = np.empty(steps * pairs, dtype=int)
+    for rank, share in enumerate(shares):
+        owner[share.ravel()] = rank
+    per_step = owner.reshape(steps, pairs)
+    assert all((np.bincount(step, minlength=ranks) == pairs // ranks).all() for step in per_step)

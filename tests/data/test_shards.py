@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +26,7 @@ from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.encode import Encoder, prepare_image
 from tests.conftest import shard
+from tests.data.tiny import write_tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -169,6 +172,21 @@ def test_prepare_image_crops_the_centre():
 def _dataset(folder: Path, **draws) -> PairDataset:
     shards = ShardSet(folder)
     return PairDataset(shards, Order(shards.counts, 0, 2), Draws(0, torch.ones(1000), **draws))
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
+    """Launchers send them to whole process groups: a worker that died of one would break the step that is to be saved."""
+    shards = ShardSet(write_tiny(tmp_path / "shards"))
+    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(10)))
+    batches = micro_batches(dataset, RankSlices(4, 4, 0, 1, 0, 40), 2, pin_memory=False)
+    others = psutil.Process().children()
+    first = [next(batches), next(batches)]  # one of each worker: both are up
+    workers = [child for child in psutil.Process().children() if child not in others]
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for worker in workers:
+            worker.send_signal(number)
+    assert len([*first, *batches]) == 40
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

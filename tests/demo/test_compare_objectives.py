@@ -13,7 +13,7 @@ from PIL import Image
 
 from dde_ds import UserError
 from tests.conftest import DEMO, ROOT
-from tests.launching import environment
+from tests.launching import PATIENCE, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -129,13 +129,15 @@ def test_whole_comparison_in_short(tmp_path):
     output = tmp_path / "compare"
     # 138 pairs to train on in the place of 1,135.
     sharding = ["--input", DEMO / "pairs" / "held_out.parquet", "--model", DEMO / "base", "--output", output / "shards"]
-    subprocess.run([sys.executable, ROOT / "tools" / "shard_pickapic.py", *sharding], env=environment(), check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "shard_pickapic.py", *sharding], env=environment(), check=True, timeout=PATIENCE
+    )
     short = ["--only", "uniform", "sft", "--seeds", "1", "--betas", "500", "--rates", "1e-4", "--steps", "2", "--pairs", "4"]
     short += ["--captions", "5", "--tuning-captions", "3", "--images", "2", "--inference-steps", "2", "--judge-steps", "20"]
 
     def run() -> subprocess.CompletedProcess:
         command = [sys.executable, ROOT / "tools" / "compare_objectives.py", "--output", output, *short]
-        process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+        process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
         assert process.returncode == 0, process.stderr[-3000:]
         return process
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, alone, environment, free_port, launch, rows, write_config
+from tests.launching import PATIENCE, Outcome, Run, environment, launch_many, launcher, rows, write_config
 
 pytestmark = pytest.mark.slow
 
-# launchers/train.py, telling of every UNet that is loaded.
-COUNTING = """
-import runpy, sys
-from dde_ds.models import unet
-real = unet.load_unet
-unet.load_unet = lambda *given: (print("loads a UNet", flush=True), real(*given))[1]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
-
-def losses(process: subprocess.CompletedProcess, run) -> list[float]:
-    assert process.returncode == 0, process.stderr[-3000:]
+def losses(outcome: Outcome, run) -> list[float]:
+    assert outcome.code == 0, outcome.errors
     found = [row["loss"] for row in rows(run)]
     assert len(set(found)) == 4, "a run that learns nothing would agree as well"
     return found
@@ -34,34 +23,26 @@ def losses(process: subprocess.CompletedProcess, run) -> list[float]:
 def test_the_same_losses_without_a_reference(tmp_path, sd_model, sd_shards):
     config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
 
-    def arguments(name: str, ledger: str) -> tuple[str, str]:
-        return f"output={tmp_path / name}", f"reference.ledger={tmp_path / ledger}"
+    def run(name: str, ledger: str | None, *more: str) -> Run:
+        return Run(config, [f"output={tmp_path / name}", f"reference.ledger={tmp_path / ledger if ledger else 'null'}", *more])
 
-    expected = losses(launch(config, *arguments("writes", "trained")), tmp_path / "writes")
-    module = ("--num_gpus", "2", "--master_port", str(free_port()), "--module", "dde_ds.cli", "ledger", config)
-    forward = subprocess.run(
-        [LAUNCHER, *module, *arguments("unused", "forward")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    writes, reads = launch_many([run("writes", "trained"), run("reads", "trained")])
+    assert losses(reads, tmp_path / "reads") == losses(writes, tmp_path / "writes")
+    assert "reference errors into" in writes.stdout
+    assert "no reference" in reads.stdout
+
+    # The forward-only pass finds the same bits.
+    command = [*launcher(2), "--module", "dde_ds.cli", "ledger", str(config), f"reference.ledger={tmp_path / 'forward'}"]
+    forward = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert "32 of 32 pairs were missing" in forward.stdout, forward.stderr[-3000:]
     trained, forward = (safetensors.torch.load_file(tmp_path / name)["errors"] for name in ("trained", "forward"))
     assert trained.shape == (32, 2) and trained.equal(forward)
 
-    read = launch(config, *arguments("reads", "forward"))
-    assert losses(read, tmp_path / "reads") == expected
-    assert "no reference" in read.stdout
-
-    expected = losses(alone(config, f"output={tmp_path / 'model'}"), tmp_path / "model")
-    counted = [sys.executable, "-c", COUNTING, ROOT / "launchers" / "train.py", "--config", config]
-    read = subprocess.run(
-        [*counted, *arguments("alone", "forward")], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert losses(read, tmp_path / "alone") == expected
-    assert read.stdout.count("loads a UNet") == 1, "the policy alone"
-
-    # What only weighs the errors may differ. Further steps load the reference again, take what is known, and add the rest.
-    other = ("objective.beta=100", "objective.name=uniform", "batch.micro=4", "steps=5")
-    process = alone(config, *arguments("other", "forward"), *other)
-    assert process.returncode == 0, process.stderr[-3000:]
+    # One rank reads what two wrote. What only weighs the errors may differ; further steps load the reference, and take what is known.
+    other = run("other", "forward", "objective.beta=100", "objective.name=uniform", "batch.micro=4", "steps=5")
+    model, alone, other = launch_many([run("model", None), run("alone", "forward"), other], ranks=1)
+    assert losses(alone, tmp_path / "alone") == losses(model, tmp_path / "model")
+    assert "no reference" in alone.stdout
+    assert other.code == 0, other.errors
     grown = safetensors.torch.load_file(tmp_path / "forward")["errors"]
     assert grown.shape == (40, 2) and grown.isfinite().all() and grown[:32].equal(trained)

@@ -12,7 +12,7 @@ import pytest
 
 from dde_ds import load_config
 from tests.conftest import ROOT
-from tests.launching import alone, environment, free_port, rows, wait_for_rows, write_config
+from tests.launching import PATIENCE, alone, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def slurm_task(rank: int, config, *arguments, world: int = 2, port: int) -> subp
 def test_two_slurm_tasks(config, tmp_path):
     port = free_port()
     tasks = [slurm_task(rank, config, port=port) for rank in range(2)]
-    outputs = [task.communicate(timeout=200) for task in tasks]
+    outputs = [task.communicate(timeout=PATIENCE) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert (tmp_path / "run" / "DONE").exists()
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
@@ -50,12 +50,12 @@ def test_two_slurm_tasks(config, tmp_path):
 def test_a_silent_rank_ends_the_others(config, tmp_path):
     """Stopped, not killed: its connections stay open, as those of a node that lost its power. Only the timeout can tell."""
     port = free_port()
-    arguments = ("steps=100000", "optimizer.learning_rate=1e-6", "timeout_minutes=0.1")
+    arguments = ("steps=100000", "optimizer.learning_rate=1e-6", "timeout_minutes=0.25")
     tasks = [slurm_task(rank, config, *arguments, port=port) for rank in range(2)]
     try:
         wait_for_rows(tmp_path / "run", 2, *tasks)
         tasks[1].send_signal(signal.SIGSTOP)
-        _, stderr = tasks[0].communicate(timeout=100)  # gloo's own default is half an hour
+        _, stderr = tasks[0].communicate(timeout=PATIENCE)  # gloo's own default is half an hour
     finally:
         tasks[1].kill()
         tasks[1].communicate()
@@ -68,7 +68,7 @@ def test_a_silent_rank_ends_the_others(config, tmp_path):
 
 def test_ranks_that_never_come(config, tmp_path):
     task = slurm_task(0, config, "timeout_minutes=0.05", port=free_port())
-    _, stderr = task.communicate(timeout=100)
+    _, stderr = task.communicate(timeout=PATIENCE)
     assert task.returncode == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("error")]
     assert "rank 0 of 2 did not meet the others at localhost:" in line
@@ -79,7 +79,7 @@ def test_ranks_that_never_come(config, tmp_path):
 def test_a_partial_environment_is_one_line(config, tmp_path):
     command = [sys.executable, ROOT / "launchers" / "train.py", "--config", config]
     process = subprocess.run(
-        command, cwd=ROOT, env=environment() | {"WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=100
+        command, cwd=ROOT, env=environment() | {"WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=PATIENCE
     )
     assert process.returncode == 1
     assert process.stderr.strip() == (

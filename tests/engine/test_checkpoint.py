@@ -1,24 +1,24 @@
-"""A state that any stage and number of ranks wrote, any other goes on from; and what a kill, a flipped bit or a full disk leaves."""
+"""A state that any stage and number of ranks wrote, any other goes on from; and what a flipped bit or a full disk leaves."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, UserError, build_objective
-from dde_ds.engine import checkpoint
+from dde_ds.engine import checkpoint, state
+from dde_ds.engine.ema import update_ema
 
 pytestmark = pytest.mark.slow
 SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
 PAIRS = 8
+DECAY = 0.5
 
 
 def engine(stage, world, bf16=False):
@@ -40,18 +40,33 @@ def engine(stage, world, bf16=False):
 
 
 def train(policy, objective, steps, rank, world):
-    """Losses over this rank's part of each step's batch; fills the table as well."""
-    losses = []
+    """Losses over this rank's part of each step's batch, and the weights after each; fills the table and the moving average as well."""
+    losses, weights = [], []
     for step in steps:
         x = torch.randn(PAIRS, 5, generator=torch.Generator().manual_seed(step))[rank::world]
         out = policy(x.to(next(policy.parameters()).dtype)).float()
         loss = (out - 1).square().mean()
         policy.backward(loss)
         policy.step()
+        update_ema(policy, DECAY)
+        weights.append(gathered(policy, state.WEIGHT))
         objective.table.add(torch.tensor([step]), loss.detach()[None], torch.zeros(4, 1))
         objective.commit()
         losses.append(loss.item())
-    return losses
+    return losses, weights
+
+
+def gathered(policy, kind):
+    return torch.cat([tensors[kind].flatten() for _, tensors in state.gather(policy, [kind])])
+
+
+def plain_average(weights):
+    """What diffusers' EMAModel makes of them."""
+    average = weights[0]
+    for k, value in enumerate(weights[1:], 1):
+        decay = min(DECAY, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * value
+    return average
 
 
 def one_rank(rank, world, port, folder, plan, results):
@@ -68,24 +83,30 @@ def one_rank(rank, world, port, folder, plan, results):
         if found:
             assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
             checkpoint.load(found[-1], policy, objective)
-        losses = train(policy, objective, steps, rank, world)
+        losses, weights = train(policy, objective, steps, rank, world)
         checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
-        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist())
+        average = gathered(policy, state.EMA)
+        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist(), weights, average)
 
 
-def run(world, folder, plan):
+def run(world, folder, plan, before=()):
+    """Losses of each step, the table after the last, and the weights after each: those of ``before``, an earlier run in the same folder,
+    and its own. Of all of them the moving average must be made."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(one_rank, (world, port, folder, plan, results), nprocs=world)
-        by_step = {}
-        for (_, first), (losses, table) in sorted(results.items()):
+        by_step, seen = {}, list(before)
+        for (rank, first), (losses, table, weights, average) in sorted(results.items()):
             for i, loss in enumerate(losses):
                 by_step.setdefault(first + i, []).append(loss)
-            last = table
-        return [sum(values) / len(values) for _, values in sorted(by_step.items())], last
+            seen += weights if rank == 0 else []
+            last, kept = table, average
+        assert torch.allclose(kept, plain_average(seen), atol=1e-6)
+        assert (kept - seen[-1]).abs().max() > 1e-3
+        return [sum(values) / len(values) for _, values in sorted(by_step.items())], last, seen
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +118,8 @@ def unbroken(tmp_path_factory):
 def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16):
     """ZeRO-2, 3, 1, 3, 2, one step each, each from the checkpoint of the one before."""
     stages = [2, 2, 3, 1, 3, 2]
-    losses, table = run(2, tmp_path, [(stage, bf16, range(step, step + 1)) for step, stage in enumerate(stages)])
-    expected, expected_table = unbroken[bf16]
+    losses, table, _ = run(2, tmp_path, [(stage, bf16, range(step, step + 1)) for step, stage in enumerate(stages)])
+    expected, expected_table, _ = unbroken[bf16]
     assert losses == pytest.approx(expected, abs=2e-3 if bf16 else 1e-6)
     assert table == pytest.approx(expected_table, abs=2e-3 if bf16 else 1e-6)
     assert max(expected) - min(expected) > 0.1, "a run that learns nothing would agree as well"
@@ -108,8 +129,8 @@ def test_stages_take_over_from_each_other_on_two_ranks(tmp_path, unbroken, bf16)
 @pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 3)), ((2, 3), (1, 2))])
 def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     """(ranks, stage) before and after."""
-    first, _ = run(before[0], tmp_path, [(before[1], False, range(3))])
-    second, table = run(after[0], tmp_path, [(after[1], False, range(3, 6))])
+    first, _, weights = run(before[0], tmp_path, [(before[1], False, range(3))])
+    second, table, _ = run(after[0], tmp_path, [(after[1], False, range(3, 6))], weights)
     assert first + second == pytest.approx(unbroken[False][0], abs=1e-6)
     assert table == pytest.approx(unbroken[False][1], abs=1e-6)
 
@@ -124,77 +145,6 @@ def alone():
     policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
     train(policy, objective, range(2), 0, 1)
     return policy, objective
-
-
-EVENTS = ("os.mkdir", "open", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
-
-
-def save_in_a_child(folder, kill_at: int) -> bool:
-    """A forked process resumes what is there, trains a step and saves, keeping one checkpoint; it is killed at its n-th touch of a
-    checkpoint file during the save. True if it was."""
-    child = os.fork()
-    if child == 0:
-        alarm = signal.alarm(60)  # a hang is a failure, not a wait
-        assert alarm == 0
-        from dde_ds.distributed import start
-
-        start()
-        policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
-        first = 0
-        if found := checkpoint.list_checkpoints(folder):
-            checkpoint.load(found[-1], policy, objective)
-            first = checkpoint.step_of(found[-1])
-        train(policy, objective, range(first, first + 1), 0, 1)
-        seen = 0
-
-        def count(name, arguments):
-            nonlocal seen
-            if name in EVENTS and "checkpoints" in str(arguments[0]):
-                seen += 1
-                if seen == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        checkpoint.save(folder, policy, objective, {"step": first + 1}, keep=1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), f"ended with status {status}"
-    return status != 0
-
-
-def kill_everywhere(folder, outcomes) -> None:
-    """In a process that has no process group yet: one that was forked from under gloo's threads could not go on."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    import deepspeed  # noqa: F401 (loaded once for all children)
-
-    assert not save_in_a_child(folder, 0)
-    kept = shutil.copytree(folder, folder.parent / "kept")
-    event = 1
-    while save_in_a_child(folder, event):
-        found = checkpoint.list_checkpoints(folder)
-        assert found, f"killed at event {event}: no checkpoint is left"
-        assert checkpoint.damage(found[-1]) is None, f"killed at event {event}"
-        outcomes.append(found[-1].name)
-        if event % 6 == 1:  # the next save clears what this one left
-            assert not save_in_a_child(folder, 0)
-            assert len(list(folder.iterdir())) == 1
-        shutil.rmtree(folder)
-        shutil.copytree(kept, folder)
-        event += 2  # every other one: each takes a second
-
-
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """At files that the save opens, makes, renames or removes: the newest checkpoint is whole, the old or the new."""
-    with mp.Manager() as manager:
-        outcomes = manager.list()
-        mp.spawn(_spawned, (tmp_path / "checkpoints", outcomes))
-        assert len(outcomes) >= 10
-        assert set(outcomes) == {"step-00000001", "step-00000002"}
-
-
-def _spawned(_, folder, outcomes):
-    kill_everywhere(folder, outcomes)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "table"])

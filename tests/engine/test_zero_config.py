@@ -1,26 +1,34 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 from dde_ds import UserError, initialize
 from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from dde_ds.engine.zero import complete_config, reference_config
+from dde_ds.engine.reference import reference_config
+from dde_ds.engine.zero import complete_config
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.unet import load_unet, predict
 from tests.conftest import ROOT
 
 
 def run_with(deepspeed, **options) -> RunConfig:
+    model = options.pop("model", ModelConfig("m"))
     return RunConfig(
-        "out", 1, ModelConfig("m"), DataConfig("d"), BatchConfig(16, 2), OptimizerConfig(1e-5), deepspeed=str(deepspeed), **options
+        "out", 1, model, DataConfig("d"), BatchConfig(16, 2), OptimizerConfig(1e-5), deepspeed=str(deepspeed), **options
     )
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_shipped_files_are_completed(stage):
-    config = complete_config(run_with(ROOT / f"ds_configs/zero{stage}.json"), world=2)
-    assert config["zero_optimization"]["stage"] == stage
+FILES = [path for path in sorted(ROOT.glob("ds_configs/*.json")) if path.stem != "zero0"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_shipped_files_are_completed(file):
+    config = complete_config(run_with(file), world=2)
+    assert config["zero_optimization"]["stage"] == int(file.stem[4])
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (
         16,
         2,
@@ -28,10 +36,10 @@ def test_shipped_files_are_completed(stage):
     )
     assert config["gradient_clipping"] == 1.0
     assert config["optimizer"]["params"]["lr"] == 1e-5
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    fp32 = complete_config(run_with(ROOT / f"ds_configs/zero{stage}.json", precision="fp32"), world=2)
-    assert fp32["bf16"] == {"enabled": False}
+    fp32 = complete_config(run_with(file, precision="fp32"), world=2)
+    assert not fp32["bf16"]["enabled"]
 
 
 def test_a_contradiction_names_both_keys(tmp_path):
@@ -41,6 +49,9 @@ def test_a_contradiction_names_both_keys(tmp_path):
         complete_config(run_with(file), world=1)
     file.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
     with pytest.raises(UserError, match=r"scheduler is set, but optimizer\.warmup_steps"):
+        complete_config(run_with(file), world=1)
+    file.write_text(json.dumps({"bf16": {"check_grad_overflow": False}, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match=r"bf16\.check_grad_overflow is False, but guards of the run says True"):
         complete_config(run_with(file), world=1)
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -63,17 +74,112 @@ def test_the_reference_never_has_an_optimizer():
         assert found["bf16"] == {"enabled": True}
 
 
+def test_where_the_reference_lies():
+    stage3 = {"stage": 3, "stage3_max_reuse_distance": 10**9, "zero_hpz_partition_size": 8, "offload_optimizer": {"device": "cpu"}}
+    for policy, placement, stage, offloaded in (
+        ({"stage": 2}, "auto", 0, False),
+        ({"stage": 2}, "sharded", 3, False),
+        ({"stage": 2}, "cpu", 3, True),
+        (stage3, "auto", 3, False),
+        (stage3, "replicated", 0, False),
+        (stage3, "cpu", 3, True),
+        (stage3 | {"offload_param": {"device": "cpu"}}, "auto", 3, True),
+        (stage3 | {"offload_param": {"device": "cpu"}}, "sharded", 3, False),
+    ):
+        found = reference_config({"train_batch_size": 8, "zero_optimization": policy}, placement)["zero_optimization"]
+        assert (found["stage"], "offload_param" in found) == (stage, offloaded)
+        if stage == 3:  # cut as the policy is, but nothing is kept: each weight is used once
+            assert found.get("zero_hpz_partition_size") == policy.get("zero_hpz_partition_size")
+            assert found["stage3_max_reuse_distance"] == 0
+    both = {"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    assert [reference_config(both, "auto", kind)["bf16"]["enabled"] for kind in ("policy", "bf16", "fp32")] == [True, True, False]
+    for key, value in (("placement", "gpu"), ("dtype", "fp16")):
+        with pytest.raises(UserError, match=rf"reference\.{key} is '{value}': must be"):
+            reference_config(both, **{key: value})
+
+
 def test_what_a_file_may_leave_out(tmp_path):
     file = tmp_path / "bare.json"
-    file.write_text("{}")
-    with pytest.raises(UserError, match=r"zero_optimization\.stage is 0"):
-        complete_config(run_with(file), world=1)
     file.write_text('{"zero_optimization": {"stage": 1}}')
     assert complete_config(run_with(file), world=1)["train_batch_size"] == 16
+    file.write_text("{}")
+    assert complete_config(run_with(file, precision="fp32"), world=1)["zero_optimization"]["stage"] == 0
     # Of the two ways to state a batch the reference takes the one that is there.
     assert reference_config({"train_batch_size": 8})["train_batch_size"] == 8
     both = reference_config({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4})
     assert (both["train_micro_batch_size_per_gpu"], "train_batch_size" in both) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("zero", "options", "message"),
+    [
+        ({"stage": 4}, {}, r"zero_optimization\.stage is 4: must be 0, 1, 2 or 3"),
+        ({"stage": 0}, {}, r"zero_optimization\.stage is 0, .*but precision is bf16; take ds_configs/zero1\.json"),
+        ({"stage": 3}, {"model": ModelConfig("m", compile=True)}, r"zero_optimization\.stage is 3, .*but model\.compile is true"),
+        ({"stage": 3, "zero_hpz_partition_size": 3}, {}, r"zero_hpz_partition_size is 3: must divide the 8 ranks"),
+        ({"stage": 2, "round_robin_gradients": True}, {}, r"round_robin_gradients is true, .*checkpoints would be wrong"),
+        ({"stage": 1, "compute_grad_norm": False}, {}, r"compute_grad_norm is false"),
+    ],
+)
+def test_what_cannot_be(tmp_path, zero, options, message):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match=message):
+        complete_config(run_with(file, **options), world=8)
+
+
+def test_managed_accumulation(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"managed_gradient_accumulation": False, "zero_optimization": {"stage": 1}}))
+    with pytest.raises(UserError, match=r"managed_gradient_accumulation is false, but batch\.pairs"):
+        complete_config(run_with(file), world=1)
+
+
+def test_a_node_is_filled_in():
+    run = run_with(ROOT / "ds_configs/zero3_hierarchical.json")
+    assert complete_config(run, world=8, on_a_node=4)["zero_optimization"]["zero_hpz_partition_size"] == 4
+    assert complete_config(run, world=8)["zero_optimization"]["zero_hpz_partition_size"] == 8
+
+
+def test_selective_checkpointing_takes_pytorchs_linear_layers(sd_model):
+    """DeepSpeed's for stage 3 add their bias in place, to what was kept."""
+    unet = load_unet(str(sd_model))
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 3, "memory_efficient_linear": True}}
+    set_checkpointing(unet, "selective")
+    with pytest.raises(UserError, match=r"memory_efficient_linear is true, but model\.gradient_checkpointing is selective"):
+        initialize(unet, None, config)
+
+
+def test_selective_checkpointing_refuses_deepspeeds_linear_layers(sd_model, monkeypatch):
+    """Where another model of the process has put them there."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    unet = load_unet(str(sd_model))
+    set_checkpointing(unet, "selective")
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    with pytest.raises(RuntimeError, match="would give wrong gradients"):
+        predict(unet, torch.randn(1, 4, 8, 8), torch.tensor([3]), {"prompt_embeds": torch.randn(1, 7, 16)})
+
+
+@pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])
+def test_8_bit_moments_need_stage_1_or_2(zero):
+    config = {"train_batch_size": 1, "optimizer": {"type": "AdamW8bit", "params": {}}, "zero_optimization": zero}
+    with pytest.raises(UserError, match=r"optimizer\.type is adamw_8bit, which works with zero_optimization\.stage 1 or 2"):
+        initialize(torch.nn.Linear(1, 1), None, config)
+
+
+def test_8_bit_moments_without_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    config = {"train_batch_size": 1, "optimizer": {"type": "AdamW8bit", "params": {}}, "zero_optimization": {"stage": 2}}
+    with pytest.raises(UserError, match=r'bitsandbytes is not installed; pip install "dde_ds\[lowbit\]"'):
+        initialize(torch.nn.Linear(1, 1), None, config)
+
+
+def test_offload_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(UserError, match=r"offload_optimizer: g\+\+ and ninja not found"):
+        initialize(torch.nn.Linear(1, 1), None, config)
 
 
 def test_policy_and_reference_must_be_two():

@@ -21,7 +21,7 @@ from dde_ds.evaluation.pictures import open_pictures
 from dde_ds.evaluation.scorers import build_scorers
 from dde_ds.evaluation.scoring import load_scores, read_cache
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, environment, free_port
+from tests.launching import LAUNCHER, PATIENCE, environment, free_port
 from tests.pipelines import save_sd
 from tests.scorers import save_clip, save_hps
 
@@ -235,7 +235,7 @@ def test_two_ranks(world, evaluated, tmp_path):
     """Drawn and scored by two ranks under the launcher: the same comparison, each score made once."""
     launcher = [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), "--quiet", "--module", "dde_ds.cli"]
     command = [*launcher, *arguments(world, tmp_path / "out")]
-    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr[-3000:]
     found, expected = (json.loads((out / "comparison.json").read_text()) for out in (tmp_path / "out", evaluated))
     for name, own in expected["scores"].items():

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from dde_ds import NoiseSchedule, UserError, build_objective, load_config
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
+from dde_ds.evaluation.generate import PromptSet
 from dde_ds.evaluation.heldout import HeldOut, error_drift
-from dde_ds.training.loop import open_shards
+from dde_ds.training.prepare import open_shards
 from tests.conftest import DEMO, shard
 from tests.launching import write_config
 
@@ -85,6 +86,32 @@ def test_all_pairs_by_default(held_out, unets, schedule):
     assert looked.pairs == 11
     assert drift["policy_rejected"] == pytest.approx(looked.errors(unets[0])[1].mean().item())
     assert drift["reference_chosen"] == pytest.approx(looked.errors(unets[1])[0].mean().item())
+
+
+def test_a_look_ends_where_it_is_told_to(held_out, unets, schedule):
+    looked, polled, seen = HeldOut(ShardSet(held_out), schedule, micro=2), [], []
+
+    def poll():
+        polled.append(len(seen))
+        if len(polled) == 3:
+            raise InterruptedError
+
+    with unets[0].register_forward_hook(lambda *_: seen.append(1)), pytest.raises(InterruptedError):
+        looked.errors(unets[0], poll)
+    assert polled == [0, 1, 2]
+
+
+def test_a_drawing_ends_where_it_is_told_to(sd_model, unets):
+    prompts, polled, seen = PromptSet(str(sd_model), None, ["dagger"], torch.device("cpu"), torch.float32), [], []
+
+    def poll():
+        polled.append(len(seen))
+        if len(polled) == 2:
+            raise InterruptedError
+
+    with unets[0].register_forward_hook(lambda *_: seen.append(1)), pytest.raises(InterruptedError):
+        prompts.draw(unets[0], 0, 5, 2.0, poll=poll)
+    assert polled == [1, 2]
 
 
 def test_training_pairs_are_no_held_out_pairs(tmp_path, sd_model, sd_shards, sdxl_shards):

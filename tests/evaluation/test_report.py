@@ -20,7 +20,7 @@ from dde_ds.cli import main
 from dde_ds.config import load_config
 from dde_ds.evaluation.report_comparison import choose
 from dde_ds.evaluation.svg import Line, heatmap, line_chart
-from tests.launching import write_config
+from tests.launching import PATIENCE, write_config
 from tests.pipelines import save_sd
 from tests.scorers import save_clip
 
@@ -278,7 +278,7 @@ def test_in_a_browser(run_folder, comparison, tmp_path):
         [*command, "--window-size=1400,900", "--virtual-time-budget=20000", "--dump-dom", frames.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', process.stdout, re.DOTALL).group(1))
     assert set(found) == set(pages), process.stderr[-2000:]

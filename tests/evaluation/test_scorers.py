@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from transformers import CLIPModel
@@ -11,7 +12,7 @@ from transformers import CLIPModel
 from dde_ds.errors import UserError
 from dde_ds.evaluation.scorers import CLIP_DEVIATION, CLIP_MEAN, build_scorers, hps_pixels
 from tests.pipelines import make_tokenizer
-from tests.scorers import SIDE, open_clip, save_clip, save_hps, save_processor
+from tests.scorers import SIDE, open_clip, save_aesthetic, save_clip, save_hps, save_processor
 
 CPU = torch.device("cpu")
 PROMPTS = ["red fire", "a dagger in the snow", "red fire", "penguin"]
@@ -82,6 +83,29 @@ def test_hps_is_open_clip_under_other_names(tmp_path, images):
             expected.append(100 * float(model(pixels[None], tokens, torch.tensor([tokens.shape[1] - 1]))))
     assert scorer.score(images, PROMPTS).tolist() == pytest.approx(expected, abs=1e-3)
     assert len({round(c, 2) for c in expected}) == 4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_aesthetic_is_a_head_on_the_normalised_embedding(tmp_path, images, version):
+    folder = save_aesthetic(tmp_path / "aesthetic", version)
+    (scorer,) = build_scorers([f"aesthetic={folder}"], CPU)
+    vision = CLIPModel.from_pretrained(folder / "clip").double().eval()
+    weights = {name: value.double() for name, value in safetensors.torch.load_file(folder / "model.safetensors").items()}
+    expected = []
+    with torch.no_grad():
+        for image in images:
+            x = vision.visual_projection(vision.vision_model(clip_pixels(image)[None]).pooler_output)[0]
+            x = x / x.norm()
+            for name in ["predictor"] if version == 1 else [f"layers.{number}" for number in (0, 2, 4, 6, 7)]:
+                x = weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+            expected.append(float(x))
+    assert scorer.score(images, PROMPTS).tolist() == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) == 4
+    assert torch.equal(scorer.score(images, PROMPTS), scorer.score(images, PROMPTS[::-1])), "the prompt does not count"
+
+    safetensors.torch.save_file({"layers.3.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no linear aesthetic predictor: its head is layers\.3"):
+        build_scorers([f"aesthetic={folder}"], CPU)[0].score(images, PROMPTS)
 
 
 def test_hps_pixels_pad_and_do_not_crop():

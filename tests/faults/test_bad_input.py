@@ -16,7 +16,7 @@ import torch
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
-from tests.launching import alone, environment, launch, write_config
+from tests.launching import PATIENCE, Outcome, Run, alone, environment, launch, launch_many, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +24,75 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def config(tmp_path, sd_model, sd_shards):
     return write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+
+
+def truncated(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    (target / "00001.tar").write_bytes((target / "00001.tar").read_bytes()[:4000])
+    return target
+
+
+def narrow(source: Path, target: Path) -> Path:
+    """Of a shape that the manifest does not say."""
+    return reshard(source, target, lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()})
+
+
+def sixteen_channels(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "manifest.json").read_bytes())
+    manifest["latents"]["shape"] = [16, 8, 8]
+    write_manifest(target, manifest)
+    return target
+
+
+def flipped(source: Path, target: Path) -> Path:
+    """One bit of one pair."""
+    shutil.copytree(source, target)
+    index = json.loads((target / "00001.json").read_bytes())
+    damaged = bytearray((target / "00001.tar").read_bytes())
+    damaged[sum(index["members"][2][1:3]) - 600] ^= 1
+    (target / "00001.tar").write_bytes(damaged)
+    return target
+
+
+# By name: what is changed of a good run, or of its shards; what the one line says; whether the run had started when it was met.
+REFUSED = {
+    "no shards": ("data.path=/nowhere/shards", "data.path /nowhere/shards: no such folder", False),
+    "no model": ("model.path=/nowhere/model", "model.path /nowhere/model: no model_index.json", False),
+    "batch": ("batch.micro=3", "batch.pairs is 8: not a multiple of 1 ranks × batch.micro 3", False),
+    "no deepspeed": ("deepspeed=/nowhere/ds.json", "deepspeed /nowhere/ds.json: no such file", False),
+    "truncated": (truncated, "shard {shards}/00001.tar has 4000 bytes", False),
+    "narrow": (narrow, "latents have shape (2, 4, 8, 4) float16, manifest.json says (2, 4, 8, 8)", True),
+    "channels": (sixteen_channels, "latents have 16 channels (shape 16x8x8), the UNet of model.path", False),
+    "flipped": (flipped, "shard {shards}/00001.tar, sample 000000008: ", True),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory, sd_model, sd_shards) -> dict[str, tuple[Path, Outcome]]:
+    """Folder and outcome of each, by one process."""
+    folder = tmp_path_factory.mktemp("refused")
+    runs = {}
+    for name, (change, _, _) in REFUSED.items():
+        config = write_config(folder / name / "run.yaml", sd_model, sd_shards, steps=5)
+        changed = change if isinstance(change, str) else f"data.path={change(sd_shards, folder / name / 'shards')}"
+        runs[name] = Run(config, [changed])
+    outcomes = launch_many(list(runs.values()), ranks=1)
+    return {name: (folder / name, outcome) for name, outcome in zip(runs, outcomes, strict=True)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_named(refused, name):
+    """``launchers/train.py`` prints such an error as its one line: below."""
+    folder, outcome = refused[name]
+    _, named, started = REFUSED[name]
+    assert outcome.code == 1
+    (error,) = outcome.errors
+    assert named.format(shards=folder / "shards") in error
+    assert "\n" not in error
+    assert (folder / "run").exists() == started
+    assert not list(folder.glob("run/checkpoints/step-*"))
+    assert not (folder / "run" / "DONE").exists()
 
 
 def error_lines(process: subprocess.CompletedProcess) -> list[str]:
@@ -38,32 +107,9 @@ def test_unknown_key_is_reported_once_by_two_ranks(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("data.path=/nowhere/shards", "data.path /nowhere/shards: no such folder"),
-        ("model.path=/nowhere/model", "model.path /nowhere/model: no model_index.json"),
-        ("batch.micro=3", "batch.pairs is 8: not a multiple of 1 ranks × batch.micro 3"),
-        ("deepspeed=/nowhere/ds.json", "deepspeed /nowhere/ds.json: no such file"),
-    ],
-)
-def test_wrong_paths_and_batches(config, tmp_path, override, named):
-    (line,) = error_lines(alone(config, override))
-    assert named in line
-    assert not (tmp_path / "run").exists()
-
-
 def test_resume_without_a_checkpoint(config, tmp_path):
     (line,) = error_lines(alone(config, "--resume"))
     assert "--resume found no checkpoint" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_truncated_tar(config, tmp_path, sd_shards):
-    copy = shutil.copytree(sd_shards, tmp_path / "shards")
-    (copy / "00001.tar").write_bytes((copy / "00001.tar").read_bytes()[:4000])
-    (line,) = error_lines(alone(config, f"data.path={copy}"))
-    assert f"shard {copy}/00001.tar has 4000 bytes" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -103,11 +149,7 @@ def test_nan_in_a_latent_stops_two_ranks_and_saves_nothing(config, tmp_path, sd_
 
 def test_two_ranks_replace_what_they_may(config, tmp_path, sd_shards):
     """Two sources, one with a damaged pair. The run ends, and says what it did."""
-    copy = shutil.copytree(sd_shards, tmp_path / "shards")
-    index = json.loads((copy / "00001.json").read_bytes())
-    damaged = bytearray((copy / "00001.tar").read_bytes())
-    damaged[sum(index["members"][2][1:3]) - 600] ^= 1
-    (copy / "00001.tar").write_bytes(damaged)
+    copy = flipped(sd_shards, tmp_path / "shards")
     sources = f"data.sources=[{{path: {sd_shards}, weight: 1}}, {{path: {copy}, weight: 3}}]"
     arguments = ("data.path=null", sources, "data.workers=1", "steps=5", "batch.pairs=16")
     process = launch(config, *arguments, "data.max_bad_samples=1")
@@ -117,31 +159,11 @@ def test_two_ranks_replace_what_they_may(config, tmp_path, sd_shards):
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found[-1]["data/substitutions"] == 1  # though both ranks met it
     assert all(row["data/bytes_per_s"] > 0 and 0 <= row["perf/data_wait"] <= 1 for row in found)
-    (line,) = error_lines(alone(config, *arguments, f"output={tmp_path / 'other'}"))
-    assert f"shard {copy}/00001.tar, sample 000000008: " in line
-
-
-def test_shape_that_the_manifest_does_not_say(config, tmp_path, sd_shards):
-    copy = reshard(
-        sd_shards, tmp_path / "shards", lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()}
-    )
-    (line,) = error_lines(alone(config, f"data.path={copy}"))
-    assert "latents have shape (2, 4, 8, 4) float16, manifest.json says (2, 4, 8, 8)" in line
-
-
-def test_latents_of_another_model(config, tmp_path, sd_shards):
-    copy = shutil.copytree(sd_shards, tmp_path / "shards")
-    manifest = json.loads((copy / "manifest.json").read_bytes())
-    manifest["latents"]["shape"] = [16, 8, 8]
-    write_manifest(copy, manifest)
-    (line,) = error_lines(alone(config, f"data.path={copy}"))
-    assert "latents have 16 channels" in line
-    assert "takes 4" in line
 
 
 def shard_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_parquet_without_images(tmp_path, parquet, sd_model):
@@ -160,7 +182,7 @@ def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (output / "00000.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -9,11 +9,14 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.launching import PATIENCE
 
 NAMES = ("dde0", "dde1")
 # A host's own name, and its own /etc/hosts and ssh_config.
@@ -46,14 +49,17 @@ def need(*programs: str) -> None:
 
 
 def find(program: str) -> str | None:
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    """Where a program is: also beside this Python, whose virtual environment need not be active, and where Debian keeps daemons."""
+    return shutil.which(
+        program, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"])
+    )
 
 
 def ip(*arguments: str) -> None:
     subprocess.run([find("ip"), *arguments], check=True, capture_output=True)
 
 
-def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what() if callable(what) else what
@@ -117,7 +123,7 @@ class Hosts:
         return process
 
     def run(self, host: str, *command: str, **options) -> str:
-        process = subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=60, **options)
+        process = subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=PATIENCE, **options)
         assert process.returncode == 0, (command, process.stdout, process.stderr)
         return process.stdout
 

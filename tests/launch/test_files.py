@@ -14,7 +14,11 @@ from tests.launch.hosts import find
 
 pytestmark = pytest.mark.launch
 MANIFESTS = sorted((ROOT / "launchers" / "kubernetes").glob("*.yaml"))
-SCRIPTS = [*(ROOT / "launchers" / "slurm").glob("*.sbatch"), ROOT / "docker" / "entrypoint", ROOT / "docker" / "healthcheck"]
+SCRIPTS = [
+    *(ROOT / "launchers" / "slurm").glob("*.sbatch"),
+    *(ROOT / "docker" / name for name in ("entrypoint", "healthcheck", "prove")),
+    ROOT / ".ci" / "run",
+]
 # Kinds as kubeflow_trainer_api names their models, which are made from the same definitions as the CRDs.
 MODELS = {
     "v1/Service": "IoK8sApiCoreV1Service",
@@ -104,16 +108,16 @@ def test_pods_are_what_the_guide_says(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts(path):
-    if not find("shellcheck"):
+    if not (shellcheck := find("shellcheck")):
         pytest.skip("not installed: shellcheck")
-    subprocess.run(["shellcheck", "--enable=all", "--exclude=SC2250", path], check=True)
+    subprocess.run([shellcheck, "--enable=all", "--exclude=SC2250", path], check=True)
     assert path.suffix == ".sbatch" or path.stat().st_mode & 0o111
 
 
 def test_dockerfile():
-    if not find("hadolint"):
+    if not (hadolint := find("hadolint")):
         pytest.skip("not installed: hadolint")
-    subprocess.run(["hadolint", ROOT / "docker" / "Dockerfile"], check=True)
+    subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], check=True)
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu"])

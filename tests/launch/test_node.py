@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from dde_ds import load_config
-from launchers.node import main
+from launchers import node as node_py
 from tests.conftest import ROOT
-from tests.launching import environment, free_port, rows, wait_for_rows, write_config
+from tests.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.launch
@@ -56,12 +56,12 @@ def test_two_nodes_stopped_by_term_and_resumed(config, tmp_path):
     nodes = both("steps=5000", "optimizer.learning_rate=1e-5")
     wait_for_rows(run, 2, *nodes)
     nodes[1].send_signal(signal.SIGTERM)
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [75, 75], outputs
     assert not (run / "DONE").exists()
     arguments = (f"steps={len(rows(run)) + 1}", "optimizer.learning_rate=1e-5")
     nodes = both(*arguments)
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    outputs = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (run / "DONE").exists()
     assert losses(run) == pytest.approx(plain_losses(load_config(config, arguments)), abs=1e-5)
@@ -73,7 +73,7 @@ def test_a_killed_rank_takes_the_others_along(config, tmp_path):
     ranks = ranks_of(node)
     assert len(ranks) == 2
     ranks[1].kill()
-    _, stderr = node.communicate(timeout=60)
+    _, stderr = node.communicate(timeout=PATIENCE)
     assert node.returncode == 1, stderr
     assert "error: the connection to another rank was lost" in stderr
     assert not any(rank.is_running() for rank in ranks)
@@ -87,10 +87,20 @@ def test_no_orphans(config, tmp_path):
     assert len(ranks) >= 4
     os.kill(node.pid, signal.SIGKILL)
     node.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
         assert time.monotonic() < deadline, ranks
         time.sleep(0.1)
+
+
+def test_a_rank_that_hangs_is_ended(monkeypatch):
+    """One leaves with an error, the other one does nothing any more, not even die of TERM."""
+    monkeypatch.setattr(node_py, "TOGETHER", 0.5)
+    monkeypatch.setattr(node_py, "DYING", 0.5)
+    ranks = [subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(1000)", "raise SystemExit(1)")]
+    ranks[0].send_signal(signal.SIGSTOP)
+    assert node_py.watch(ranks, []) == 1
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
 
 
 @pytest.mark.parametrize(
@@ -103,5 +113,5 @@ def test_no_orphans(config, tmp_path):
     ],
 )
 def test_wrong_options(arguments, named, capsys):
-    assert main(["--ranks", "1", *arguments]) == 1
+    assert node_py.main(["--ranks", "1", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"error: {named}")

@@ -12,7 +12,7 @@ import pytest
 from dde_ds import load_config
 from tests.conftest import ROOT
 from tests.launch.hosts import NAMES, Hosts, find, need, wait_until
-from tests.launching import environment, rows, write_config
+from tests.launching import PATIENCE, environment, rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.launch
@@ -71,7 +71,7 @@ class Slurm:
 
     def __call__(self, *command: str, check: bool = True) -> str:
         process = subprocess.run(
-            self.hosts.command("dde0", *command), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=30
+            self.hosts.command("dde0", *command), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert process.returncode == 0 or not check, (command, process.stderr)
         return process.stdout
@@ -115,7 +115,7 @@ def test_signalled_preempted_and_finished(slurm, tmp_path, sd_model, sd_shards):
     wait_until(lambda: slurm.state(job)["Restarts"] == "2", slurm.log)
     second = seen()
     assert first < second < 40
-    wait_until(lambda: slurm.state(job)["JobState"] == "COMPLETED", slurm.log, 90)
+    wait_until(lambda: slurm.state(job)["JobState"] == "COMPLETED", slurm.log)
     assert slurm.state(more)["JobState"] == "COMPLETED"
     assert slurm.state(job)["ExitCode"] == "0:0"
     assert (run / "DONE").exists()

@@ -12,7 +12,7 @@ import pytest
 from dde_ds import load_config
 from tests.conftest import ROOT
 from tests.launch.hosts import NAMES, Hosts, find, need
-from tests.launching import LAUNCHER, environment, rows, wait_for_rows, write_config
+from tests.launching import LAUNCHER, PATIENCE, environment, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
 
 pytestmark = pytest.mark.launch
@@ -79,7 +79,7 @@ def test_hostfile_over_ssh(config, hostfile, tmp_path):
         process = hosts.start("dde0", *command, "steps=5000", "optimizer.learning_rate=1e-5", cwd=ROOT, env=variables)
         wait_for_rows(tmp_path / "run", 2, process)
         (tmp_path / "run" / "STOP").touch()
-        output = process.communicate(timeout=60)
+        output = process.communicate(timeout=PATIENCE)
         assert process.returncode == 75, output
     found = [row["loss"] for row in rows(tmp_path / "run")]
     expected = plain_losses(load_config(config, [f"steps={len(found)}", "optimizer.learning_rate=1e-5"]))
@@ -89,7 +89,7 @@ def test_hostfile_over_ssh(config, hostfile, tmp_path):
 
 def test_a_host_is_lost(hosts, config, hostfile, tmp_path):
     """Started on each host by itself, without ssh. One host's plug is pulled: no connection is closed, nothing more arrives."""
-    arguments = ("steps=100000", "optimizer.learning_rate=1e-6", "timeout_minutes=0.1", "checkpoint.every=2")
+    arguments = ("steps=100000", "optimizer.learning_rate=1e-6", "timeout_minutes=0.25", "checkpoint.every=2")
     nodes = [
         hosts.start(
             name,
@@ -103,7 +103,7 @@ def test_a_host_is_lost(hosts, config, hostfile, tmp_path):
     wait_for_rows(tmp_path / "run", 4, *nodes)
     hosts.cut("dde1")
     for node in nodes:
-        _, stderr = node.communicate(timeout=60)
+        _, stderr = node.communicate(timeout=PATIENCE)
         assert node.returncode == 1
         assert "the connection to another rank was lost" in stderr
     assert not (tmp_path / "run" / "DONE").exists()
@@ -113,7 +113,7 @@ def test_a_host_is_lost(hosts, config, hostfile, tmp_path):
 def test_torchrun(config, tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--standalone", "--nproc-per-node", "2", TRAIN, "--config", config, "steps=2"]
-    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "DONE").exists()
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(

@@ -13,15 +13,18 @@ from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.schedule import NoiseTarget
 
 
-@pytest.fixture(params=["torch", "triton interpreted", pytest.param("triton compiled", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["torch", "torch, small", "triton interpreted", pytest.param("triton compiled", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where the passes under test run: PyTorch's, Triton's by its interpreter on the CPU, Triton's on a GPU."""
+    """Where the passes under test run: PyTorch's by blocks, or by autograd where there is little to do, Triton's by its interpreter on
+    the CPU, Triton's on a GPU."""
     kind = request.param
-    if kind != "torch":
+    if kind != "torch, small":
+        monkeypatch.setattr(fused, "SMALL_ELEMENTS", 0)
+    if kind.startswith("triton"):
         pytest.importorskip("triton", reason="Triton is not installed")
         if (kind == "triton compiled") != torch.cuda.is_available():
             pytest.skip("no CUDA device" if kind == "triton compiled" else "the kernels run compiled here")
-    passes = importlib.import_module(f"dde_ds.objective.passes_{kind.partition(' ')[0]}")
+    passes = importlib.import_module(f"dde_ds.objective.passes_{kind.split(' ')[0].strip(',')}")
     monkeypatch.setattr(fused, "_passes", lambda _: passes)
     return "cuda" if kind == "triton compiled" else "cpu"
 
@@ -134,7 +137,8 @@ def test_shapes_that_do_not_fit(device, noise, reference, named):
         noise_errors(policy[:0], None, NoiseTarget(policy[:0]))
 
 
-def test_inputs_are_left_alone_and_nothing_else_is_kept(device):
+def test_inputs_are_left_alone_and_nothing_else_is_kept(device, monkeypatch):
+    monkeypatch.setattr(fused, "SMALL_ELEMENTS", 0)
     policy, reference, target = made_up(device, (4, 2, 3, 3), implied=True)
     inputs = (policy, reference, target.noise, target.noisy)
     before = [each.detach().clone() for each in inputs]
@@ -146,3 +150,17 @@ def test_inputs_are_left_alone_and_nothing_else_is_kept(device):
     }
     error.sum().backward()
     assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_predictions_have_the_numbers_of_large_ones(monkeypatch, dtype):
+    policy, reference, target = made_up("cpu", (4, 4, 32, 32), dtype=dtype)
+    target = NoiseTarget(target.noise.float())
+    found = []
+    for small in (0, policy.numel()):
+        monkeypatch.setattr(fused, "SMALL_ELEMENTS", small)
+        errors = noise_errors(policy, reference, target)
+        found.append((*errors, *torch.autograd.grad(errors[0].sum(), policy)))
+    for by_block, small in zip(*found, strict=True):
+        torch.testing.assert_close(small, by_block, rtol=torch.finfo(dtype).eps, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))

@@ -12,8 +12,8 @@ from dde_ds import UserError, load_config
 from dde_ds.config import RunConfig
 from dde_ds.distributed import Ranks
 from dde_ds.errors import RankError
-from dde_ds.training.ledger import Ledger, open_ledger
-from dde_ds.training.loop import build_run_objective, open_shards
+from dde_ds.training.ledger import FORMAT, Ledger, open_ledger
+from dde_ds.training.prepare import build_run_objective, open_shards
 from tests.conftest import shard
 from tests.launching import write_config
 from tests.pipelines import save_sd
@@ -127,7 +127,9 @@ def test_damage_is_found(run, tmp_path):
     ledger.add(*batch_at(*range(8)))
     ledger.write(ALONE)
     whole = ledger.path.read_bytes()
-    for damaged in (whole[:-3], b"", whole[:-1] + bytes([whole[-1] ^ 1]), safetensors.torch.save({"errors": torch.ones(8, 2)})):
+    foreign = safetensors.torch.save({"errors": torch.ones(8, 2)})
+    strange = safetensors.torch.save({"errors": torch.ones(8, 2)}, {"format": FORMAT, "identity": "[1]", "sha256": ""})
+    for damaged in (whole[:-3], b"", whole[:-1] + bytes([whole[-1] ^ 1]), foreign, strange):
         ledger.path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"reference.ledger {re.escape(str(ledger.path))}: "):
             opened(run)

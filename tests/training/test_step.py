@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from dde_ds import NoiseSchedule, build_objective
 from dde_ds.training.reference import frozen_model
-from dde_ds.training.step import micro_step
+from dde_ds.training.step import micro_step, reference_step
 
 ZERO_TERMINAL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
 
@@ -48,3 +49,25 @@ def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
         errors = (policy(noisy, timesteps.repeat(2), text).sample - noise).square().mean((1, 2, 3))
     assert torch.allclose(out.metrics["error/policy_chosen"], errors[:2].mean(), rtol=1e-5)
     assert torch.allclose(out.metrics["error/policy_rejected"], errors[2:].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reference_type", [torch.float32, torch.bfloat16])
+def test_a_reference_alone_finds_the_errors_that_it_finds_beside_a_policy(sd_model, schedule, policy_type, reference_type):
+    """To the last bit, whichever types the two have: x_t is rounded to the policy's, then to the reference's."""
+    policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet").to(policy_type)
+    reference = frozen_model(copy.deepcopy(policy).to(reference_type).requires_grad_(False))
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "latents": torch.randn(4, 4, 8, 8, generator=generator).half(),
+        "noise": torch.randn(2, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([300, 900]),
+        "prompt_embeds": torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator).half(),
+    }
+    objective = build_objective("dde", schedule)
+    out = micro_step(policy, reference, objective, batch, torch.device("cpu"))
+    alone = reference_step(reference, objective, batch, torch.device("cpu"), policy_type)
+    assert alone.dtype == torch.float32 and alone.equal(out.reference_errors)
+    # What the ledger hands over takes the reference's place.
+    again = micro_step(policy, None, objective, {**batch, "reference_errors": alone}, torch.device("cpu"))
+    assert again.loss.equal(out.loss)

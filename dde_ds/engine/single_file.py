@@ -1,0 +1,150 @@
+"""A diffusers pipeline's weights under the names of the original code: CompVis' Stable Diffusion, Stability's SDXL, OpenAI's CLIP
+and open_clip. What most programs outside of diffusers load, from one file.
+
+diffusers reads that layout (``loaders/single_file_utils.py``) and does not write it; here is the way back. The original counts a
+UNet's layers through all of its blocks: ``input_blocks.N.0`` is a residual layer or a downsampler, ``.1`` the attention behind it.
+
+Left out is what holds no trained weight: CLIP's position_ids, open_clip's logit_scale, the noise schedule's tables.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dde_ds.errors import UserError
+
+Rules = tuple[tuple[str, str], ...]
+
+# Of a residual layer. Attention layers have the same names in both.
+RESNET: Rules = (
+    (r"\.norm1\.", ".in_layers.0."),
+    (r"\.conv1\.", ".in_layers.2."),
+    (r"\.time_emb_proj\.", ".emb_layers.1."),
+    (r"\.norm2\.", ".out_layers.0."),
+    (r"\.conv2\.", ".out_layers.3."),
+    (r"\.conv_shortcut\.", ".skip_connection."),
+)
+UNET: Rules = (
+    (r"^time_embedding\.linear_1\.", "time_embed.0."),
+    (r"^time_embedding\.linear_2\.", "time_embed.2."),
+    (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
+    (r"^add_embedding\.linear_2\.", "label_emb.0.2."),
+    (r"^conv_in\.", "input_blocks.0.0."),
+    (r"^conv_norm_out\.", "out.0."),
+    (r"^conv_out\.", "out.2."),
+    (r"^mid_block\.resnets\.0\.", "middle_block.0."),
+    (r"^mid_block\.attentions\.0\.", "middle_block.1."),
+    (r"^mid_block\.resnets\.1\.", "middle_block.2."),
+)
+VAE: Rules = (
+    (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
+    (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+)
+OPEN_CLIP: Rules = (
+    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.", ".attn."),
+    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^text_model\.final_layer_norm\.", "ln_final."),
+    (r"^text_projection\.weight$", "text_projection"),
+)
+
+
+def to_single_file(pipeline: Any) -> dict[str, Tensor]:
+    """The weights of a Stable Diffusion 1.x or SDXL pipeline, as one checkpoint of the original code.
+
+    Raises:
+        UserError: a pipeline whose original layout is another one.
+    """
+    xl = hasattr(pipeline, "text_encoder_2")
+    if not xl and pipeline.text_encoder.config.hidden_size == 1024:
+        raise UserError("--format single: this is a Stable Diffusion 2 model, and its layout is not written; choose folder")
+    parts = {
+        "model.diffusion_model.": unet_names(pipeline.unet.state_dict(), pipeline.unet.config),
+        "first_stage_model.": vae_names(pipeline.vae.state_dict(), len(pipeline.vae.config.up_block_types)),
+    }
+    clip = clip_names(pipeline.text_encoder.state_dict())
+    if xl:
+        parts["conditioner.embedders.0.transformer."] = clip
+        parts["conditioner.embedders.1.model."] = open_clip_names(pipeline.text_encoder_2.state_dict())
+    else:
+        parts["cond_stage_model.transformer."] = clip
+    return {prefix + name: value for prefix, weights in parts.items() for name, value in weights.items()}
+
+
+def unet_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """A UNet's weights under their original names."""
+    layers = config["layers_per_block"]
+    attending = {name.split(".")[1] for name in weights if name.startswith("up_blocks.") and ".attentions." in name}
+    found = {}
+    for name, value in weights.items():
+        side, block, kind, layer, rest = (*name.split(".", 4), *[""] * 4)[:5]
+        # Down: an input layer, then each block's `layers` pairs and its downsampler. Up: each block has one pair more.
+        if side == "down_blocks":
+            place = 1 + int(block) * (layers + 1) + (layers if kind == "downsamplers" else int(layer))
+            inner = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]
+            name = f"input_blocks.{place}.{inner}{rest.removeprefix('conv.') if kind == 'downsamplers' else rest}"
+        elif side == "up_blocks":
+            place = int(block) * (layers + 1) + (layers if kind == "upsamplers" else int(layer))
+            inner = {"resnets": "0.", "attentions": "1.", "upsamplers": "2." if block in attending else "1."}[kind]
+            name = f"output_blocks.{place}.{inner}{rest}"
+        name = _rename(name, UNET)
+        found[name if ".transformer_blocks." in name else _rename(name, RESNET)] = value
+    return found
+
+
+def vae_names(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    """A VAE's weights under their original names. The decoder's blocks count from the other end; attention is 1×1 convolutions."""
+    found = {}
+    for name, value in weights.items():
+        name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up_blocks.{blocks - 1 - int(match[1])}", name)
+        name = _rename(name, VAE)
+        attention = re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name)
+        found[name] = value[:, :, None, None] if attention else value
+    return found
+
+
+def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's weights as transformers named them when the layout was made: newer versions leave ``text_model.`` out."""
+    return {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
+        for name, value in weights.items()
+        if not name.endswith("position_ids")
+    }
+
+
+def open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SDXL's second text encoder in open_clip's layout: the three input projections of an attention in one, the output projection
+    transposed."""
+    weights = clip_names(weights)
+    found = {}
+    for name, value in weights.items():
+        if ".q_proj." in name:
+            kind = name.rpartition(".")[2]
+            joined = torch.cat([weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            found[_rename(name.removesuffix(f"q_proj.{kind}") + f"in_proj_{kind}", OPEN_CLIP)] = joined
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            found[_rename(name, OPEN_CLIP)] = value.T if name == "text_projection.weight" else value
+    return found
+
+
+def _rename(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,34 @@
+"""The optimizer's step, which no gradient that is not finite gets through."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def update(policy: Any) -> float:
+    """``policy.step()`` at the end of an accumulation, left out on all ranks where a gradient is not finite. Collective.
+
+    DeepSpeed's ZeRO and bfloat16 optimizers do so themselves, silently, by the norm, which is all ranks' gradients' together; the one
+    place where that is optional is switched on in :func:`dde_ds.engine.zero.complete_config`. A plain optimizer, stage 0 in
+    float32, does not: its gradients, reduced by then and so equal on all ranks, are looked at here.
+
+    Returns:
+        The gradient's norm before clipping. Not finite: the step was left out, and weights, moments and the optimizer's count of
+        steps are as they were.
+    """
+    if hasattr(policy.optimizer, "overflow"):
+        policy.step()
+        return float(policy.get_global_grad_norm()) if policy.was_step_applied() else math.inf
+    gradients = [parameter.grad for parameter in policy.module.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm):
+        policy.step()
+    else:
+        # Cleared after DeepSpeed's clipping, which must find some: the optimizer then has nothing to do.
+        hook = policy.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+        policy.step()
+        hook.remove()
+    return norm

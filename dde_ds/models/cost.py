@@ -1,0 +1,210 @@
+"""What a UNet costs: parameters, FLOPs, and the bytes of a training pass, counted on tensors without data.
+
+Nothing is loaded and nothing is computed: the architecture is built from its configuration in PyTorch's FakeTensorMode, where every
+operation knows the shapes of its results, and a forward and backward pass is run through it. So the numbers are those of the very
+operations that training calls, eager and uncompiled. Attention is taken to be a kernel that keeps its inputs, its output and a
+sum for each row, as flash and memory-efficient attention do; libraries' workspaces are not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.lora import add_adapters
+from dde_ds.models.unet import predict
+
+TOKENS = 77
+"""Length of CLIP's prompts, which SD1.5 and SDXL are conditioned by."""
+
+_ATEN = torch.ops.aten
+_FLOPS = {
+    **flop_registry,
+    # The kernel that FakeTensorMode takes on a machine without a GPU; PyTorch knows the FLOPs of its siblings on CUDA only.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad.shape, q.shape, k.shape, v.shape
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass of the policy."""
+
+    kept: int
+    """Bytes that wait for the backward pass when the forward one has ended."""
+    peak: int
+    """Most bytes alive at any moment beside weights, inputs and the gradients that were handed on, each as soon as it was there."""
+    flops: int
+    """2 × multiply-adds of both directions, with what is computed again."""
+
+
+class Adapters(NamedTuple):
+    """LoRA's part of what :func:`dde_ds.models.lora.add_adapters` takes."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
+class Sizes(NamedTuple):
+    """Elements of each parameter of a UNet, in its own order."""
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+
+
+def parameter_sizes(config: dict, adapters: Adapters | None = None) -> Sizes:
+    """Of a UNet2DConditionModel, all trained or its adapters alone."""
+    return _parameter_sizes(_key(config), adapters)
+
+
+def forward_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS) -> int:
+    """FLOPs (2 × multiply-adds) of predicting one latent of shape (C,H,W)."""
+    return _forward_flops(_key(config), tuple(latent), tokens)
+
+
+def pair_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS, reference: bool = True) -> int:
+    """FLOPs that training on a pair takes, recomputation aside: of two latents each, the policy's forward pass and a backward pass of
+    twice that, and the reference's forward pass where there is one."""
+    return (2 * 3 + 2 * reference) * forward_flops(config, latent, tokens)
+
+
+def training_pass(
+    config: dict,
+    latent: tuple[int, int, int],
+    checkpointing: str,
+    dtype: torch.dtype,
+    tokens: int = TOKENS,
+    pairs: int = 1,
+    adapters: Adapters | None = None,
+) -> Pass:
+    """Memory and FLOPs of one micro-batch, winners and losers in one call, in a mode of
+    :func:`dde_ds.models.checkpointing.set_checkpointing`. All three numbers grow in proportion to ``pairs``."""
+    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters)
+
+
+def made_up_batch(config: Any, latents: int, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """What :func:`dde_ds.models.unet.predict` takes beside latents: conditioning of the shapes that ``config``, a dict, asks for."""
+    batch = {"prompt_embeds": torch.zeros(latents, tokens, config["cross_attention_dim"])}
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        batch |= {"pooled": torch.zeros(latents, pooled), "time_ids": torch.zeros(latents, 6)}
+    return batch
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs of what is done inside it, bytes of the tensors that were made there and are still held by something, and the most that
+    there were at once.
+
+    ``FlopCounterMode`` in its place would hold on to tensors that the pass has let go of.
+    """
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.flops = self.bytes = self.peak = 0
+        # A view of a known tensor is no memory of its own.
+        self._seen = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in known)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operator(*args, **kwargs)
+        if operator._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[operator._overloadpacket](*args, **kwargs, out_val=result)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.bytes -= size
+        del self._seen[key]
+
+
+def run_pass(unet: torch.nn.Module, noisy: Tensor, batch: dict[str, Tensor]) -> Pass:
+    """A forward and backward pass, counted. On real tensors as well, which is how the count is tested."""
+    # DeepSpeed takes a gradient into its buckets as soon as it is there.
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        for parameter in unet.parameters()
+        if parameter.requires_grad
+    ]
+    timesteps = torch.zeros(len(noisy), dtype=torch.int64)
+    with Meter([*unet.parameters(), noisy, timesteps, *batch.values()]) as meter:
+        prediction = predict(unet, noisy, timesteps, batch)
+        kept = meter.bytes
+        prediction.backward(torch.ones_like(prediction))
+    for hook in hooks:
+        hook.remove()
+    return Pass(kept, meter.peak, meter.flops)
+
+
+@lru_cache(maxsize=8)
+def _parameter_sizes(key: str, adapters: Adapters | None) -> Sizes:
+    with torch.device("meta"):
+        parameters = list(_build(key, adapters).parameters())
+    trained, frozen = ([each.numel() for each in parameters if each.requires_grad is wanted] for wanted in (True, False))
+    return Sizes(tuple(trained), tuple(frozen))
+
+
+@lru_cache(maxsize=8)
+def _forward_flops(key: str, latent: tuple[int, int, int], tokens: int) -> int:
+    with torch.device("meta"):
+        unet, noisy = _build(key), torch.zeros(1, *latent)
+        batch = made_up_batch(json.loads(key), 1, tokens)
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            predict(unet, noisy, torch.zeros(1, dtype=torch.int64), batch)
+    return flops.get_total_flops()
+
+
+@lru_cache(maxsize=64)
+def _training_pass(
+    key: str,
+    latent: tuple[int, int, int],
+    checkpointing: str,
+    dtype: torch.dtype,
+    tokens: int,
+    pairs: int,
+    adapters: Adapters | None,
+) -> Pass:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        unet = _build(key, adapters)
+    with FakeTensorMode():
+        for module in unet.modules():
+            for name, value in module.named_parameters(recurse=False):
+                empty = torch.empty(value.shape, dtype=dtype)
+                setattr(module, name, torch.nn.Parameter(empty, requires_grad=value.requires_grad))
+        set_checkpointing(unet.train(), checkpointing)
+        batch = made_up_batch(json.loads(key), 2 * pairs, tokens)
+        return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), batch)
+
+
+def _build(key: str, adapters: Adapters | None = None):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(json.loads(key))
+    if adapters:
+        add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
+    return unet
+
+
+def _key(config: dict) -> str:
+    return json.dumps(dict(config), sort_keys=True, default=list)

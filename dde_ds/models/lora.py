@@ -1,0 +1,63 @@
+"""LoRA: beside the matrix W of a layer two thin ones are trained, so that it computes W x + (α/r) B A x (arXiv 2106.09685).
+
+B begins at zero. So an untouched adapter adds exactly nothing, and with the adapters off the UNet is its own base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dde_ds.errors import UserError
+
+ADAPTER = "default"
+_DOWN, _UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
+
+
+def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Put adapters beside the layers whose names end in one of ``targets``; nothing else of the UNet is trained from then on.
+
+    A is drawn from ``seed``, as diffusers' own LoRA scripts do: normal with variance 1/r². B is zero.
+
+    Raises:
+        UserError: peft is missing, or a target is no layer that can have an adapter.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("lora is set, but peft is not installed: pip install 'dde_ds[lora]'") from None
+    for target in targets:
+        found = [layer for name, layer in unet.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in found):
+            raise UserError(
+                f"lora.targets names {target!r}: {'no linear layer or convolution' if found else 'nothing'} in the UNet ends in it; "
+                "to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1 and conv2 are such names"
+            )
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
+
+
+def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """(name of the weight that it is to be added to, (α/r) B A as a matrix) of each adapter, one at a time: all are as large as the layers.
+
+    A convolution's B is 1×1 and its A has the kernel: flattened they multiply like a linear layer's.
+
+    Args:
+        adapters: trained parameters, float32, under their names in the UNet with adapters.
+        scale: α/r.
+    """
+    for layer in [name.removesuffix(_UP) for name in adapters if name.endswith(_UP)]:
+        yield f"{layer}.weight", scale * (adapters[layer + _UP].flatten(1) @ adapters[layer + _DOWN].flatten(1))
+
+
+def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Adapters under the names that ``load_lora_weights`` and other tools read. The scale is multiplied into B: tools that find no α
+    in a file take α = r, and would load adapters of another strength without a word."""
+    return {
+        name.replace(f".{ADAPTER}.weight", ".weight"): value * scale if name.endswith(_UP) else value
+        for name, value in adapters.items()
+    }

@@ -1,0 +1,128 @@
+"""What a run is put together from: objective, engines, shards and folder, each checked against the others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dde_ds.config import RunConfig, load_config
+from dde_ds.data.mixture import MixedShards, open_sources
+from dde_ds.data.shards import ShardSet
+from dde_ds.engine import checkpoint
+from dde_ds.engine.zero import initialize
+from dde_ds.errors import UserError
+from dde_ds.models import unet as models
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.lora import add_adapters
+from dde_ds.models.speed import compile_blocks, use_channels_last
+from dde_ds.objective.objective import Objective, build_objective
+from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.training.metrics import read_rows
+from dde_ds.training.reference import Reference, adapters_off, frozen_model
+
+
+def build_run_objective(run: RunConfig) -> Objective:
+    options = run.objective
+    schedule = NoiseSchedule.from_scheduler(models.load_scheduler_config(run.model.path, run.model.revision), options.variance)
+    return build_objective(
+        options.name,
+        schedule,
+        beta=options.beta,
+        correction_weight=options.correction_weight,
+        correction_ema=options.correction_ema,
+        discount=options.discount,
+        discount_mode=options.discount_mode,
+        timestep_range=options.timestep_range,
+    )
+
+
+def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
+    """The objective of a run folder with the table of its newest checkpoint, and the rows of its ``correction.jsonl``.
+
+    Raises:
+        UserError: no run folder, no checkpoint in it, or a run whose objective has no reference.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--run {folder}: no config.yaml there; name the output folder of a run")
+    objective = build_run_objective(load_config(folder / "config.yaml"))
+    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"--run {folder}: no checkpoint there yet; explain the run after its first one")
+    if not objective.needs_reference:
+        raise UserError(f"--run {folder}: {objective.name} compares with no reference and records no table")
+    checkpoint.load_table(checkpoints[-1], objective)
+    return objective, read_rows(folder / "correction.jsonl")
+
+
+def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
+    policy = models.load_unet(run.model.path, run.model.revision)
+    if run.lora:
+        add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
+    set_checkpointing(policy, checkpointing)
+    second = models.load_unet(run.model.path, run.model.revision) if with_reference and not run.lora else None
+    treat_alike(run, policy)
+    if second is not None:
+        treat_alike(run, second)
+    placed = run.reference
+    engine, second = initialize(policy, second, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
+    if with_reference and run.lora:
+        return engine, adapters_off(engine.module)
+    return engine, None if second is None else frozen_model(second)
+
+
+def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
+    """What policy and reference must both be, to begin at the same predictions."""
+    if run.model.channels_last:
+        use_channels_last(unet)
+    if run.model.compile:
+        compile_blocks(unet)
+
+
+def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:
+    """Training shards, and held-out ones where the run names any. They and the model must speak of the same latents: found out
+    before any weight is loaded."""
+    data = run.data
+    remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
+    training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples)
+    _check_fit(run, training, f"data.path {data.name}")
+    if data.flip and not training.manifest["settings"]["flip"]:
+        raise UserError(f"data.flip is true, but {data.name} holds no mirrored latents; shard the pairs with --flip")
+    held_out = open_sources([(run.evaluation.path, 1.0)], **remote) if run.evaluation.path else None
+    if held_out:
+        _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
+    trained_on = {one.digest for one in (training.sets if isinstance(training, MixedShards) else [training])}
+    if held_out and held_out.digest in trained_on:
+        raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of data.path; held-out pairs are needed")
+    return training, held_out
+
+
+def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
+    config = models.load_unet_config(run.model.path, run.model.revision)
+    channels, height, width = shards.latent_shape
+    if channels != config["in_channels"]:
+        raise UserError(
+            f"{name}: latents have {channels} channels (shape {channels}x{height}x{width}), "
+            f"the UNet of model.path {run.model.path} takes {config['in_channels']}; shard the pairs with this model"
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if height % factor or width % factor:
+        raise UserError(f"{name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
+    own = models.family(run.model.path, run.model.revision)
+    if own != shards.manifest["settings"]["family"]:
+        raise UserError(
+            f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
+        )
+
+
+def open_folder(folder: Path, run: RunConfig) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        for stale in ("DONE", "STOP"):
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
+    shutil.rmtree(folder / "checkpoints" / ".staging", ignore_errors=True)

@@ -1,0 +1,102 @@
+"""One trajectory per kind of UNet, whatever the ranks, the stage, the accumulation, the checkpointing and the reference's place.
+
+Every run of the suite launches the few settings that cover all pairs of values; ``pytest -m grid`` launches all 128.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from dde_ds import load_config
+from tests.distributed.grid import EVERY, KINDS, RANKS, TRAJECTORIES, Setting, covering, run, trajectory, write_grid_config
+from tests.launching import launch_many
+from tests.plain_loop import plain_steps
+
+LOSS, NORM = 1e-5, 1e-4
+COLUMNS = [field.name for field in fields(Setting)]
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory, sd_model, sd_shards, sdxl_model, sdxl_shards) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("grid")
+    made = {"sd": (sd_model, sd_shards), "sdxl": (sdxl_model, sdxl_shards)}
+    return {kind: write_grid_config(folder / f"{kind}.yaml", *made[kind]) for kind in KINDS}
+
+
+def launched(settings: Sequence[Setting], configs: dict[str, Path], folder: Path, *overrides: str) -> dict[Setting, list]:
+    """Loss and gradient norm of each step of each setting, by one launch for each number of ranks."""
+    found = {}
+    for ranks in RANKS:
+        own = [setting for setting in settings if setting.ranks == ranks]
+        runs = [run(setting, configs[setting.kind], folder / str(setting), *overrides) for setting in own]
+        for setting, outcome in zip(own, launch_many(runs, ranks, timeout=3600), strict=True):
+            assert outcome.code == 0, (setting, outcome.errors)
+            found[setting] = trajectory(folder / str(setting))
+    return found
+
+
+def recorded(kind: str) -> list[tuple[float, float]]:
+    return [(step["loss"], step["grad_norm"]) for step in json.loads((TRAJECTORIES / f"{kind}.json").read_text())["steps"]]
+
+
+def assert_follows(found: list[tuple[float, float]], kind: str, loss: float, norm: float) -> None:
+    expected = recorded(kind)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=loss)
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=norm)
+
+
+def test_the_few_settings_cover_every_pair():
+    few = covering()
+    for a, b in combinations(COLUMNS, 2):
+        assert {(getattr(s, a), getattr(s, b)) for s in few} == {(getattr(s, a), getattr(s, b)) for s in EVERY}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_loop_follows_the_record(configs, kind):
+    """As does the record itself: what order, draws and shards give today is what they gave then."""
+    run = load_config(configs[kind])
+    assert_follows(plain_steps(run), kind, LOSS, NORM)
+    assert_follows(plain_steps(run, torch.float64), kind, 1e-6, 1e-5)
+    losses, norms = zip(*recorded(kind), strict=True)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-8)
+    assert min(abs(a - b) for a, b in combinations(losses, 2)) > 5 * LOSS, "a run that learns nothing would agree as well"
+    assert min(norms) > run.optimizer.max_grad_norm, "every step is clipped"
+
+
+@pytest.fixture(scope="module")
+def few(configs, tmp_path_factory):
+    return launched(covering(), configs, tmp_path_factory.mktemp("few"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", covering(), ids=str)
+def test_a_setting_changes_nothing(few, setting):
+    assert few[setting][0][0] == torch.tensor(2.0).log().item()
+    assert_follows(few[setting], setting.kind, LOSS, NORM)
+
+
+@pytest.mark.grid
+def test_no_setting_changes_anything(configs, tmp_path, capsys):
+    """All of them, and what is left of a difference between two values of a column is rounding, not bias."""
+    found = launched(EVERY, configs, tmp_path)
+    rest = {
+        setting: [loss - expected for (loss, _), (expected, _) in zip(steps, recorded(setting.kind), strict=True)][1:]
+        for setting, steps in found.items()
+    }
+    with capsys.disabled():
+        print(f"\n{len(found)} settings, largest distance of a loss {max(abs(x) for values in rest.values() for x in values):.1e}")
+        for column in COLUMNS:
+            means = {}
+            for setting, values in rest.items():
+                means.setdefault(getattr(setting, column), []).extend(values)
+            print(column, {value: f"{sum(values) / len(values):+.1e}" for value, values in means.items()})
+    for setting, steps in found.items():
+        assert_follows(steps, setting.kind, LOSS, NORM)

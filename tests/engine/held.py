@@ -1,0 +1,93 @@
+"""Bytes that real engines hold, as one rank of several: a tiny UNet, two micro-batches, and what is there before the step is made.
+
+RANK=… WORLD_SIZE=… python -m tests.engine.held CONFIG.json… > one JSON line a configuration
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from dde_ds.engine.zero import initialize
+from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.cost import made_up_batch
+from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.unet import predict
+
+
+def bytes_of(tensors) -> int:
+    """Of distinct storages."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
+    return sum(storages.values())
+
+
+def weights(engine) -> list[Tensor]:
+    """Of a stage-3 engine, this rank's parts, and what is whole on every rank."""
+    parameters = list(engine.module.parameters())
+    return [*parameters, *(parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))]
+
+
+def masters(optimizer) -> list[Tensor]:
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    raise TypeError(type(optimizer).__name__)
+
+
+def gradients(engine) -> list[Tensor]:
+    """Sums over the micro-batches of a step, as they stand before it."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        return [optimizer.grad_partitions_flat_buffer]
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        return [*optimizer.fp32_groups_gradients_flat, *(parameter.grad for parameter in engine.module.parameters())]
+    sums = [tensor for group in optimizer.averaged_gradients.values() if group is not None for tensor in group]
+    sums += [tensor for group in optimizer.all_grad_tensors.values() if group is not None for tensor in group]
+    return [*sums, *(parameter.grad for parameter in engine.module.parameters())]
+
+
+def held(config: dict, unet: dict, side: int, checkpointing: str = "none") -> dict[str, int]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    policy, reference = (UNet2DConditionModel.from_config(unet).to(dtype) for _ in range(2))
+    set_checkpointing(policy, checkpointing)
+    policy, reference = initialize(policy, reference, config)
+    noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
+    batch = made_up_batch(unet, 2, 8)
+    timesteps = torch.zeros(2, dtype=torch.int64)
+    found = {"gradients": 0}
+    for _ in range(2):  # optimizer steps: the moments are made in the first
+        for _ in range(config["gradient_accumulation_steps"]):
+            with torch.no_grad():
+                predict(reference, noisy, timesteps, batch)
+            policy.backward(predict(policy, noisy, timesteps, batch).float().square().mean())
+            found["gradients"] = max(found["gradients"], bytes_of(gradients(policy)))
+            policy.step()
+    model = bytes_of(weights(policy))
+    state = [value for values in policy.optimizer.optimizer.state.values() for value in values.values()]
+    moments = [value for value in state if torch.is_tensor(value) and value.dim()]
+    return found | {
+        "weights": model,
+        "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
+        "reference": bytes_of(weights(reference)),
+        "peak_resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def main() -> None:
+    quiet_libraries()
+    for path in sys.argv[1:]:
+        job = json.loads(Path(path).read_text(encoding="utf-8"))
+        print(json.dumps(held(**job)), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What real engines of two ranks hold, tensor by tensor, is what the planner says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dde_ds.engine.memory import Memory, policy_memory, reference_memory
+from dde_ds.engine.reference import reference_config
+from dde_ds.models.cost import parameter_sizes, training_pass
+from tests.conftest import ROOT
+from tests.engine.test_plan import TINY, architecture
+from tests.launching import environment, free_port
+
+WORLD = 2
+
+
+def configuration(name: str, precision: str, bucket: int) -> dict:
+    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    zero = config["zero_optimization"]
+    # The shipped buckets are larger than the tiny model; so that some parameters are cut and some are not.
+    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_param_persistence_threshold": 100}
+    if precision == "fp32":
+        config.pop("data_types")
+    return config | {
+        **{"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0},
+        **{"bf16": {"enabled": precision == "bf16"}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
+    }
+
+
+def launch(folder: Path, jobs: list[dict], timeout: float) -> list[list[dict]]:
+    """What each rank says of each job."""
+    paths = [folder / f"{number}.json" for number in range(len(jobs))]
+    for path, job in zip(paths, jobs, strict=True):
+        path.write_text(json.dumps(job))
+    variables = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.held", *map(str, paths)],
+            cwd=ROOT,
+            env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0] * WORLD, [err[-3000:] for _, err in printed]
+    return [[json.loads(line) for line in out.splitlines() if line.startswith('{"gradients"')] for out, _ in printed]
+
+
+def planned(unet: dict, config: dict) -> dict[str, int]:
+    sizes = parameter_sizes(unet)
+    memory: Memory = policy_memory(sizes, config, WORLD, 8.0)
+    reference = reference_memory(sizes.trained, reference_config(config), WORLD)
+    return {
+        **{"gradients": memory.gradients, "weights": memory.weights, "optimizer": memory.optimizer},
+        "reference": reference.reference,
+    }
+
+
+@pytest.mark.slow
+def test_state_of_two_ranks(tmp_path):
+    kinds = [("zero1", "bf16"), ("zero2", "bf16"), ("zero2", "fp32"), ("zero3", "bf16"), ("zero3", "fp32")]
+    jobs = [{"config": configuration(name, precision, 10**6), "unet": TINY, "side": 16} for name, precision in kinds]
+    ranks = launch(tmp_path, jobs, timeout=600)
+    for number, (kind, job) in enumerate(zip(kinds, jobs, strict=True)):
+        found = [rank[number] for rank in ranks]
+        # ZeRO-2 in float32 cuts between parameters: of the two ranks one has more, which is the planner's.
+        most = {part: max(rank[part] for rank in found) for part in ("gradients", "weights", "optimizer", "reference")}
+        assert most == planned(TINY, job["config"]), kind
+
+
+@pytest.mark.real_size
+def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
+    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: some 20 GB."""
+    unet = architecture("sd15")
+    config = configuration("zero3", "bf16", 10**7)
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 10**8}
+    config["zero_optimization"] |= {"stage3_max_reuse_distance": 10**8, "stage3_prefetch_bucket_size": 10**7}
+    found = launch(tmp_path, [{"config": config, "unet": unet, "side": 32, "checkpointing": "full"}], timeout=3600)
+    expected = planned(unet, config)
+    for (rank,) in found:
+        assert {part: rank[part] for part in expected} == expected
+    one = training_pass(unet, (4, 32, 32), "full", torch.bfloat16)
+    with capsys.disabled():
+        print("\nplanned, bytes of a rank:", expected, "activations of a pair:", one.peak)
+        print("peak resident set of the ranks:", [rank["peak_resident"] for (rank,) in found])

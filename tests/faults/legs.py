@@ -1,0 +1,103 @@
+"""Several runs one after the other in two real ranks, with faults that are put into the running process: no option of the product makes one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.multiprocessing as mp
+
+from dde_ds import UserError, load_config
+from tests.launching import RANK_VARIABLES, free_port
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One call of ``train`` on all ranks. Steps count from 1."""
+
+    overrides: Sequence[str] = ()
+    resume: str | None = None
+    bad_loss: tuple[tuple[int, int], ...] = ()
+    """(rank, step): the last micro-batch's loss there is NaN."""
+    bad_gradient: tuple[tuple[int, int], ...] = ()
+    """(rank, step): the loss is finite, what comes back through it is NaN."""
+    signal_in: tuple[str, int] | None = None
+    """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th look at the held-out pairs."""
+
+
+def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] | None = None, world: int = 2) -> list:
+    """What each leg came to: its exit code, or the error's one line, the same on all ranks; beside it what ``look_at`` then finds in
+    the run folder, if it is given: a function of a module, since it goes to another process."""
+    with mp.Manager() as manager:
+        outcomes = manager.dict()
+        mp.spawn(_one_rank, (world, free_port(), config, legs, look_at, outcomes), nprocs=world)
+        found = [[outcomes[number, rank] for rank in range(world)] for number in range(len(legs))]
+        views = [outcomes.get((number, "folder")) for number in range(len(legs))]
+    assert all(len(set(outcome)) == 1 for outcome in found), f"ranks disagree: {found}"
+    ends = [outcome[0] for outcome in found]
+    return list(zip(ends, views, strict=True)) if look_at else ends
+
+
+def _one_rank(rank: int, world: int, port: int, config: Path, legs: Sequence[Leg], look_at, outcomes: dict) -> None:
+    signal.alarm(280)  # a hang is a failure, not a wait
+    for name, value in zip(RANK_VARIABLES, (rank, world, rank, "127.0.0.1", port), strict=True):
+        os.environ[name] = str(value)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    from dde_ds.training.loop import train
+
+    for number, leg in enumerate(legs):
+        run = load_config(config, leg.overrides)
+        with faults(leg, rank):
+            try:
+                outcomes[number, rank] = train(run, leg.resume)
+            except UserError as error:
+                outcomes[number, rank] = str(error)
+        if look_at and rank == 0:
+            outcomes[number, "folder"] = look_at(Path(run.output))
+
+
+@contextlib.contextmanager
+def faults(leg: Leg, rank: int) -> Iterator[None]:
+    from dde_ds.evaluation.generate import PromptSet
+    from dde_ds.evaluation.heldout import HeldOut
+    from dde_ds.training import loop
+
+    original = loop.micro_step
+
+    def micro_step(policy, reference, objective, batch, device):
+        out = original(policy, reference, objective, batch, device)
+        step = int(batch["positions"][0]) // 8 + 1
+        if policy.is_gradient_accumulation_boundary():
+            if (rank, step) in leg.bad_loss:
+                out.loss = out.loss * torch.nan
+            if (rank, step) in leg.bad_gradient:
+                out.loss.register_hook(lambda gradient: gradient * torch.nan)
+        return out
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(loop, "micro_step", micro_step))
+        for kind in (PromptSet, HeldOut):
+            name = "draw" if kind is PromptSet else "errors"
+            stack.enter_context(mock.patch.object(kind, name, _signalling(kind, name, leg, rank)))
+        yield
+
+
+def _signalling(kind: type, name: str, leg: Leg, rank: int):
+    original, calls = getattr(kind, name), 0
+
+    def method(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if (name, calls) == leg.signal_in and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments, **options)
+
+    return method
