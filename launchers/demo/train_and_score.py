@@ -121,7 +121,7 @@ class Bench:
 
     def _gather(self, rows: Tensor, count: int) -> Tensor:
         """Rows of all ranks in the order of the things, from each rank's rows of its own."""
-        together = gather_rows(rows.to(self.device).contiguous()).cpu()
+        together = gather_rows(rows.to(self.device).contiguous(), self.ranks).cpu()
         return together.unflatten(0, (self.ranks.world, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
@@ -140,7 +140,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     result = {"job": job, "settings": settings, **bench.score(load_unet(weights), job["captions"])}
     spent.append(_spent())
     cpu, wall = (torch.tensor(values, dtype=torch.float64).diff() for values in zip(*spent, strict=True))
-    cpu = gather_rows(cpu.to(bench.device)[None]).sum(0)
+    cpu = gather_rows(cpu.to(bench.device)[None], bench.ranks).sum(0)
     result |= {"cpu_s": cpu.tolist(), "wall_s": wall.tolist()}
     if bench.ranks.is_first:
         target = result_file(folder, job["name"])
