@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_compare"))
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--betas", type=float, nargs="+", default=[500.0, 2000.0], help="of the grid")
+    parser.add_argument("--betas", type=float, nargs="+", default=[50.0, 500.0, 2000.0], help="of the grid")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 2e-4], help="learning rates of the grid")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every run")
     parser.add_argument("--pairs", type=int, default=16, help="pairs of an optimizer step")
