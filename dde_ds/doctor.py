@@ -64,6 +64,8 @@ def diagnose(run: RunConfig | None, timeout_minutes: float) -> int:
     ]
     if run:
         checks += [("shards", lambda: _shards(run)), ("free disk", lambda: _free_disk(run))]
+        if run.reference.ledger:
+            checks.append(("ledger", lambda: _ledger(run, ranks)))
     healthy = _report(ranks, "ranks", _try(lambda: _ranks(ranks, device)))
     for name, check in checks:
         healthy &= _report(ranks, name, _try(check))
@@ -126,7 +128,7 @@ def _accelerator(device: torch.device, run: RunConfig | None) -> str:
     if device.type == "cpu":
         return "CPU (gloo); training at full size needs GPUs"
     properties = torch.cuda.get_device_properties(device)
-    if run and run.precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if run and run.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise Failed(f"{properties.name} has no bfloat16: set precision=fp32")
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
@@ -205,10 +207,30 @@ def _traffic(device: torch.device) -> tuple[bool, str]:
 
 
 def _shards(run: RunConfig) -> str:
-    """What every node must read alike: opened as the run would open them."""
+    """What every node must read alike, held-out pairs too: opened as the run would open them."""
     data = run.data
     shards = open_sources(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
-    return f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
+    found = f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
+    if not run.evaluation.path:
+        return found
+    try:
+        held_out = open_sources([(run.evaluation.path, 1.0)], data.cache_dir, data.cache_gb, data.timeout_s)
+    except UserError as error:  # which speaks of data.path, as of any shards
+        raise Failed(f"evaluation.path {str(error).removeprefix('data.path ')}") from None
+    return f"{found}; {run.evaluation.path}: {sum(held_out.counts)} pairs, digest {held_out.digest[:8]}"
+
+
+def _ledger(run: RunConfig, ranks: Ranks) -> str:
+    """The folder of ``reference.ledger``, which the first rank alone reads and writes."""
+    folder = Path(run.reference.ledger).absolute().parent
+    if ranks.is_first:
+        try:
+            tempfile.TemporaryFile(dir=_existing(folder)).close()
+        except OSError as error:
+            raise Failed(
+                f"reference.ledger {run.reference.ledger}: not writable: {(error.strerror or str(error)).lower()}"
+            ) from None
+    return f"{folder}: writable by rank 0"
 
 
 def _free_disk(run: RunConfig) -> str:
@@ -232,32 +254,51 @@ def _existing(path: Path) -> Path:
 
 
 def _shared_folder(output: Path, ranks: Ranks) -> tuple[bool, str]:
-    """Whether all ranks see one folder, and a renamed file in it. The folder and its parents are left as they were found."""
-    token, name = _gather(secrets.token_hex(8))[0], ".dde_ds-doctor"
-    folder = _existing(output)
+    """Whether every rank can write into one folder, as each writes its part of a checkpoint, and the first one sees it all. The folder
+    and its parents are left as they were found."""
+    token, folder = _gather(secrets.token_hex(8))[0], _existing(output)
+    probes = [folder / f".dde_ds-doctor-{token}-{rank}" for rank in range(ranks.world)]
     problem = ""
-    probe = folder / f"{name}-{token}"
-    if ranks.is_first:
-        try:
-            staged = probe.with_suffix(".staged")
-            with staged.open("w") as file:
-                file.write(token)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.rename(probe)
-        except OSError as error:
-            problem = f"output {folder}: not writable: {(error.strerror or '').lower()}"
-    problem = _gather(problem)[0]
-    if not problem:
-        deadline = time.monotonic() + SHOWS_SECONDS
-        while not probe.exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        try:
-            if probe.read_text() != token:
-                problem = f"{probe}: holds something else than rank 0 wrote"
-        except OSError:
-            problem = f"output {folder}: a file that rank 0 wrote is not there; it must be one file system for all nodes"
+    try:
+        _write_synced(probes[ranks.rank], token)
+    except OSError as error:
+        problem = f"output {folder}: not writable: {(error.strerror or str(error)).lower()}"
+    wrote = not problem
+    written = [probe for probe, failed in zip(probes, _gather(problem), strict=True) if not failed]
+    if ranks.is_first and not problem and (lost := _not_shown(written, token)):
+        rank = probes.index(lost[0])
+        problem = (
+            f"output {folder}: a file that rank {rank} wrote is not there for rank 0; it must be one file system for all nodes"
+        )
     dist.barrier()
-    if ranks.is_first:
-        probe.unlink(missing_ok=True)
-    return not problem, problem or f"{folder}: written, renamed, synced and seen by all"
+    if wrote:
+        probes[ranks.rank].unlink(missing_ok=True)
+    return not problem, problem or f"{folder}: written, renamed and synced by all, seen by rank 0"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """Written beside it, synced and renamed, as a part of a checkpoint is."""
+    staged = path.with_suffix(".staged")
+    try:
+        with staged.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.rename(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _not_shown(paths: list[Path], text: str) -> list[Path]:
+    """Those that do not come to hold ``text``, of files that other nodes wrote."""
+    deadline = time.monotonic() + SHOWS_SECONDS
+    while (lost := [path for path in paths if not _holds(path, text)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return lost
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False

@@ -1,6 +1,6 @@
 """tools/shard_pickapic.py on many GPUs: each rank makes its own shards, and none waits for another.
 
-    deepspeed --hostfile hosts launchers/encode.py --input 'pickapic_v2/train-*.parquet' \\
+    deepspeed --hostfile hosts launchers/encode.py --input 'pickapic_v2/data/train-*.parquet' \\
         --model stabilityai/stable-diffusion-xl-base-1.0 --output /shared/shards/sdxl
 
 The output must be a folder that every node sees. The rank that ends last writes the manifest. A killed or failed run is started

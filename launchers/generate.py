@@ -1,6 +1,6 @@
 """Draw a model's images for evaluation, split over all ranks.
 
-    deepspeed launchers/generate.py --model runs/first/export --prompts validation.parquet --out images/first
+    deepspeed launchers/generate.py --model runs/first/export --prompts prompts.txt --out images/first
 
 Each image is a function of (model, seed, prompt, image number) alone: any number of ranks gives the same. Start it again to
 make what is missing. Exit code 0: all images are there. 1: an error, in one line.

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dde_ds import doctor
+from dde_ds.config import load_config
+from dde_ds.ranks import Ranks
 from tests.launching import PATIENCE, environment, free_port, write_config
 
 CODE = "import sys; from dde_ds.cli import main; sys.exit(main())"
@@ -49,7 +52,7 @@ def lines(process: subprocess.Popen) -> dict[str, str]:
 @pytest.mark.slow
 def test_two_healthy_ranks(config, sd_shards, tmp_path):
     port = free_port()
-    sources = ("data.path=null", f"data.sources=[{{path: {sd_shards}}}]")
+    sources = ("data.path=null", f"data.sources=[{{path: {sd_shards}}}]", f"reference.ledger={tmp_path}/ledgers/seed-0")
     first, second = (start(config, *sources, rank=rank, world=2, port=port) for rank in range(2))
     found = lines(first)
     assert second.communicate(timeout=PATIENCE)[0].strip() == ""
@@ -66,12 +69,15 @@ def test_two_healthy_ranks(config, sd_shards, tmp_path):
             "network device",
             "shards",
             "free disk",
+            "ledger",
         ),
         *("clocks", "traffic", "shared folder"),
     ]
     assert "2 on 1 hosts" in found["ranks"]
     assert f"{sd_shards}: 20 pairs, digest " in found["shards"]
     assert "M parameters and the export take" in found["free disk"]
+    assert found["ledger"] == f"ok {tmp_path}/ledgers: writable by rank 0"
+    assert "synced by all, seen by rank 0" in found["shared folder"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "it leaves nothing behind"
 
 
@@ -90,7 +96,7 @@ def test_two_ranks_that_do_not_share_a_folder(config, sd_shards, sdxl_shards, tm
     processes[1].communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [1, 1]
     assert found["shared folder"].startswith("FAIL")
-    assert "a file that rank 0 wrote is not there" in found["shared folder"]
+    assert "a file that rank 1 wrote is not there for rank 0" in found["shared folder"]
     assert "ranks differ: shards: 20 pairs, digest " in found["shards"]
     assert [name for name, line in found.items() if line.startswith("FAIL")] == ["shards", "shared folder"]
 
@@ -118,3 +124,23 @@ def test_ranks_that_do_not_meet():
     assert process.returncode == 1
     assert stdout == ""
     assert "error: rank 0 of 2 did not meet the others at 127.0.0.1:" in stderr
+
+
+def test_held_out_pairs_and_the_ledgers_folder_are_looked_at_too(config, sd_shards, tmp_path):
+    def run(**changes):
+        return load_config(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+
+    assert doctor._shards(run(evaluation__path=sd_shards)).count(": 20 pairs, digest ") == 2
+    with pytest.raises(doctor.Failed, match=r"^evaluation.path /nowhere: no such folder"):
+        doctor._shards(run(evaluation__path="/nowhere"))
+    ranks = Ranks(0, 1, 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(doctor.Failed, match=r"^reference.ledger .*: not writable: not a directory"):
+        doctor._ledger(run(reference__ledger=tmp_path / "file" / "ledger"), ranks)
+
+
+def test_nothing_is_left_where_a_rename_fails(tmp_path):
+    (tmp_path / "probe").mkdir()
+    with pytest.raises(IsADirectoryError):
+        doctor._write_synced(tmp_path / "probe", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]

@@ -116,7 +116,7 @@ def test_a_target_that_is_none(sd_model, target, said):
 
 def test_without_peft(sd_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"lora is set, but peft is not installed: pip install 'dde_ds\[lora\]'"):
+    with pytest.raises(UserError, match=r"lora is set, but peft is not installed: pip install -e '.\[lora\]'"):
         with_adapters(sd_model)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.launching import PATIENCE, environment
 
+ROOMS = ("dde_ds", "docker", "ds_configs", "launchers", "tests", "tools")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *(page for room in ROOMS for page in sorted((ROOT / room).rglob("README.md")))]
 
 PREAMBLE = """
 import sys
@@ -42,7 +45,25 @@ def test_own_deepspeed_loop(sd_model, tmp_path):
     assert "seen 8 " in process.stdout
 
 
-def test_every_path_it_names_exists():
-    named = set(re.findall(r"(?:launchers|tools|ds_configs|tests|dde_ds)/[\w./-]*\w", README))
-    assert named
-    assert not [path for path in named if not (ROOT / path).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_it_names_exists(page):
+    """In the text and the commands from the repository's root, or from the page's own folder where it names what lies beside it."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w./-])(?:launchers|tools|ds_configs|tests|dde_ds|docker)/[\w./*-]*[\w*]", text))
+    assert not [path for path in named if not any(ROOT.glob(path)) and not any(page.parent.glob(path))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        to = page.parent / path if path else page
+        assert to.exists(), target
+        assert not anchor or anchor in anchors(to), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them: lower case, spaces to hyphens, nothing else than letters, digits, hyphens and underscores."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -5,7 +5,8 @@
 
 1. *Settings.* Every objective is trained with every β and learning rate of one grid, at full length, with a seed of its own, and
    drawn on **training** captions. Taken is the setting with the highest win rate over the base there, among those whose Fréchet
-   distance to the real preferred images is not above the base's; of equal ones the nearer. No held-out caption is looked at.
+   distance to the real preferred images is not above the base's; of equal ones the nearer. Where none is as near as the base, the
+   highest win rate of all is taken, and the table marks it. No held-out caption is looked at.
 2. *Comparison.* Every objective at its setting, and segments of the trajectory at DDE's, is trained with each seed and drawn on the
    held-out captions. Seeds come one after another, so that a run that is cut short has whole seeds.
 
@@ -62,7 +63,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo_compare"))
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--betas", type=float, nargs="+", default=[500.0, 2000.0], help="of the grid")
+    parser.add_argument("--betas", type=float, nargs="+", default=[50.0, 500.0, 2000.0], help="of the grid")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 2e-4], help="learning rates of the grid")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of every run")
     parser.add_argument("--pairs", type=int, default=16, help="pairs of an optimizer step")
@@ -80,6 +81,8 @@ def main() -> int:
         unknown = [name for name in args.only if name not in VARIANTS]
         if unknown:
             raise UserError(f"--only {unknown[0]}: must be one of {', '.join(VARIANTS)}")
+        if args.pairs < 2 or args.pairs % 2:
+            raise UserError(f"--pairs {args.pairs}: must be even and 2 or more, to be dealt to two ranks as to one")
         if not args.report:
             compare(args)
         report(args)
@@ -223,15 +226,18 @@ def report(args: argparse.Namespace) -> None:
         for objective in objectives(args)
         for setting in settings_of(args, objective)
     ]
-    cpu = [read_result(args, one)["cpu_s"] for one in tuning_jobs(args)]
-    cpu += [result["cpu_s"] for results in found for result in results.values() if result]
+    done = [base, *(read_result(args, one) for one in tuning_jobs(args))]
+    done += [result for results in found for result in results.values() if result]
+    training, scoring = (sum(seconds) / 60 for seconds in zip(*(result["cpu_s"] for result in done), strict=True))
+    # A job that was resumed knows only what its last launch spent. Results of before that was noted do not say.
+    whole_time = not any(result.get("resumed", True) for result in done)
     summary = {
         "settings": settings(args) | {"betas": args.betas, "rates": args.rates},
         "tuning": tuning,
         "seeds": whole,
         "seeds_asked_for": args.seeds,
-        "cpu_minutes": {"training": sum(one[0] for one in cpu) / 60, "scoring": sum(one[1] for one in cpu) / 60},
-        "runs": len(cpu),
+        "cpu_minutes": {"training": training, "scoring": scoring, "whole": whole_time},
+        "runs": len(done),
         "base": summarise([base], base),
         "variants": {
             variant.name: vars(chosen[variant.objective])

@@ -47,14 +47,17 @@ def markdown(summary: dict) -> str:
     header = ["", "β, learning rate", "win rate over the base", "by seed", "minus `dde`", "Fréchet distance", "latent spread"]
     header += ["winners' error", "losers' error"]
     plain = ["base", "", "", "", "", f"{base['frechet_distance']['mean']:.2f}", f"{base['latent_spread']['mean']:.3f}", "", ""]
-    rows = [plain, *(_row(name, one) for name, one in summary["variants"].items())]
+    strayed = {one["objective"] for one in summary["tuning"] if one["chosen"] and not one["as_near_as_base"]}
+    rows = [plain, *(_row(name, one, name.split()[0] in strayed) for name, one in summary["variants"].items())]
+    note = "\\*: no setting tried was as near to the preferred images as the base; the one that won most was taken.\n\n"
     cpu = summary["cpu_minutes"]
+    minutes = f"{'' if cpu['whole'] else 'at least '}{cpu['training']:.0f} + {cpu['scoring']:.0f} minutes"
     return (
         f"{shown['captions']} held-out captions, {shown['images']} image{'s' * (shown['images'] > 1)} each in "
         f"{shown['inference_steps']} DDIM steps; {seeds}; "
         f"{shown['steps']} steps of {shown['pairs']} pairs a run; {summary['runs']} trainings and base drawings, "
-        f"{cpu['training']:.0f} + {cpu['scoring']:.0f} minutes of processor time for training and scoring.\n\n"
-        f"{table(header, rows)}\n\n"
+        f"{minutes} of processor time for training and scoring.\n\n"
+        f"{table(header, rows)}\n\n{note if strayed else ''}"
         f"Chosen among, on {shown['tuning_captions']} training captions (win rate, Fréchet distance; in bold what was taken):\n\n"
         f"{_tuning_table(summary['tuning'])}\n"
     )
@@ -92,12 +95,12 @@ def figure(summary: dict, path: Path) -> None:
     plt.close(drawn)
 
 
-def _row(name: str, one: dict) -> list[str]:
+def _row(name: str, one: dict, strayed: bool) -> list[str]:
     win, distance, spread = one["win_rate"], one["frechet_distance"], one["latent_spread"]
     minus = one.get("win_rate_minus_dde")
     strength = f"{one['beta']:g}, " if name != "sft" else ""
     return [
-        f"`{name}`",
+        f"`{name}`" + r" \*" * strayed,
         f"{strength}{one['rate']:g}",
         f"{win['rate']:.1%} [{win['low']:.1%}, {win['high']:.1%}]",
         ", ".join(f"{rate:.1%}" for rate in win["by_seed"]),

@@ -1,6 +1,6 @@
 """Turn preference pairs into shards of VAE latents and text embeddings.
 
-    python tools/shard_pickapic.py --input 'pickapic_v2/train-*.parquet' --model stabilityai/stable-diffusion-xl-base-1.0 \\
+    python tools/shard_pickapic.py --input 'pickapic_v2/data/train-*.parquet' --model stabilityai/stable-diffusion-xl-base-1.0 \\
         --output shards/sdxl
 
 Keeps the decided pairs (label_0 is 1 or 0), winner first. May be stopped and started again: shards that are whole are kept.

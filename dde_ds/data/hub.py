@@ -27,7 +27,7 @@ class HubPairs:
         try:
             import datasets
         except ImportError:
-            raise UserError(f"--input {name}: needs `datasets`: pip install 'dde_ds[hub]', or give parquet files") from None
+            raise UserError(f"--input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
         datasets.disable_progress_bars()
         try:
             found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)

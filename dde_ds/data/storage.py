@@ -187,7 +187,7 @@ def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
         fs, root = url_to_fs(url, skip_instance_cache=True)
         return fs, root.rstrip("/")
     except ImportError as error:
-        raise UserError(f"{key} {url}: {error}; `pip install 'dde_ds[remote]'` has drivers for http and s3") from None
+        raise UserError(f"{key} {url}: {error}; `pip install -e '.[remote]'` has drivers for http and s3") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{key} {url}: {' '.join(str(error).split())}") from None
 

@@ -39,7 +39,7 @@ def client_optimizer(config: dict) -> Callable | None:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UserError('optimizer.type is adamw_8bit: bitsandbytes is not installed; pip install "dde_ds[lowbit]"') from None
+        raise UserError("optimizer.type is adamw_8bit: bitsandbytes is not installed; pip install -e '.[lowbit]'") from None
     options = config.pop("optimizer")["params"]
     config["zero_allow_untested_optimizer"] = True  # "untested" are all but six optimizers by name
     return lambda parameters: AdamW8bit(parameters, min_8bit_size=1, **options)

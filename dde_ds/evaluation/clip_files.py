@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ CONFIG = ("config.json",)
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", *TOKENIZER)
+# Raise it when a formula or a preprocessing of a scorer changes: cached scores of before are then not taken.
+FORMULA = 1
 
 
 def resolve(source: str, patterns: Sequence[str], key: str) -> Path:
@@ -47,6 +50,11 @@ def files_digest(folder: Path, patterns: Sequence[str]) -> str:
     """SHA-256 over the names and contents of the files that are there, whatever else lies beside them."""
     files = [folder] if folder.is_file() else sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+
+
+def scorer_digest(*parts: str) -> str:
+    """Of a scorer's name and its files' digests, and of :data:`FORMULA`."""
+    return hashlib.sha256(json.dumps([FORMULA, *parts]).encode()).hexdigest()
 
 
 def require(folder: Path, patterns: Sequence[str], key: str, mend: str) -> None:

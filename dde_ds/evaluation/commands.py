@@ -11,6 +11,9 @@ from typing import Any
 
 from dde_ds.errors import UserError
 
+# Options of how images are drawn, as draw.DrawOptions names them; its defaults stand for what is not given.
+DRAWING = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
+
 
 def add_commands(commands: Any) -> None:
     """``evaluate``, ``compare`` and ``report`` among the subcommands; each sets ``act``, which takes the parsed arguments."""
@@ -40,11 +43,11 @@ def add_commands(commands: Any) -> None:
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images-per-prompt", type=int, default=8)
+    parser.add_argument("--images-per-prompt", type=int, help="default: 8")
     parser.add_argument("--limit", type=int, help="only the first so many distinct prompts")
-    parser.add_argument("--seed", type=int, default=0, help="an image's noise is a function of seed, prompt and image number")
-    parser.add_argument("--scheduler", default="ddim", help="ddim, dpm++, euler or unipc")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, help="default: 0; an image's noise is a function of seed, prompt and image number")
+    parser.add_argument("--scheduler", help="ddim (default), dpm++, euler or unipc")
+    parser.add_argument("--steps", type=int, help="default: 50")
     parser.add_argument("--guidance", type=float, help="default: 7.5 for Stable Diffusion, 5 for SDXL")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--precision", help="of the UNet: fp32, bf16 or fp16; default: fp16 on a GPU, fp32 on the CPU")
@@ -93,6 +96,9 @@ def evaluate(args: argparse.Namespace) -> None:
     drawn = {name: source for name, source in sources.items() if not (Path(source) / "manifest.json").is_file()}
     if drawn and not args.prompts:
         raise UserError(f"--prompts: needed to draw the images of {', '.join(drawn)}")
+    given = [name for name in ("prompts", "limit", *DRAWING) if getattr(args, name) is not None]
+    if given and not drawn:
+        raise UserError(f"--{given[0].replace('_', '-')}: --base and --model are folders of images, nothing is drawn; leave it out")
     prompts, repeated = read_prompts(args.prompts, args.limit) if drawn else ([], 0)
     ranks, device = join()
     scorers = build_scorers(args.scorers, device)  # before hours of drawing
@@ -132,8 +138,7 @@ def write_report(args: argparse.Namespace) -> None:
 def draw_options(args: argparse.Namespace) -> Any:
     from dde_ds.evaluation.draw import DrawOptions
 
-    names = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
-    return DrawOptions(**{name: getattr(args, name) for name in names})
+    return DrawOptions(**{name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None})
 
 
 def join() -> tuple[Any, Any]:

@@ -155,7 +155,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise UserError("matplotlib is not installed, which draws the pictures: pip install 'dde_ds[eval]'") from None
+        raise UserError("matplotlib is not installed, which draws the pictures: pip install -e '.[eval]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

@@ -37,21 +37,26 @@ class InceptionScorer:
                 f"{self._key} {weights or ''}: name the file of the weights, {NAME}=FILE; they are to be had from {SOURCE}"
             )
         self._file = Path(weights).expanduser()
-        self.digest = files.files_digest(self._file, ())
+        self.digest = files.scorer_digest(NAME, files.files_digest(self._file, ()))
         self._weights: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,1008) float32 on the CPU: logits without the bias, as the original code has them."""
         if self._weights is None:
-            self._weights = {name: value.to(self._device) for name, value in files.read_weights(self._file, self._key).items()}
+            self._weights = self._load()
         pixels = torch.cat([_resized(image) for image in images]).to(self._device)
-        try:
-            return _inception((pixels - 128) / 128, self._weights).cpu()
+        return _inception((pixels - 128) / 128, self._weights).cpu()
+
+    def _load(self) -> dict[str, Tensor]:
+        weights = files.read_weights(self._file, self._key)
+        try:  # names and shapes alone, so that what a GPU says later is not taken for the file's fault
+            _inception(torch.empty(1, 3, SIDE, SIDE, device="meta"), {name: value.to("meta") for name, value in weights.items()})
         except (KeyError, RuntimeError) as error:
             raise UserError(
                 f"{self._key} {self._file}: not the weights of {SOURCE}: {' '.join(str(error).split())[:200]}"
             ) from None
+        return {name: value.to(self._device) for name, value in weights.items()}
 
 
 def inception_score(features: Tensor, splits: int = SPLITS) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"--prompts {path}: pyarrow is not installed, which reads parquet: pip install 'dde_ds[shard]'") from None
+        raise UserError(f"--prompts {path}: pyarrow is not installed, which reads parquet: pip install -e '.[shard]'") from None
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:

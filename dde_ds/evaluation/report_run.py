@@ -30,7 +30,11 @@ GROUPS = (
     ("Throughput, pairs a second", ("perf/pairs_per_s",)),
     ("Share of time waiting for data", ("perf/data_wait",)),
 )
-BY_TIMESTEP = (("accuracy_by_t/", "Accuracy by timestep", 0.5), ("margin_by_t/", "Margin by timestep", 0.0))
+BY_TIMESTEP = (
+    ("accuracy_by_t/", "Accuracy by timestep", 0.5),
+    ("margin_by_t/", "Margin by timestep", 0.0),
+    ("drift_by_t/", "Winners' drift by timestep", 0.0),
+)
 CLOCKS = ("step", "position")
 MARGIN = 1e-3
 SHOWN_ROWS, SHOWN_DRAWINGS = 6, 4

@@ -10,9 +10,7 @@ inception  Inception Score, of the whole set of images and not of one (:mod:`.in
 
 from __future__ import annotations
 
-import hashlib
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,8 +53,6 @@ KINDS = {
     "hps_v2.1": Kind("xswu/HPSv2", LAION_H, "HPS_v2.1_compressed.pt"),
     "aesthetic": Kind("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", None),
 }
-# Raise it when a formula or a preprocessing below changes: cached scores of before are then not taken.
-FORMULA = 1
 
 
 def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer | InceptionScorer]:
@@ -95,7 +91,7 @@ class ClipScorer:
             self._processor = files.resolve(processor or kind.processor, files.PROCESSOR, self._key)
         files.require(self._processor, files.PROCESSOR[:2], self._key, "name its processor: NAME=MODEL,PROCESSOR")
         weights = files.files_digest(self._folder, files.CONFIG + files.WEIGHTS)
-        self.digest = _digest(name, weights, files.files_digest(self._processor, files.PROCESSOR))
+        self.digest = files.scorer_digest(name, weights, files.files_digest(self._processor, files.PROCESSOR))
         self._loaded: tuple[Any, Any, Any] | None = None
 
     @torch.no_grad()
@@ -137,7 +133,7 @@ class OpenClipScorer:
         needed = files.CONFIG + files.TOKENIZER
         self._folder = files.resolve(processor or kind.processor, needed, self._key)
         files.require(self._folder, files.CONFIG, self._key, "its processor must carry the architecture's config.json")
-        self.digest = _digest(name, files.files_digest(self._weights, ()), files.files_digest(self._folder, needed))
+        self.digest = files.scorer_digest(name, files.files_digest(self._weights, ()), files.files_digest(self._folder, needed))
         self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
@@ -190,7 +186,3 @@ def _cosine(model: Any, tokenizer: Any, pixels: Tensor, prompts: Sequence[str]) 
 def _features(output: Any) -> Tensor:
     """Projected embeddings in float64: a tensor in older transformers 5, a field of an output object in newer."""
     return (output if isinstance(output, Tensor) else output.pooler_output).double()
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps([FORMULA, *parts]).encode()).hexdigest()

@@ -8,11 +8,12 @@ scores/inception-0123456789ab.json, with a digest of all images.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,17 @@ from dde_ds.files import sha256_of, write_atomically
 DIGITS = 12
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions without TF32, which cuDNN takes by default from Ampere on and which keeps three digits of each factor."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@full_float32()
 def score_folder(
     pictures: Pictures,
     scorer: Scorer,
@@ -85,6 +97,7 @@ def load_scores(pictures: Pictures, name: str, digest: str) -> Tensor:
     return torch.tensor(scores, dtype=torch.float64).view(len(pictures.prompts), pictures.per_prompt)
 
 
+@full_float32()
 def score_set(
     pictures: Pictures,
     scorer: InceptionScorer,

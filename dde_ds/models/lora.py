@@ -27,7 +27,7 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError("lora is set, but peft is not installed: pip install 'dde_ds[lora]'") from None
+        raise UserError("lora is set, but peft is not installed: pip install -e '.[lora]'") from None
     for target in targets:
         found = [layer for name, layer in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in found):

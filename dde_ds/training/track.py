@@ -34,7 +34,7 @@ def _tensorboard(folder: Path, resume_step: int) -> Write:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("log.tensorboard is true, but tensorboard is not installed: pip install 'dde_ds[track]'") from None
+        raise UserError("log.tensorboard is true, but tensorboard is not installed: pip install -e '.[track]'") from None
     writer = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(step: int, row: dict[str, float]) -> None:
@@ -49,7 +49,7 @@ def _wandb(run: RunConfig) -> Write:
     try:
         import wandb
     except ImportError:
-        raise UserError("log.wandb_project is set, but wandb is not installed: pip install 'dde_ds[track]'") from None
+        raise UserError("log.wandb_project is set, but wandb is not installed: pip install -e '.[track]'") from None
     # One run of the tracker for one run folder, however often it is resumed.
     name = hashlib.sha256(str(Path(run.output).resolve()).encode()).hexdigest()[:16]
     try:

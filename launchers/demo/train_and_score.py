@@ -121,18 +121,21 @@ class Bench:
 
     def _gather(self, rows: Tensor, count: int) -> Tensor:
         """Rows of all ranks in the order of the things, from each rank's rows of its own."""
-        together = gather_rows(rows.to(self.device).contiguous()).cpu()
+        together = gather_rows(rows.to(self.device).contiguous(), self.ranks).cpu()
         return together.unflatten(0, (self.ranks.world, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     """Train and score one job and write its result. Collective."""
     spent = [_spent()]
-    weights, run_folder = BASE, None
+    weights, run_folder, resumed = BASE, None, False
     if job["overrides"] is not None:
         run_folder = folder / "runs" / job["name"]
+        resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
         run = load_config(HERE / "train.yaml", [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
-        if not (run_folder / "DONE").exists() and train(run, "auto") == STOPPED:
+        # The export of a run whose result was taken away is gone, so it is trained once more.
+        trained = (run_folder / "DONE").exists() and (run_folder / "export").exists()
+        if not trained and train(run, "auto") == STOPPED:
             return STOPPED
         gc.collect()  # engines are in cycles, and the next run makes new ones
         weights = str(run_folder / "export")
@@ -140,8 +143,8 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     result = {"job": job, "settings": settings, **bench.score(load_unet(weights), job["captions"])}
     spent.append(_spent())
     cpu, wall = (torch.tensor(values, dtype=torch.float64).diff() for values in zip(*spent, strict=True))
-    cpu = gather_rows(cpu.to(bench.device)[None]).sum(0)
-    result |= {"cpu_s": cpu.tolist(), "wall_s": wall.tolist()}
+    cpu = gather_rows(cpu.to(bench.device)[None], bench.ranks).sum(0)
+    result |= {"cpu_s": cpu.tolist(), "wall_s": wall.tolist(), "resumed": resumed}
     if bench.ranks.is_first:
         target = result_file(folder, job["name"])
         target.parent.mkdir(exist_ok=True)
@@ -163,12 +166,17 @@ def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> lis
         f"data.path={folder / 'shards'}",
         f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}",
         f"batch.pairs={pairs}",
-        f"batch.micro={min(8, pairs // 2)}",  # fits one rank and two
+        f"batch.micro={micro_batch(pairs)}",
         "samples.prompts=[]",
         f"checkpoint.every={steps}",
         "log.every=8",
     ]
     return overrides + ([f"reference.ledger={folder / 'ledgers' / job['ledger']}.safetensors"] if job["ledger"] else [])
+
+
+def micro_batch(pairs: int) -> int:
+    """Of ``pairs`` (even) a step, as many at a time as divide one rank's share and each of two ranks' shares: at most 8."""
+    return next(size for size in range(8, 0, -1) if pairs // 2 % size == 0)
 
 
 def _spent() -> tuple[float, float]:

@@ -16,18 +16,20 @@ from tests.conftest import DEMO, ROOT
 from tests.launching import PATIENCE, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(DEMO))
 
 import compare_objectives as tool
 from objectives_report import markdown, summarise
+from train_and_score import micro_batch
 
 
 def arguments(folder: Path, **changes) -> Namespace:
     numbers = {"seeds": 2, "steps": 2, "pairs": 4, "captions": 4, "tuning_captions": 4, "images": 1, "inference_steps": 2}
-    grid = {"betas": [500.0, 2000.0], "rates": [1e-4], "judge_steps": 1}
-    return Namespace(output=folder, only=["dde", "uniform"], **(numbers | grid | changes))
+    grid = {"only": ["dde", "uniform"], "betas": [500.0, 2000.0], "rates": [1e-4], "judge_steps": 1}
+    return Namespace(output=folder, **(numbers | grid | changes))
 
 
-def put(args: Namespace, job: dict, logits: list[float], distance: float, chosen: float = 0.1) -> None:
+def put(args: Namespace, job: dict, logits: list[float], distance: float, chosen: float = 0.1, resumed: bool = False) -> None:
     """A result as the ranks write it: a caption a logit."""
     result = {"job": job, "settings": tool.settings(args), "logits": [[one] for one in logits], "frechet_distance": distance}
     result |= {
@@ -36,6 +38,7 @@ def put(args: Namespace, job: dict, logits: list[float], distance: float, chosen
         "rejected": [0.1] * 4,
         "cpu_s": [60.0, 30.0],
         "wall_s": [1, 1],
+        "resumed": resumed,
     }
     file = args.output / "results" / f"{job['name']}.json"
     file.parent.mkdir(exist_ok=True)
@@ -116,6 +119,38 @@ def test_a_report_of_whole_seeds_says_what_is_missing(tmp_path, capsys):
     assert text == capsys.readouterr().out[:-1]
     assert text == markdown(summary)
 
+    # Two bases, four searches, three runs; a minute and half a minute each.
+    assert "; 9 trainings and base drawings, 9 + 4 minutes of processor time" in text
+    assert r"\*" not in text
+    put(args, tool.final_job(tool.VARIANTS["dde"], chosen, 1), [-1.0] * 4, 9.0, resumed=True)
+    tool.report(args)
+    assert "base drawings, at least 9 + 4 minutes" in (tmp_path / "comparison.md").read_text()
+
+
+def test_where_all_settings_break_the_pictures_the_table_says_so(tmp_path):
+    args = arguments(tmp_path, seeds=1, only=["uniform", "dde", "dde 300-400"])
+    put_tuning(args)
+    for beta, won in ((500.0, 1.0), (2000.0, -1.0)):
+        put(args, tool.tuning_job("dde", tool.Setting(beta, 1e-4)), [won] * 4, 5.5)
+    chosen = tool.choose(args)
+    assert chosen["dde"] == tool.Setting(500.0, 1e-4)
+    for job in tool.final_jobs(args, chosen):
+        put(args, job, [0.0] * 4, 5.0)
+    tool.report(args)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| `uniform` | 500" in text
+    for name in ("dde", "dde 300-400"):
+        assert rf"| `{name}` \* | 500" in text
+    assert "no setting tried was as near to the preferred images as the base" in text
+
+
+def test_pairs_that_two_ranks_cannot_share_are_refused(tmp_path, capsys, monkeypatch):
+    assert [micro_batch(pairs) for pairs in (2, 4, 16, 20, 22, 24)] == [1, 2, 8, 5, 1, 6]
+    for pairs in ("0", "7"):
+        monkeypatch.setattr(sys, "argv", ["compare_objectives.py", "--output", str(tmp_path), "--pairs", pairs])
+        assert tool.main() == 1
+        assert f"error: --pairs {pairs}: must be even and 2 or more" in capsys.readouterr().err
+
 
 def test_results_of_other_settings_are_refused(tmp_path):
     args = arguments(tmp_path)
@@ -168,3 +203,4 @@ def test_whole_comparison_in_short(tmp_path):
         json.loads(file.read_text()) for file in (tmp_path / "before.json", results["final-sft-beta500-rate0.0001-seed0"])
     )
     assert after["chosen"] == pytest.approx(before["chosen"], abs=1e-6)
+    assert (before["resumed"], after["resumed"]) == (False, True)

@@ -174,7 +174,7 @@ def test_8_bit_moments_need_stage_1_or_2(zero):
 def test_8_bit_moments_without_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     config = {"train_batch_size": 1, "optimizer": {"type": "AdamW8bit", "params": {}}, "zero_optimization": {"stage": 2}}
-    with pytest.raises(UserError, match=r'bitsandbytes is not installed; pip install "dde_ds\[lowbit\]"'):
+    with pytest.raises(UserError, match=r"bitsandbytes is not installed; pip install -e '.\[lowbit\]'"):
         initialize(torch.nn.Linear(1, 1), None, config)
 
 

@@ -169,6 +169,16 @@ def test_folders_of_images_and_several_models(evaluated, world, tmp_path, capsys
     assert "base and itself are the same weights" in capsys.readouterr().out
 
 
+def test_what_nothing_is_drawn_with_is_refused(evaluated, world, tmp_path, capsys):
+    """A seed that changes nothing would be read as one that changed nothing. A value that is the default is refused as others are."""
+    images = evaluated / "images"
+    command = ["evaluate", "--base", str(images / "base"), "--model", str(images / "new"), "--scorers", *world[2]]
+    for flag, value in (("--prompts", "prompts.txt"), ("--seed", "0"), ("--steps", "50"), ("--limit", "3")):
+        assert main([*command, "--out", str(tmp_path / "out"), flag, value]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {flag}: --base and --model are folders of images")
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_images_and_scores_are_named(evaluated, tmp_path, capsys):
     out = shutil.copytree(evaluated, tmp_path / "out")
     folders = ["--base", str(out / "images" / "base"), "--model", str(out / "images" / "new"), "--out", str(tmp_path / "x")]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dde_ds.cli import main
 from dde_ds.errors import UserError
+from dde_ds.evaluation import clip_files
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
 from dde_ds.evaluation.pictures import Pictures, claim, open_pictures
 from dde_ds.evaluation.scorers import build_scorers
@@ -84,7 +85,13 @@ def test_two_folders(weights, tmp_path, capsys, monkeypatch):
     """Without pairs, beside nothing: a table of its own, made once for these very images."""
     base, new = folder_of(tmp_path / "base", 40), folder_of(tmp_path / "new", 2)
     sources = ["--base", str(base), "--model", str(new), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(InceptionScorer, "features", lambda self, images: classes(images))
+
+    def features(self, images) -> torch.Tensor:
+        assert not torch.backends.cudnn.allow_tf32
+        return classes(images)
+
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(InceptionScorer, "features", features)
     assert main(["evaluate", *sources, "--scorers", f"inception={weights}", "--batch", "7"]) == 0
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["sets"]
     for folder, row in zip((base, new), rows, strict=True):
@@ -92,6 +99,7 @@ def test_two_folders(weights, tmp_path, capsys, monkeypatch):
         mean, deviation = inception_score(classes(images))
         expected = {"scorer": "inception", "model": folder.name, "splits": 10, "count": 40}
         assert row == expected | {"mean": pytest.approx(mean), "deviation": pytest.approx(deviation)}
+    assert torch.backends.cudnn.allow_tf32, "left as it was"
     assert rows[0]["mean"] > rows[1]["mean"] > 1.1, "more kinds of images, a higher score"
     out = capsys.readouterr().out
     for text in (out, (tmp_path / "out" / "comparison.md").read_text()):
@@ -116,12 +124,15 @@ def test_shares_put_together_are_the_whole(world):
         assert list(itertools.chain(*shares))[:count] == list(range(count))
 
 
-def test_what_cannot_be_scored(weights, tmp_path, capsys):
+def test_what_cannot_be_scored(weights, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=r"name the file of the weights.*torch-fidelity/releases"):
         build_scorers(["inception"], CPU)
     torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="not the weights of"):
         InceptionScorer(str(tmp_path / "other.pth"), CPU).features([picture((32, 32))])
+    formula = InceptionScorer(str(weights), CPU).digest
+    monkeypatch.setattr(clip_files, "FORMULA", 2)
+    assert InceptionScorer(str(weights), CPU).digest != formula
     few = folder_of(tmp_path / "few", 3, prompts=3)
     command = ["evaluate", "--base", str(few), "--model", f"again={few}", "--out", str(tmp_path / "out")]
     assert main([*command, "--scorers", f"inception={weights}"]) == 1

@@ -50,6 +50,7 @@ def run_folder(tmp_path_factory, sd_model, sd_shards) -> Path:
                 "something/new": step**0.5,
             }
             row |= {f"accuracy_by_t/{100 * i:03d}-{100 * i + 99}": 0.5 + 0.01 * i for i in range(BUCKETS) if (step + i) % 3}
+            row |= {f"drift_by_t/{100 * i:03d}-{100 * i + 99}": 0.01 * i for i in range(BUCKETS)}
             row |= {"eval/accuracy": 0.6} if step % 10 == 0 else {}
             row["grad_norm"] = float("nan") if step == 20 else 1.0
             metrics.write(json.dumps(row) + "\n")
@@ -116,6 +117,7 @@ def test_a_run_alone(run_folder, tmp_path, capsys):
         assert shown in page.text, shown
     for shown in (
         "Accuracy by timestep",
+        "Winners' drift by timestep",
         "Credit of a timestep",
         "step 40",
         "step 9",
@@ -124,6 +126,7 @@ def test_a_run_alone(run_folder, tmp_path, capsys):
     ):
         assert shown in page.text, shown
     assert "Margin by timestep" not in page.text, "no row has any"
+    assert "drift_by_t/" not in page.text, "a map of all, no chart of each"
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 4
     for image in images:

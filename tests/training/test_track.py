@@ -52,5 +52,5 @@ def test_wandb_offline(settings, tmp_path, monkeypatch):
 def test_not_installed(settings, monkeypatch, module, override):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=rf"{module} is not installed: pip install 'dde_ds\[track\]'"):
+    with pytest.raises(UserError, match=rf"{module} is not installed: pip install -e '.\[track\]'"):
         open_trackers(settings(override), 0)
