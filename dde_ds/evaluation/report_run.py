@@ -121,25 +121,13 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
         return '<p class="note">No credit profile: the model, whose noise schedule it needs, is not on this machine.</p>'
     from dde_ds.evaluation.explain import profiles
     from dde_ds.models.unet import load_scheduler_config
-    from dde_ds.objective.objective import build_objective
-    from dde_ds.objective.schedule import NoiseSchedule
+    from dde_ds.objective.objective import build_objective, configured_objective
 
-    options = run.objective
-    schedule = NoiseSchedule.from_scheduler(load_scheduler_config(str(source)), options.variance)
-    own = build_objective(
-        options.name,
-        schedule,
-        beta=options.beta,
-        correction_weight=options.correction_weight,
-        correction_ema=options.correction_ema,
-        discount=options.discount,
-        discount_mode=options.discount_mode,
-        timestep_range=options.timestep_range,
-    )
+    own = configured_objective(run.objective, load_scheduler_config(str(source)))
     if not own.needs_reference:
         return ""
-    others = [] if own.name == "uniform" else [build_objective("uniform", schedule, beta=options.beta)]
-    timesteps = list(range(schedule.timesteps))
+    others = [] if own.name == "uniform" else [build_objective("uniform", own.schedule, beta=run.objective.beta)]
+    timesteps = list(range(own.schedule.timesteps))
     # How often a timestep is drawn is part of what a run teaches it.
     lines = []
     for objective, (name, profile) in zip([own, *others], profiles([own, *others], MARGIN).items(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,3 +246,21 @@ def _timestep_probabilities(name, steps, discount, discount_mode, timestep_range
     inside = torch.zeros_like(profile)
     inside[low:high] = profile[low:high]
     return inside / inside.sum()
+
+
+def configured_objective(options: Any, scheduler: dict) -> Objective:
+    """The objective of a run's ``objective`` section, :class:`dde_ds.config.ObjectiveConfig`, under a model's scheduler configuration.
+
+    Raises:
+        UserError: as :func:`build_objective`.
+    """
+    return build_objective(
+        options.name,
+        NoiseSchedule.from_scheduler(scheduler, options.variance),
+        beta=options.beta,
+        correction_weight=options.correction_weight,
+        correction_ema=options.correction_ema,
+        discount=options.discount,
+        discount_mode=options.discount_mode,
+        timestep_range=options.timestep_range,
+    )

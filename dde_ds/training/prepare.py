@@ -18,25 +18,13 @@ from dde_ds.models import unet as models
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.speed import compile_blocks, use_channels_last
-from dde_ds.objective.objective import Objective, build_objective
-from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.training.metrics import read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
 
 
 def build_run_objective(run: RunConfig) -> Objective:
-    options = run.objective
-    schedule = NoiseSchedule.from_scheduler(models.load_scheduler_config(run.model.path, run.model.revision), options.variance)
-    return build_objective(
-        options.name,
-        schedule,
-        beta=options.beta,
-        correction_weight=options.correction_weight,
-        correction_ema=options.correction_ema,
-        discount=options.discount,
-        discount_mode=options.discount_mode,
-        timestep_range=options.timestep_range,
-    )
+    return configured_objective(run.objective, models.load_scheduler_config(run.model.path, run.model.revision))
 
 
 def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
