@@ -49,7 +49,7 @@ def rank_process(rank: int, port: int, folder: Path, kill_at: int, victim: int) 
         if found := checkpoint.list_checkpoints(folder):
             checkpoint.load(found[-1], policy, objective)
             first = checkpoint.step_of(found[-1])
-        (loss,) = train(policy, objective, range(first, first + 1), rank, 2)
+        ((loss,), _) = train(policy, objective, range(first, first + 1), rank, 2)
         (folder.parent / f"loss-{first}-{rank}").write_text(repr(loss))
         touched = 0
 
@@ -115,6 +115,8 @@ def kill_everywhere(_, folder: Path, outcomes) -> None:
     kept = shutil.copytree(folder, folder.parent / "kept")
     for victim, first in zip(VICTIMS, (1, 2, 1), strict=True):
         for event in range(first, 1000, 2):
+            shutil.rmtree(folder)
+            shutil.copytree(kept, folder)
             if not save_in_two_ranks(folder, event, victim):
                 break
             found = checkpoint.list_checkpoints(folder)
@@ -128,8 +130,6 @@ def kill_everywhere(_, folder: Path, outcomes) -> None:
                 assert len(list(folder.iterdir())) == 1
                 after = losses(folder)
                 assert after == pytest.approx({name: unbroken[name] for name in after}, abs=1e-6), f"{victim} killed at {event}"
-            shutil.rmtree(folder)
-            shutil.copytree(kept, folder)
 
 
 def losses(folder: Path) -> dict[str, float]:
