@@ -132,7 +132,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     if job["overrides"] is not None:
         run_folder = folder / "runs" / job["name"]
         run = load_config(HERE / "train.yaml", [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
-        if not (run_folder / "DONE").exists() and train(run, "auto") == STOPPED:
+        if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
         gc.collect()  # engines are in cycles, and the next run makes new ones
         weights = str(run_folder / "export")
