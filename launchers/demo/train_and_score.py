@@ -134,8 +134,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
         resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
         run = load_config(HERE / "train.yaml", [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
         # The export of a run whose result was taken away is gone, so it is trained once more.
-        trained = (run_folder / "DONE").exists() and (run_folder / "export").exists()
-        if not trained and train(run, "auto") == STOPPED:
+        if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
         gc.collect()  # engines are in cycles, and the next run makes new ones
         weights = str(run_folder / "export")
