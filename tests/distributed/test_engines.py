@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -85,13 +84,7 @@ def test_moments_of_8_bits(config, tmp_path):
     assert broken[:4] != pytest.approx(expected[:4], abs=1e-6), "32 bits would be nearer"
 
 
-CACHE = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-
-
-@pytest.mark.skipif(
-    not list(CACHE.rglob("cpu_adam.so")),
-    reason="DeepSpeed's Adam for the CPU is not compiled here; a run with ds_configs/zero2_offload.json does so, in minutes",
-)
+@pytest.mark.compiles
 def test_two_ranks_with_offload(config, tmp_path):
     plan = {name: [shipped(tmp_path, name)] for name in ("zero2_offload", "zero3_offload")}
     found = launched(config, tmp_path, plan)
