@@ -1,5 +1,5 @@
 # All targets set up what they need: a virtual environment in .venv, with the versions of constraints.txt.
-#   make compare                    trains and scores all objectives on the demo, in about half an hour
+#   make compare                    trains and scores all objectives on the demo, in about 40 minutes on two cores
 #   PYTHON=python3.12 make test     takes another interpreter (3.10 or newer)
 
 PYTHON ?= python3
