@@ -83,7 +83,7 @@ def test_state_of_two_ranks(tmp_path):
 
 @pytest.mark.real_size
 def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
-    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: some 20 GB."""
+    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: more than 24 GB."""
     unet = architecture("sd15")
     config = configuration("zero3", "bf16", 10**7)
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 10**8}
