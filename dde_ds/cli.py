@@ -13,7 +13,7 @@ from dde_ds import planner
 from dde_ds.config import config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
-from dde_ds.ranks import read_environment, read_hostfile
+from dde_ds.ranks import end_process, read_environment, read_hostfile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,18 +70,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report_errors(act: Callable[[], int | None]) -> int:
-    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
+    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it.
+
+    Where ``act`` joined other ranks, the process ends here.
+    """
     rank = 0
     try:
         rank = read_environment().rank
-        return act() or 0
+        code = act() or 0
     except UserError as error:
         if rank and not isinstance(error, RankError):
             time.sleep(10)  # the launcher ends this rank while it sleeps
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         if torch_is_distributed():
-            os._exit(1)  # Python's own exit would wait for the other ranks' collectives
+            os._exit(1)  # what runs at exit may wait for the other ranks' collectives
         return 1
+    if torch_is_distributed():
+        end_process(code)
+    return code
 
 
 def torch_is_distributed() -> bool:

@@ -16,12 +16,15 @@ where set, always count. Nothing is guessed: what is there in part, or contradic
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from dde_ds.errors import UserError
 
@@ -76,6 +79,19 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
     if "SLURM_PROCID" in environment:
         return _from_slurm(environment)
     return Ranks(0, 1, 0)
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process that has talked to other ranks. What is registered with ``atexit`` runs first, as trackers rely on.
+
+    Python's own exit takes the interpreter down while gloo's threads may still drop the tensors of the last collective, which aborts
+    the process: of 800 ranks that ended so right behind a collective, 11 came to -6 (https://github.com/pytorch/pytorch/pull/179291).
+    ``destroy_process_group`` does not help, since DeepSpeed keeps references to the groups. A finished run would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _from_torch(environment: Mapping[str, str]) -> Ranks:

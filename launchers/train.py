@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from dde_ds.config import load_config
 from dde_ds.errors import OtherRankError, RankError, UserError
-from dde_ds.ranks import read_environment
+from dde_ds.ranks import end_process, read_environment
 
 
 def main() -> int:
@@ -66,4 +66,4 @@ def leave(error: UserError, rank: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

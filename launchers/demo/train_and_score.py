@@ -40,7 +40,7 @@ from dde_ds.files import discard, write_atomically
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.ranks import Ranks
+from dde_ds.ranks import Ranks, end_process
 from dde_ds.training.loop import DONE, STOPPED, train
 
 BASE = str(HERE / "base")
@@ -185,4 +185,4 @@ def _spent() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

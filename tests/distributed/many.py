@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dde_ds.config import load_config
 from dde_ds.errors import UserError
-from dde_ds.ranks import read_environment
+from dde_ds.ranks import end_process, read_environment
 from dde_ds.training.loop import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -72,4 +72,4 @@ def one(run: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
