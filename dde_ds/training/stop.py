@@ -41,8 +41,10 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked; once it is so it stays so. Collective."""
-        self._asked = any_rank(bool(self), self._device)
-        return self._asked
+        found = any_rank(bool(self), self._device)
+        if found:  # otherwise nothing is written: a signal may have come during the collective, and counts in the next one
+            self._asked = True
+        return found
 
     def poll(self) -> None:
         """Collective.
