@@ -44,30 +44,44 @@ def initialize(
     Raises:
         UserError: the configuration is not readable or contradicts the models, or policy and reference are one module.
     """
+    if policy is reference:
+        raise UserError("initialize(): policy and reference are the same module; load the reference a second time")
+    config = read_config(config)
+    if reference is not None:  # what is wrong with its settings is said before the policy takes its minutes
+        reference_config(config, reference_placement, reference_dtype)
+    engine = initialize_policy(policy, config)
+    if reference is None:
+        return engine, None
+    return engine, initialize_reference(reference, config, reference_placement, reference_dtype)
+
+
+def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
+    """The first half of :func:`initialize`: who loads the reference after it never holds two whole UNets."""
     import deepspeed
 
     from dde_ds import distributed
 
-    if policy is reference:
-        raise UserError("initialize(): policy and reference are the same module; load the reference a second time")
-    config = read_config(config)
+    config = copy.deepcopy(config)
     if not torch.distributed.is_initialized():
         distributed.start()
     if config.get("torch_autocast", {}).get("enabled"):
         raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
     _take_torch_adam(config)
     _keep_linear(config, policy)
-
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = lowbit.client_optimizer(config)
-    policy_engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
-    if reference is None:
-        return policy_engine, None
+    engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
+    return engine
+
+
+def initialize_reference(reference: torch.nn.Module, config: dict, placement: str = "auto", dtype: str = "policy") -> Any:
+    """The second half of :func:`initialize`, with the same configuration."""
+    import deepspeed
+
     reference.requires_grad_(False).eval()
-    placed = reference_config(config, reference_placement, reference_dtype)
-    reference_engine, *_ = deepspeed.initialize(model=reference, config=placed)
-    reference_engine.module.eval()
-    return policy_engine, reference_engine
+    engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config, placement, dtype))
+    engine.module.eval()
+    return engine
 
 
 def offloads_optimizer(config: dict) -> bool:

@@ -23,6 +23,8 @@ PIPELINES = {
 # Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""By the names that a run configuration has for them."""
 WEIGHTS = "diffusion_pytorch_model"
 """What diffusers calls a model's weights, before ``.safetensors``."""
 
@@ -49,13 +51,14 @@ def family(path: str, revision: str | None = None) -> str:
     return PIPELINES[pipeline_index(path, revision)["_class_name"]]
 
 
-def load_unet(path: str, revision: str | None = None):
-    """The pipeline's UNet2DConditionModel, float32, on the CPU."""
+def load_unet(path: str, revision: str | None = None, precision: str = "fp32"):
+    """The pipeline's UNet2DConditionModel on the CPU, in ``fp32`` or ``bf16``."""
     from diffusers import UNet2DConditionModel
 
     pipeline_index(path, revision)
     try:
-        return UNet2DConditionModel.from_pretrained(path, subfolder="unet", revision=revision, **LOADING)
+        options = LOADING | {"torch_dtype": DTYPES[precision]}
+        return UNet2DConditionModel.from_pretrained(path, subfolder="unet", revision=revision, **options)
     except OSError as error:
         raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from dde_ds.config import RunConfig
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import order_of
@@ -41,8 +39,7 @@ def fill_ledger(run: RunConfig) -> None:
     ledger = open_ledger(run, shards, objective, ranks)
     missing = [step for step in range(run.steps) if not ledger.covers(step, step + 1)]
     if missing:
-        types = {"bf16": torch.bfloat16, "fp32": torch.float32}
-        reference = models.load_unet(run.model.path, run.model.revision).to(device, types[run.reference_precision])
+        reference = models.load_unet(run.model.path, run.model.revision, run.reference_precision).to(device)
         reference.requires_grad_(False).eval()
         treat_alike(run, reference)
         objective.to(device)
@@ -53,7 +50,7 @@ def fill_ledger(run: RunConfig) -> None:
         slices = [RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, step, step + 1) for step in missing]
         batches = micro_batches(dataset, [own for each in slices for own in each], run.data.workers, device.type == "cuda")
         for number, batch in enumerate(batches, 1):
-            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, types[run.precision]))
+            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, models.DTYPES[run.precision]))
             if number % (accumulation * run.checkpoint.every) == 0:
                 ledger.write(ranks)
         ledger.write(ranks)

@@ -12,7 +12,7 @@ from dde_ds.config import RunConfig, load_config
 from dde_ds.data.mixture import MixedShards, open_sources
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
-from dde_ds.engine.zero import initialize
+from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.errors import UserError
 from dde_ds.models import unet as models
 from dde_ds.models.checkpointing import set_checkpointing
@@ -46,19 +46,21 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 
 def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
-    policy = models.load_unet(run.model.path, run.model.revision)
+    """Policy engine and reference. The reference is read when the policy has gone to its GPU, and both in the type that they compute in:
+    of SDXL in bfloat16 a rank never holds more than 5.1 GB in the host's memory."""
+    policy = models.load_unet(run.model.path, run.model.revision, run.precision)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
     set_checkpointing(policy, checkpointing)
-    second = models.load_unet(run.model.path, run.model.revision) if with_reference and not run.lora else None
     treat_alike(run, policy)
-    if second is not None:
-        treat_alike(run, second)
-    placed = run.reference
-    engine, second = initialize(policy, second, ds_config, reference_placement=placed.placement, reference_dtype=placed.dtype)
-    if with_reference and run.lora:
+    engine = initialize_policy(policy, ds_config)
+    if not with_reference:
+        return engine, None
+    if run.lora:
         return engine, adapters_off(engine.module)
-    return engine, None if second is None else frozen_model(second)
+    second = models.load_unet(run.model.path, run.model.revision, run.reference_precision)
+    treat_alike(run, second)
+    return engine, frozen_model(initialize_reference(second, ds_config, run.reference.placement, run.reference.dtype))
 
 
 def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
