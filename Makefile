@@ -15,9 +15,10 @@ demo: $(INSTALLED)
 compare: $(INSTALLED)
 	$(VENV)/bin/python tools/compare_objectives.py
 
+# Two workers, since much of the suite is waiting for launches; tests of a file share what it launched, and stay together.
 test: $(TESTABLE)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ import os
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not torch.cuda.is_available():
     # Read when Triton is imported, as diffusers does: its kernels then run on the CPU, by its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -15,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from dde_ds.models.quiet import quiet_libraries
-from tests.pipelines import save_sd, save_sdxl
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "launchers" / "demo"
@@ -25,13 +25,26 @@ quiet_libraries()
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Under xdist: the tests of a file on one worker, since they share what it launched, and all that make hosts on one."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "hosts" if item.get_closest_marker("launch") else item.path.stem + item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def sd_model(tmp_path_factory) -> Path:
+    from tests.pipelines import save_sd
+
     return save_sd(tmp_path_factory.mktemp("model") / "sd")
 
 
 @pytest.fixture(scope="session")
 def sdxl_model(tmp_path_factory) -> Path:
+    from tests.pipelines import save_sdxl
+
     return save_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
 
 

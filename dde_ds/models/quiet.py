@@ -7,12 +7,15 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Errors only from diffusers, transformers and DeepSpeed; no progress bars of theirs."""
+    """Errors only from diffusers, transformers, DeepSpeed and bitsandbytes; no progress bars of theirs."""
+    # Before the imports: bitsandbytes says at its own, of a CPU, which of its kernels it lacks.
+    for library in ("DeepSpeed", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
