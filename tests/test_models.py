@@ -10,8 +10,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from dde_ds import UserError
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.encode import Encoder
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.models.unet import load_unet, predict, unet_digest
+from dde_ds.training.reference import adapters_off
 
 
 def test_pickled_weights_are_refused(sd_model, tmp_path):
@@ -95,3 +97,33 @@ def test_compiled_blocks(sd_model):
     expected, expected_gradients = passes(eager, "none")
     assert torch.allclose(predicted, expected, atol=0.03)
     assert (gradients - expected_gradients).float().norm() < 0.02 * expected_gradients.float().norm()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_adapters(sd_model):
+    """Which come and go between two passes of the same compiled UNet."""
+    unet = load_unet(str(sd_model))
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), {"prompt_embeds": torch.randn(4, 7, 16)}
+    with torch.no_grad():
+        base = predict(unet, *inputs)
+    add_adapters(unet, 4, 4.0, ["to_q", "ff.net.2"], seed=0)
+    adapters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in adapters:
+            parameter.add_(0.3)
+
+    def step():
+        with torch.no_grad():
+            reference = adapters_off(unet)(*inputs)
+        unet.zero_grad()
+        predicted = predict(unet, *inputs)
+        predicted.square().mean().backward()
+        return reference, predicted.detach(), torch.cat([parameter.grad.flatten() for parameter in adapters])
+
+    expected = step()
+    compile_blocks(unet)
+    for _ in range(2):
+        for found, wanted in zip(step(), expected, strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(expected[0], base)
+    assert (expected[1] - base).abs().max() > 0.01

@@ -41,6 +41,7 @@ def test_two_ranks(config, tmp_path):
         "hierarchical": [shipped(tmp_path, "zero3_hierarchical")],
         "selective": [zero3, "model.gradient_checkpointing=selective"],
         "channels_last": [zero2, "model.channels_last=true"],
+        "auto": [zero2, "model.gradient_checkpointing=auto"],
     }
     bf16 = {
         "bf16 zero2": [zero2, "precision=bf16", "steps=2"],

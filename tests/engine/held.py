@@ -14,12 +14,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from dde_ds.engine.zero import initialize
+from dde_ds.engine.ema import update_ema
+from dde_ds.engine.state import EMA
+from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.cost import made_up_batch
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import predict
 from dde_ds.ranks import end_process
+from dde_ds.training.reference import adapters_off, frozen_model
 
 
 def bytes_of(tensors) -> int:
@@ -53,12 +57,27 @@ def gradients(engine) -> list[Tensor]:
     return [*sums, *(parameter.grad for parameter in engine.module.parameters())]
 
 
-def held(config: dict, unet: dict, side: int, checkpointing: str = "none") -> dict[str, int]:
+def held(
+    config: dict,
+    unet: dict,
+    side: int,
+    checkpointing: str = "none",
+    placement: str = "auto",
+    ema: float | None = None,
+    lora: dict | None = None,
+) -> dict[str, int]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    policy, reference = (UNet2DConditionModel.from_config(unet).to(dtype) for _ in range(2))
+    policy = UNet2DConditionModel.from_config(unet).to(dtype)
+    if lora:
+        add_adapters(policy, lora["rank"], 1.0, lora["targets"], seed=0)
     set_checkpointing(policy, checkpointing)
-    policy, reference = initialize(policy, reference, config)
+    policy = initialize_policy(policy, config)
+    if lora:
+        reference, predictions = None, adapters_off(policy.module)
+    else:
+        reference = initialize_reference(UNet2DConditionModel.from_config(unet).to(dtype), config, placement)
+        predictions = frozen_model(reference)
     noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
     batch = made_up_batch(unet, 2, 8)
     timesteps = torch.zeros(2, dtype=torch.int64)
@@ -66,17 +85,24 @@ def held(config: dict, unet: dict, side: int, checkpointing: str = "none") -> di
     for _ in range(2):  # optimizer steps: the moments are made in the first
         for _ in range(config["gradient_accumulation_steps"]):
             with torch.no_grad():
-                predict(reference, noisy, timesteps, batch)
+                predictions(noisy, timesteps, batch)
             policy.backward(predict(policy, noisy, timesteps, batch).float().square().mean())
             found["gradients"] = max(found["gradients"], bytes_of(gradients(policy)))
             policy.step()
+        if ema:
+            update_ema(policy, ema)
     model = bytes_of(weights(policy))
-    state = [value for values in policy.optimizer.optimizer.state.values() for value in values.values()]
-    moments = [value for value in state if torch.is_tensor(value) and value.dim()]
+    # Without the 2 kB that say what the 8 bits mean.
+    state = [
+        item for values in policy.optimizer.optimizer.state.values() for item in values.items() if item[0] not in ("qmap1", "qmap2")
+    ]
+    averages = [value for name, value in state if name == EMA]
+    moments = [value for name, value in state if name != EMA and torch.is_tensor(value) and value.dim()]
     return found | {
         "weights": model,
         "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
-        "reference": bytes_of(weights(reference)),
+        "ema": bytes_of(averages),
+        "reference": bytes_of(weights(reference)) if reference else 0,
         "peak_resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
