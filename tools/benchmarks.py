@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -25,7 +26,8 @@ def take_turns(
     warm_seconds: float = 0.0,
     warm_turns: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each turn; in a turn all run once, each time beginning with the next one.
+    """Seconds of each candidate in each turn; in a turn all run once, in every order by turns: a candidate finds the caches as the one
+    before it left them.
 
     What slows the machine for a while then slows all of them. Calls of microseconds need ``least_seconds`` in all, for their median to
     be told from that of a moment; what is compiled, cached or woken up at first goes into the warm turns, which do not count.
@@ -33,8 +35,8 @@ def take_turns(
     import torch
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    names = list(candidates)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    orders = list(itertools.permutations(candidates))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     began, warm, done = time.perf_counter(), 0, 0
     while warm < warm_turns or time.perf_counter() - began < warm_seconds:
         for run in candidates.values():
@@ -42,8 +44,7 @@ def take_turns(
         warm += 1
     began = time.perf_counter()
     while done < turns or time.perf_counter() - began < least_seconds:
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
+        for name in orders[done % len(orders)]:
             synchronize()
             started = time.perf_counter()
             candidates[name]()

@@ -19,8 +19,8 @@ from dde_ds.errors import UserError
 from dde_ds.objective import passes_torch
 from dde_ds.objective.schedule import NoiseTarget
 
-# Up to here, two pairs of SD1.5 latents, a CPU is done before a function of our own has been called. Autograd then keeps 256 kB.
-SMALL_ELEMENTS = 2**16
+# Up to here, eight pairs of SD1.5 latents or two of SDXL's, a CPU is done sooner than with a function of our own. Autograd keeps 1 MB.
+SMALL_ELEMENTS = 2**18
 
 
 def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:

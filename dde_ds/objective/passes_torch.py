@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dde_ds.objective.schedule import NoiseTarget
@@ -19,7 +20,7 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     found: list[list[Tensor]] = [[] for _ in predictions]
     for block in _blocks(policy, target):
         for pred, parts in zip(predictions, found, strict=True):
-            parts.append(_difference(pred, target, block).square_().mean((2, 3, 4)))
+            parts.append(_mean_squares(_implied_block(pred, target, block), target.noise[block]))
     joined = [torch.cat(parts, 1).flatten() for parts in found]
     return joined[0], None if reference is None else joined[1]
 
@@ -32,20 +33,20 @@ def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) 
 
 
 def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
-    # Nothing is sliced, which autograd would pay for, and Tensor.unflatten is Python.
-    implied = pred.to(accumulator(pred)).reshape(-1, *target.noise.shape)
-    if target.scale is not None:
-        scale, shift = (_spread(_halves(each, target).to(implied.dtype)) for each in (target.scale, target.shift))
-        implied = (implied * scale).addcmul(_halves(target.noisy, target).to(implied.dtype), shift)
-    return (implied - target.noise.to(implied.dtype)).square().mean((2, 3, 4)).flatten()
+    # Calls cost more than arithmetic here: nothing is sliced, and what is simpler than unflatten and flatten takes their place.
+    own = pred.to(accumulator(pred)).view(-1, *target.noise.shape)
+    return _mean_squares(_implied_noise(own, target), target.noise).view(-1)
 
 
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
     result = torch.empty_like(policy)
     halves, factor = _halves(result, target), _halves(gradient_factor(policy, target, grad), target)
+    is_input = target.scale is None and policy.dtype == accumulator(policy)  # what _implied_block gives: not to be written to
     for block in _blocks(policy, target):
-        halves[:, block] = _difference(policy, target, block).mul_(_spread(factor[:, block]))
+        implied, noise = _implied_block(policy, target, block), target.noise[block]
+        difference = implied - noise if is_input else implied.sub_(noise)
+        halves[:, block] = difference.mul_(_spread(factor[:, block]))
     return result
 
 
@@ -71,16 +72,21 @@ def _blocks(policy: Tensor, target: NoiseTarget) -> Iterator[slice]:
         yield slice(low, low + size)
 
 
-def _difference(pred: Tensor, target: NoiseTarget, block: slice) -> Tensor:
-    """ε_θ - ε of a block, as a new tensor (1 or 2, rows, C,H,W) in the accumulation dtype."""
-    dtype = accumulator(pred)
-    own = _halves(pred, target)[:, block]
+def _implied_block(pred: Tensor, target: NoiseTarget, block: slice) -> Tensor:
+    return _implied_noise(_halves(pred, target)[:, block].to(accumulator(pred)), target, block)
+
+
+def _implied_noise(own: Tensor, target: NoiseTarget, block: slice = slice(None)) -> Tensor:
+    """ε_θ of a model's output of a block, (1 or 2, rows, C,H,W) in the accumulation dtype: the output itself where that is all of it."""
     if target.scale is None:
-        # A copy that is then subtracted from is faster than the subtraction of different dtypes.
-        return own - target.noise[block] if own.dtype == dtype else own.to(dtype).sub_(target.noise[block])
-    scale, shift = (_spread(_halves(each, target)[:, block].to(dtype)) for each in (target.scale, target.shift))
-    noisy = _halves(target.noisy, target)[:, block].to(dtype)
-    return (own.to(dtype) * scale).addcmul_(noisy, shift).sub_(target.noise[block])
+        return own
+    noisy, scale, shift = (_halves(each, target)[:, block].to(own.dtype) for each in (target.noisy, target.scale, target.shift))
+    return (own * _spread(scale)).addcmul(noisy, _spread(shift))
+
+
+def _mean_squares(implied: Tensor, noise: Tensor) -> Tensor:
+    """(1 or 2, rows). Difference and square are one pass over the memory this way, and so are their derivatives."""
+    return F.mse_loss(implied, noise.to(implied.dtype).expand_as(implied), reduction="none").mean((2, 3, 4))
 
 
 def _spread(per_sample: Tensor) -> Tensor:

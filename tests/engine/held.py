@@ -57,6 +57,20 @@ def gradients(engine) -> list[Tensor]:
     return [*sums, *(parameter.grad for parameter in engine.module.parameters())]
 
 
+def made(unet: dict, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Never whole in float32 where that is not asked for."""
+    torch.set_default_dtype(dtype)
+    try:
+        return UNet2DConditionModel.from_config(unet)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def highest_resident() -> int:
+    """Bytes of this process so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def held(
     config: dict,
     unet: dict,
@@ -66,9 +80,10 @@ def held(
     ema: float | None = None,
     lora: dict | None = None,
 ) -> dict[str, int]:
+    before = highest_resident()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    policy = UNet2DConditionModel.from_config(unet).to(dtype)
+    policy = made(unet, dtype)
     if lora:
         add_adapters(policy, lora["rank"], 1.0, lora["targets"], seed=0)
     set_checkpointing(policy, checkpointing)
@@ -76,7 +91,7 @@ def held(
     if lora:
         reference, predictions = None, adapters_off(policy.module)
     else:
-        reference = initialize_reference(UNet2DConditionModel.from_config(unet).to(dtype), config, placement)
+        reference = initialize_reference(made(unet, dtype), config, placement)
         predictions = frozen_model(reference)
     noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
     batch = made_up_batch(unet, 2, 8)
@@ -103,7 +118,8 @@ def held(
         "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
         "ema": bytes_of(averages),
         "reference": bytes_of(weights(reference)) if reference else 0,
-        "peak_resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "resident_before": before,
+        "peak_resident": highest_resident(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,16 +101,23 @@ def test_state_of_two_ranks(tmp_path):
 
 @pytest.mark.real_size
 def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
-    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: more than 24 GB."""
+    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: 20 GB of memory, minutes.
+
+    What the process took before its engines aside, its peak is the planner's, but for what the allocator leaves between tensors.
+    """
     unet = architecture("sd15")
     config = configuration("zero3", "bf16", 10**7)
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 10**8}
     config["zero_optimization"] |= {"stage3_max_reuse_distance": 10**8, "stage3_prefetch_bucket_size": 10**7}
+    config["zero_optimization"] |= {"sub_group_size": 10**8}  # of 10⁹ the step alone would take 2 GB more
     found = launch(tmp_path, [{"config": config, "unet": unet, "side": 32, "checkpointing": "full"}], timeout=3600)
     expected = planned(unet, config)
+    memory = policy_memory(parameter_sizes(unet), config, WORLD, MOMENT_BYTES["adamw"])
+    one = training_pass(unet, (4, 32, 32), "full", torch.bfloat16)
+    peak = replace(memory, reference=expected["reference"], activations=one.peak).peak
+    with capsys.disabled():
+        print("\nplanned, bytes of a rank:", expected, "activations of a pair:", one.peak, "peak:", peak)
+        print("peak resident set of the ranks:", [rank["peak_resident"] - rank["resident_before"] for (rank,) in found])
     for (rank,) in found:
         assert {part: rank[part] for part in expected} == expected
-    one = training_pass(unet, (4, 32, 32), "full", torch.bfloat16)
-    with capsys.disabled():
-        print("\nplanned, bytes of a rank:", expected, "activations of a pair:", one.peak)
-        print("peak resident set of the ranks:", [rank["peak_resident"] for (rank,) in found])
+        assert 0.95 * peak < rank["peak_resident"] - rank["resident_before"] < 1.15 * peak
