@@ -17,12 +17,11 @@ BLOCK_ELEMENTS = 2**18
 def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
     """Mean squared errors, (N,), of the policy, and of the reference where there is one."""
     predictions = [policy] if reference is None else [policy, reference]
-    found: list[list[Tensor]] = [[] for _ in predictions]
-    for block in _blocks(policy, target):
-        for pred, parts in zip(predictions, found, strict=True):
-            parts.append(_mean_squares(_implied_block(pred, target, block), target.noise[block]))
-    joined = [torch.cat(parts, 1).flatten() for parts in found]
-    return joined[0], None if reference is None else joined[1]
+    found = [policy.new_empty(len(pred), dtype=accumulator(pred)) for pred in predictions]
+    for block, scratch in _blocks(policy, target):
+        for pred, error in zip(predictions, found, strict=True):
+            _halves(error, target)[:, block] = _difference(pred, target, block, scratch).square_().mean((2, 3, 4))
+    return found[0], None if reference is None else found[1]
 
 
 def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
@@ -33,20 +32,21 @@ def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) 
 
 
 def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
-    # Calls cost more than arithmetic here: nothing is sliced, and what is simpler than unflatten and flatten takes their place.
+    # Calls cost more than arithmetic here: nothing is sliced, what is simpler than unflatten and flatten takes their place, and
+    # difference and square are one function, as are their derivatives.
     own = pred.to(accumulator(pred)).view(-1, *target.noise.shape)
-    return _mean_squares(_implied_noise(own, target), target.noise).view(-1)
+    if target.scale is not None:
+        noisy, scale, shift = (_halves(each, target).to(own.dtype) for each in (target.noisy, target.scale, target.shift))
+        own = (own * _spread(scale)).addcmul(noisy, _spread(shift))
+    return F.mse_loss(own, target.noise.to(own.dtype).expand_as(own), reduction="none").mean((2, 3, 4)).view(-1)
 
 
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
     result = torch.empty_like(policy)
     halves, factor = _halves(result, target), _halves(gradient_factor(policy, target, grad), target)
-    is_input = target.scale is None and policy.dtype == accumulator(policy)  # what _implied_block gives: not to be written to
-    for block in _blocks(policy, target):
-        implied, noise = _implied_block(policy, target, block), target.noise[block]
-        difference = implied - noise if is_input else implied.sub_(noise)
-        halves[:, block] = difference.mul_(_spread(factor[:, block]))
+    for block, scratch in _blocks(policy, target):
+        halves[:, block] = _difference(policy, target, block, scratch).mul_(_spread(factor[:, block]))
     return result
 
 
@@ -65,28 +65,25 @@ def _halves(tensor: Tensor, target: NoiseTarget) -> Tensor:
     return tensor.unflatten(0, (-1, len(target.noise)))
 
 
-def _blocks(policy: Tensor, target: NoiseTarget) -> Iterator[slice]:
-    """Rows of the noise, so many that what belongs to them fits a block."""
-    size = max(1, BLOCK_ELEMENTS * len(target.noise) // policy.numel())
-    for low in range(0, len(target.noise), size):
-        yield slice(low, low + size)
+def _blocks(policy: Tensor, target: NoiseTarget) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the noise, so many that what belongs to them fits a block, and memory for them, (1 or 2, rows, C,H,W). It is the same for
+    all blocks: new memory each time might come from the system, which clears it first."""
+    rows = len(target.noise)
+    size = min(rows, max(1, BLOCK_ELEMENTS * rows // policy.numel()))
+    scratch = policy.new_empty(len(policy) // rows, size, *policy.shape[1:], dtype=accumulator(policy))
+    for low in range(0, rows, size):
+        yield slice(low, low + size), scratch[:, : rows - low]
 
 
-def _implied_block(pred: Tensor, target: NoiseTarget, block: slice) -> Tensor:
-    return _implied_noise(_halves(pred, target)[:, block].to(accumulator(pred)), target, block)
-
-
-def _implied_noise(own: Tensor, target: NoiseTarget, block: slice = slice(None)) -> Tensor:
-    """ε_θ of a model's output of a block, (1 or 2, rows, C,H,W) in the accumulation dtype: the output itself where that is all of it."""
-    if target.scale is None:
-        return own
-    noisy, scale, shift = (_halves(each, target)[:, block].to(own.dtype) for each in (target.noisy, target.scale, target.shift))
-    return (own * _spread(scale)).addcmul(noisy, _spread(shift))
-
-
-def _mean_squares(implied: Tensor, noise: Tensor) -> Tensor:
-    """(1 or 2, rows). Difference and square are one pass over the memory this way, and so are their derivatives."""
-    return F.mse_loss(implied, noise.to(implied.dtype).expand_as(implied), reduction="none").mean((2, 3, 4))
+def _difference(pred: Tensor, target: NoiseTarget, block: slice, scratch: Tensor) -> Tensor:
+    """ε_θ - ε of a block, in ``scratch``."""
+    implied = scratch.copy_(_halves(pred, target)[:, block])
+    if target.scale is not None:
+        noisy, scale, shift = (
+            _halves(each, target)[:, block].to(scratch.dtype) for each in (target.noisy, target.scale, target.shift)
+        )
+        implied.mul_(_spread(scale)).addcmul_(noisy, _spread(shift))
+    return implied.sub_(target.noise[block])
 
 
 def _spread(per_sample: Tensor) -> Tensor:
