@@ -42,7 +42,9 @@ def launch(folder: Path, jobs: list[dict], timeout: float) -> list[list[dict]]:
     paths = [folder / f"{number}.json" for number in range(len(jobs))]
     for path, job in zip(paths, jobs, strict=True):
         path.write_text(json.dumps(job))
-    variables = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
+    # Large tensors go back to the system when they are freed. By itself glibc soon keeps them, and their gaps are another 2.5 GB of SD1.5.
+    variables = environment() | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine.held", *map(str, paths)],
@@ -101,9 +103,9 @@ def test_state_of_two_ranks(tmp_path):
 
 @pytest.mark.real_size
 def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
-    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: 20 GB of memory, minutes.
+    """The true architecture, random weights, ZeRO-3, 32x32 latents, two steps of two micro-batches: 20 GB of memory, three minutes.
 
-    What the process took before its engines aside, its peak is the planner's, but for what the allocator leaves between tensors.
+    The peak is the planner's as well, what the process took before its engines aside.
     """
     unet = architecture("sd15")
     config = configuration("zero3", "bf16", 10**7)
@@ -120,4 +122,4 @@ def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
         print("peak resident set of the ranks:", [rank["peak_resident"] - rank["resident_before"] for (rank,) in found])
     for (rank,) in found:
         assert {part: rank[part] for part in expected} == expected
-        assert 0.95 * peak < rank["peak_resident"] - rank["resident_before"] < 1.15 * peak
+        assert 0.95 * peak < rank["peak_resident"] - rank["resident_before"] < 1.1 * peak
