@@ -102,6 +102,9 @@ def main() -> int:
     )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
     parser.add_argument(
+        "--no-contiguous", action="store_true", help="contiguous_gradients false: on a CPU their flat buffer is a copy for nothing"
+    )
+    parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
     )
     parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="where both do not fit the memory together")
@@ -120,6 +123,7 @@ def main() -> int:
         how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
         what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
         treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
+        how += ", gradients not contiguous" if args.no_contiguous else ""
         record(f"{what}, {name}, {how}{treated}, {machine(device)}", text)
     return 0
 
@@ -243,7 +247,10 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
         "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
         "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
     }))  # fmt: skip
-    policy, reference = initialize(unet, reference, complete_config(load_config(path), 1))
+    config = complete_config(load_config(path), 1)
+    if args.no_contiguous:
+        config["zero_optimization"]["contiguous_gradients"] = False
+    policy, reference = initialize(unet, reference, config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
     shards = MadeUpShards(unet, args.latent)
     dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))

@@ -41,6 +41,7 @@ def test_two_ranks(config, tmp_path):
         "hierarchical": [shipped(tmp_path, "zero3_hierarchical")],
         "selective": [zero3, "model.gradient_checkpointing=selective"],
         "channels_last": [zero2, "model.channels_last=true"],
+        "not contiguous": [shipped(tmp_path, "zero2", contiguous_gradients=False)],
         "auto": [zero2, "model.gradient_checkpointing=auto"],
     }
     bf16 = {
