@@ -88,10 +88,12 @@ def end_process(code: int) -> NoReturn:
     the process: of 800 ranks that ended so right behind a collective, 11 came to -6 (https://github.com/pytorch/pytorch/pull/179291).
     ``destroy_process_group`` does not help, since DeepSpeed keeps references to the groups. A finished run would count as failed.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where who read the output is gone
+        os._exit(code)
 
 
 def _from_torch(environment: Mapping[str, str]) -> Ranks:

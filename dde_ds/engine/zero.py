@@ -56,7 +56,7 @@ def initialize(
 
 
 def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
-    """The first half of :func:`initialize`: who loads the reference after it never holds two whole UNets."""
+    """The first half of :func:`initialize`: who loads the reference after it does not hold two whole UNets in the host's memory on the way to a GPU."""
     import deepspeed
 
     from dde_ds import distributed

@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Errors only from diffusers, transformers, DeepSpeed and bitsandbytes; no progress bars of theirs."""
+    """Errors only from diffusers, transformers and bitsandbytes, and from DeepSpeed where it is imported already; no progress bars of theirs."""
     # Before the imports: bitsandbytes says at its own, of a CPU, which of its kernels it lacks.
     for library in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)

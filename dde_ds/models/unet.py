@@ -58,7 +58,8 @@ def load_unet(path: str, revision: str | None = None, precision: str = "fp32"):
     pipeline_index(path, revision)
     try:
         options = LOADING | {"torch_dtype": DTYPES[precision]}
-        return UNet2DConditionModel.from_pretrained(path, subfolder="unet", revision=revision, **options)
+        # A file may hold several types, which diffusers would leave as they are.
+        return UNet2DConditionModel.from_pretrained(path, subfolder="unet", revision=revision, **options).to(DTYPES[precision])
     except OSError as error:
         raise UserError(f"model.path {path}: unet not loadable: {' '.join(str(error).split())}") from None
 

@@ -25,7 +25,7 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
 
 
 def plain_errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
-    """The same numbers as :func:`errors`, through autograd: faster for predictions of less than a block."""
+    """The same numbers as :func:`errors`, through autograd: faster for predictions of up to a block."""
     error = _plain_error(policy, target)
     with torch.no_grad():
         return error, None if reference is None else _plain_error(reference, target)

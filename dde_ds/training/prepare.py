@@ -47,7 +47,8 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
     """Policy engine and reference. The reference is read when the policy has gone to its GPU, and both in the type that they compute in:
-    of SDXL in bfloat16 a rank never holds more than 5.1 GB in the host's memory."""
+    of SDXL in bfloat16 a rank holds 5.1 GB in the host's memory meanwhile, beside pages of the file, which a node's ranks share and the
+    system may drop."""
     policy = models.load_unet(run.model.path, run.model.revision, run.precision)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)

@@ -98,7 +98,8 @@ def test_state_of_two_ranks(tmp_path):
         # ZeRO-2 in float32 cuts between parameters: of the two ranks one has more, which is the planner's.
         most = {part: max(rank[part] for rank in found) for part in expected}
         # 8-bit moments have a scale for each begun block: up to 8 bytes more.
-        assert most == pytest.approx(expected, rel=0, abs=8), job
+        begun = 8 if job["config"]["optimizer"]["type"] == lowbit.TYPE else 0
+        assert most == pytest.approx(expected, rel=0, abs=begun), job
 
 
 @pytest.mark.real_size

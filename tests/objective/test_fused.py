@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dde_ds import UserError
-from dde_ds.objective import fused
+from dde_ds.objective import fused, passes_torch
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.schedule import NoiseTarget
 
@@ -24,6 +24,8 @@ def device(request, monkeypatch):
         pytest.importorskip("triton", reason="Triton is not installed")
         if (kind == "triton compiled") != torch.cuda.is_available():
             pytest.skip("no CUDA device" if kind == "triton compiled" else "the kernels run compiled here")
+    # Of the shapes here, which are all less than a block, several, and a smaller last one.
+    monkeypatch.setattr(passes_torch, "BLOCK_ELEMENTS", 500)
     passes = importlib.import_module(f"dde_ds.objective.passes_{kind.split(' ')[0].strip(',')}")
     monkeypatch.setattr(fused, "_passes", lambda _: passes)
     return "cuda" if kind == "triton compiled" else "cpu"
