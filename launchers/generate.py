@@ -9,11 +9,11 @@ make what is missing. Exit code 0: all images are there. 1: an error, in one lin
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from dde_ds.cli import report_errors
 from dde_ds.evaluation.commands import add_drawing, generate
+from dde_ds.ranks import end_process
 
 
 def main() -> int:
@@ -29,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

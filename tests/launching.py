@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+import torch.multiprocessing as mp
 import yaml
 
+from dde_ds.ranks import end_process
 from dde_ds.training.metrics import read_rows
 from tests.conftest import ROOT
 
@@ -37,6 +40,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def spawn(function: Callable, world: int, *arguments) -> None:
+    """``function(rank, *arguments)`` in a process for each rank, with the variables that a launcher would set: a function of a module,
+    since it goes to another process. What it raises is raised here."""
+    mp.spawn(_one_rank, (world, free_port(), function, arguments), nprocs=world)
+
+
+def _one_rank(rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
+    for name, value in zip(RANK_VARIABLES, (rank, world, rank, "127.0.0.1", port), strict=True):
+        os.environ[name] = str(value)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+    end_process(0)
 
 
 def launcher(ranks: int) -> list[str]:

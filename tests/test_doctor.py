@@ -14,7 +14,7 @@ from dde_ds.config import load_config
 from dde_ds.ranks import Ranks
 from tests.launching import PATIENCE, environment, free_port, write_config
 
-CODE = "import sys; from dde_ds.cli import main; sys.exit(main())"
+CODE = "from dde_ds.cli import command; command()"
 
 
 @pytest.fixture

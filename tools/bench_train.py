@@ -47,6 +47,7 @@ from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.ranks import end_process
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.metrics import Averages, RunLog
@@ -339,4 +340,4 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

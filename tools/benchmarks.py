@@ -18,6 +18,8 @@ HEAD = """# Benchmarks
 Every number was printed by the command above it. Ratios compare candidates that took turns within one run.
 """
 
+LAST = "Not measured"
+
 
 def take_turns(
     candidates: Mapping[str, Callable[[], object]],
@@ -75,16 +77,19 @@ def machine(device: str) -> str:
 
 
 def record(title: str, text: str) -> None:
-    """Put a section in, in place of the one of the same title."""
+    """Put a section in, in place of the one of the same title, or as a new one before what was not measured."""
     import torch
 
     command = f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
     head = f"## {title}\n\n`{command}`, {datetime.date.today().isoformat()}, torch {torch.__version__}\n\n"
     before = FILE.read_text(encoding="utf-8") if FILE.exists() else HEAD
     intro, *sections = before.split("\n## ")
-    kept = [section for section in sections if section.splitlines()[0] != title]
-    kept.append((head + text)[3:])
-    FILE.write_text(intro.rstrip() + "\n" + "".join(f"\n## {section.strip()}\n" for section in kept), encoding="utf-8")
+    titles = [section.splitlines()[0] for section in sections]
+    if title in titles:
+        sections[titles.index(title)] = (head + text)[3:]
+    else:
+        sections.insert(titles.index(LAST) if LAST in titles else len(titles), (head + text)[3:])
+    FILE.write_text(intro.rstrip() + "\n" + "".join(f"\n## {section.strip()}\n" for section in sections), encoding="utf-8")
 
 
 def _processor() -> str:

@@ -23,9 +23,8 @@ from dde_ds.engine.state import EMA, WEIGHT, gather, moments
 from dde_ds.errors import UserError
 from dde_ds.files import publish, put_in_place, staged_path
 from dde_ds.models import lora
-from dde_ds.models.unet import LOADING, load_unet
+from dde_ds.models.unet import DTYPES, LOADING, load_unet
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMATS = ("folder", "lora", "single")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What ``load_lora_weights(folder)`` looks for."""

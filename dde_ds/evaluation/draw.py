@@ -20,7 +20,7 @@ from dde_ds.distributed import Ranks, agree, first_says
 from dde_ds.errors import UserError, nearest
 from dde_ds.evaluation.generate import decode, embed, initial_noise, load_pipeline
 from dde_ds.evaluation.pictures import Pictures, claim
-from dde_ds.models.unet import family
+from dde_ds.models.unet import DTYPES, family
 
 # Samplers without a draw of their own: with them an image is a function of its initial noise.
 SCHEDULERS = {
@@ -29,7 +29,6 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}
 
 
@@ -54,8 +53,8 @@ class DrawOptions:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low} or more")
         if self.scheduler not in SCHEDULERS:
             raise UserError(f"--scheduler {self.scheduler!r}{nearest(self.scheduler, SCHEDULERS)}")
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise UserError(f"--precision {self.precision!r}{nearest(self.precision, PRECISIONS)}")
+        if self.precision is not None and self.precision not in DTYPES:
+            raise UserError(f"--precision {self.precision!r}{nearest(self.precision, DTYPES)}")
         if self.guidance is not None and not 1 <= self.guidance < 1000:
             raise UserError(f"--guidance {self.guidance}: must be 1 (none) or more")
 
@@ -119,12 +118,12 @@ def draw_folder(
     on_progress(len(share) - len(missing), len(share))
     if missing:
         pipeline.to(device)
-        pipeline.unet.to(dtype=PRECISIONS[precision])
+        pipeline.unet.to(dtype=DTYPES[precision])
         if device.type == "cuda":
             pipeline.unet.to(memory_format=torch.channels_last)
     for low in range(0, len(missing), batch):
         chunk = missing[low : low + batch]
-        images = _draw(pipeline, pictures, chunk, side // factor, device, PRECISIONS[precision])
+        images = _draw(pipeline, pictures, chunk, side // factor, device, DTYPES[precision])
         for item, image in zip(chunk, images, strict=True):
             pictures.save(*item, image.permute(1, 2, 0).numpy())
         on_progress(len(share) - len(missing) + low + len(chunk), len(share))

@@ -23,8 +23,8 @@ PIPELINES = {
 # Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""By the names that a run configuration has for them."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that configurations and commands have for them; a run trains in bf16 or fp32."""
 WEIGHTS = "diffusion_pytorch_model"
 """What diffusers calls a model's weights, before ``.safetensors``."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 
 import pytest
@@ -14,6 +13,7 @@ import torch.multiprocessing as mp
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.engine import checkpoint, state
 from dde_ds.engine.ema import update_ema
+from tests.launching import spawn
 
 pytestmark = pytest.mark.slow
 SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
@@ -70,13 +70,10 @@ def plain_average(weights):
     return average
 
 
-def one_rank(rank, world, port, folder, plan, results):
+def one_rank(rank, world, folder, plan, results):
     """Each leg of ``plan``: (stage, bf16, steps). A leg resumes what is there, trains, and saves."""
     from dde_ds.distributed import start
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    torch.set_num_threads(1)
     start()
     for stage, bf16, steps in plan:
         policy, objective = engine(stage, world, bf16), build_objective("dde", SCHEDULE)
@@ -93,12 +90,9 @@ def one_rank(rank, world, port, folder, plan, results):
 def run(world, folder, plan, before=()):
     """Losses of each step, the table after the last, and the weights after each: those of ``before``, an earlier run in the same folder,
     and its own. Of all of them the moving average must be made."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(one_rank, (world, port, folder, plan, results), nprocs=world)
+        spawn(one_rank, world, world, folder, plan, results)
         by_step, seen = {}, list(before)
         for (rank, first), (losses, table, weights, average) in sorted(results.items()):
             for i, loss in enumerate(losses):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from dde_ds import NoiseSchedule, build_objective
 from dde_ds.engine import checkpoint
 from dde_ds.engine import state as training_state
 from dde_ds.engine.update import update
-from tests.launching import RANK_VARIABLES, free_port
+from tests.launching import spawn
 
 pytestmark = pytest.mark.slow
 WORLD, ACCUMULATION = 2, 2
@@ -66,11 +65,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def one_rank(rank: int, port: int, folder, results) -> None:
-    for name, value in zip(RANK_VARIABLES, (rank, WORLD, rank, "127.0.0.1", port), strict=True):
-        os.environ[name] = str(value)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    torch.set_num_threads(1)
+def one_rank(rank: int, folder, results) -> None:
     from dde_ds.distributed import start
 
     start()
@@ -98,7 +93,7 @@ def one_rank(rank: int, port: int, folder, results) -> None:
 def test_a_nan_in_one_rank_reaches_no_weight(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(one_rank, (free_port(), tmp_path, results), nprocs=WORLD)
+        spawn(one_rank, WORLD, tmp_path, results)
         results = dict(results)
     assert len(results) == WORLD * 10
     for key, value in results.items():

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from dde_ds import UserError, load_config
-from tests.launching import RANK_VARIABLES, free_port
+from tests.launching import spawn
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] |
     the run folder, if it is given: a function of a module, since it goes to another process."""
     with mp.Manager() as manager:
         outcomes = manager.dict()
-        mp.spawn(_one_rank, (world, free_port(), config, legs, look_at, outcomes), nprocs=world)
+        spawn(_one_rank, world, config, legs, look_at, outcomes)
         found = [[outcomes[number, rank] for rank in range(world)] for number in range(len(legs))]
         views = [outcomes.get((number, "folder")) for number in range(len(legs))]
     assert all(len(set(outcome)) == 1 for outcome in found), f"ranks disagree: {found}"
@@ -45,12 +45,8 @@ def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] |
     return list(zip(ends, views, strict=True)) if look_at else ends
 
 
-def _one_rank(rank: int, world: int, port: int, config: Path, legs: Sequence[Leg], look_at, outcomes: dict) -> None:
+def _one_rank(rank: int, config: Path, legs: Sequence[Leg], look_at, outcomes: dict) -> None:
     signal.alarm(280)  # a hang is a failure, not a wait
-    for name, value in zip(RANK_VARIABLES, (rank, world, rank, "127.0.0.1", port), strict=True):
-        os.environ[name] = str(value)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    torch.set_num_threads(1)
     from dde_ds.training.loop import train
 
     for number, leg in enumerate(legs):
