@@ -234,8 +234,8 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm. 0 does not clip."""
 
     type: str = "adamw"
-    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on one to
-    four GPUs. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
+    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on up to
+    four GPUs; SDXL needs two. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
 
     def __post_init__(self):
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")

@@ -19,6 +19,8 @@ from dde_ds.errors import UserError
 TYPE = "AdamW8bit"
 """``optimizer.type`` in DeepSpeed's configuration, which knows of none such itself."""
 BLOCK = 256
+MOST = 2**31 - 1
+"""Elements of a rank's partition: bitsandbytes counts them in 32 bits on a GPU (``backends/cuda/ops.py``), and wraps without a word."""
 # Suffix of bitsandbytes' names for each of AdamW's.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 
@@ -42,7 +44,28 @@ def client_optimizer(config: dict) -> Callable | None:
         raise UserError("optimizer.type is adamw_8bit: bitsandbytes is not installed; pip install -e '.[lowbit]'") from None
     options = config.pop("optimizer")["params"]
     config["zero_allow_untested_optimizer"] = True  # "untested" are all but six optimizers by name
-    return lambda parameters: AdamW8bit(parameters, min_8bit_size=1, **options)
+
+    def make(parameters: list[torch.nn.Parameter]) -> AdamW8bit:
+        check_partition(sum(parameter.numel() for parameter in parameters), dist.get_world_size())
+        return AdamW8bit(parameters, min_8bit_size=1, **options)
+
+    return make
+
+
+def check_partition(trained: int, ranks: int) -> None:
+    """Refuse what bitsandbytes would miscount.
+
+    Args:
+        trained: elements that are trained.
+
+    Raises:
+        UserError: a rank's part of them is too large.
+    """
+    if trained / ranks > MOST:
+        raise UserError(
+            f"optimizer.type is adamw_8bit, which takes at most {MOST:,} elements a rank, but {trained:,} are trained on {ranks}: "
+            "take more ranks, or adamw"
+        )
 
 
 def is_ours(optimizer: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from dde_ds.config import RunConfig
 from dde_ds.engine.devices import MFU, Device
+from dde_ds.engine.lowbit import check_partition
 from dde_ds.engine.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory, stage_of
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.traffic import step_traffic
@@ -90,6 +91,8 @@ def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device,
         picked = pick_checkpointing(run, task, world, gpus, usable(device))
         chosen = _change(run, {"model.gradient_checkpointing": picked or MODES[-1]})
     config = complete_config(chosen, world, gpus)
+    if run.optimizer.type == "adamw_8bit":
+        check_partition(sum(task.sizes.trained), world)
     accumulation = chosen.batch.accumulation(world)
     mode, dtype = chosen.model.gradient_checkpointing, _dtype(chosen)
     with_reference = needs_reference(chosen)

@@ -25,6 +25,8 @@ SHARDED = {
     "stage3_max_live_parameters": 200_000_000,
     "stage3_max_reuse_distance": 0,
 }
+# DeepSpeed times each micro-batch by default, and for it waits for the GPU before the forward pass and behind the step.
+NO_TIMER = {"enabled": False}
 
 
 def reference_config(config: dict, placement: str = "auto", dtype: str = "policy") -> dict:
@@ -43,6 +45,7 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
     if dtype != "policy":
         kept.pop("fp16", None)
         kept["bf16"] = {"enabled": dtype == "bf16"}
+    kept["timers"] = {"throughput": dict(NO_TIMER)}
     policy = config.get("zero_optimization", {})
     placement = resolve_placement(policy, placement)
     if placement == "replicated":

@@ -12,7 +12,7 @@ import torch
 
 from dde_ds.config import RunConfig
 from dde_ds.engine import lowbit
-from dde_ds.engine.reference import reference_config
+from dde_ds.engine.reference import NO_TIMER, reference_config, resolve_placement
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
 
@@ -68,6 +68,7 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
         raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
     _take_torch_adam(config)
     _keep_linear(config, policy)
+    config.setdefault("timers", {}).setdefault("throughput", dict(NO_TIMER))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = lowbit.client_optimizer(config)
     engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
@@ -209,6 +210,12 @@ def _check_stage(run: RunConfig, config: dict) -> None:
         raise UserError(
             f"{run.deepspeed}: zero_optimization.stage is 3, whose weights come and go between a compiled block's operations, but "
             "model.compile is true; take stage 1 or 2, or set it to false"
+        )
+    placement = resolve_placement(zero, run.reference.placement)
+    if run.model.compile and placement != "replicated" and not run.lora:
+        raise UserError(
+            f"reference.placement is {placement}, whose weights come and go between a compiled block's operations, but model.compile is true; "
+            "set reference.placement to replicated, or model.compile to false"
         )
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{run.deepspeed}: zero_optimization.compute_grad_norm is false, but a run watches the norm; remove it")

@@ -70,6 +70,8 @@ def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
         use_channels_last(unet)
     if run.model.compile:
         compile_blocks(unet)
+    if "fp32" in (run.precision, run.reference_precision):  # cuDNN's default from Ampere on is TF32: three digits of each factor
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:

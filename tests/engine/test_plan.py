@@ -13,7 +13,7 @@ from dde_ds import UserError, load_config
 from dde_ds.cli import main
 from dde_ds.engine.devices import find_device, peak_flops
 from dde_ds.engine.memory import Memory, policy_memory, reference_memory
-from dde_ds.engine.plan import MODES, kept_checkpoints, make_plan, nearest_fit, pick_checkpointing, rank_memory
+from dde_ds.engine.plan import MODES, Task, kept_checkpoints, make_plan, nearest_fit, pick_checkpointing, rank_memory
 from dde_ds.engine.traffic import step_traffic
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
@@ -189,6 +189,12 @@ def test_the_plan_of_a_run(run, sd_shards):
         }
     }
     assert make_plan(replace(run, precision="fp32"), task, 1, 2, H100)["time"]["step"] is None
+
+
+def test_8_bit_moments_of_sdxl_need_two_gpus(run):
+    eight = replace(run, optimizer=replace(run.optimizer, type="adamw_8bit"))
+    with pytest.raises(UserError, match="2,567,463,684 are trained on 1: take more ranks"):
+        make_plan(eight, Task(architecture("sdxl"), (4, 128, 128), 77, 1000), 1, 1, H100)
 
 
 def test_checkpointing_that_fits(run):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dde_ds import UserError, initialize
-from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
+from dde_ds.engine.lowbit import check_partition
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
@@ -119,6 +120,11 @@ def test_what_a_file_may_leave_out(tmp_path):
         ({"stage": 4}, {}, r"zero_optimization\.stage is 4: must be 0, 1, 2 or 3"),
         ({"stage": 0}, {}, r"zero_optimization\.stage is 0, .*but precision is bf16; take ds_configs/zero1\.json"),
         ({"stage": 3}, {"model": ModelConfig("m", compile=True)}, r"zero_optimization\.stage is 3, .*but model\.compile is true"),
+        (
+            {"stage": 2},
+            {"model": ModelConfig("m", compile=True), "reference": ReferenceConfig(placement="sharded")},
+            r"reference\.placement is sharded, .*but model\.compile is true; set reference\.placement to replicated",
+        ),
         ({"stage": 3, "zero_hpz_partition_size": 3}, {}, r"zero_hpz_partition_size is 3: must divide the 8 ranks"),
         ({"stage": 2, "round_robin_gradients": True}, {}, r"round_robin_gradients is true, .*checkpoints would be wrong"),
         ({"stage": 1, "compute_grad_norm": False}, {}, r"compute_grad_norm is false"),
@@ -169,6 +175,14 @@ def test_8_bit_moments_need_stage_1_or_2(zero):
     config = {"train_batch_size": 1, "optimizer": {"type": "AdamW8bit", "params": {}}, "zero_optimization": zero}
     with pytest.raises(UserError, match=r"optimizer\.type is adamw_8bit, which works with zero_optimization\.stage 1 or 2"):
         initialize(torch.nn.Linear(1, 1), None, config)
+
+
+def test_8_bit_moments_are_counted_in_32_bits():
+    check_partition(2_567_463_684, ranks=2)
+    with pytest.raises(
+        UserError, match="at most 2,147,483,647 elements a rank, but 2,567,463,684 are trained on 1: take more ranks"
+    ):
+        check_partition(2_567_463_684, ranks=1)
 
 
 def test_8_bit_moments_without_their_package(monkeypatch):
