@@ -409,7 +409,7 @@ class RunConfig:
     """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else."""
+    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else. ``fp32`` is without TF32."""
 
     max_hours: float | None = None
     """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each

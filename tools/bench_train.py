@@ -1,9 +1,10 @@
-"""A training step of ours beside a plain PyTorch + diffusers loop of the same work, in one process and in turns.
+"""A training step of ours beside a plain PyTorch + diffusers loop of the same work, in turns.
 
     python tools/bench_train.py                                     # the demo's model
     python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full --zero 2 --compile
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
     python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
+    python tools/bench_train.py --apart …                           # where both do not fit the memory together
 
 The plain loop is what public Diffusion-DPO scripts do: a pass of the policy and a separate one of the reference, each over winners and
 losers at once, the loss in eager PyTorch, gradient clipping, AdamW, no compilation. Ours is the trainer's step with all that belongs to
@@ -19,6 +20,7 @@ import json
 import math
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -108,24 +110,35 @@ def main() -> int:
     parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
     )
-    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="where both do not fit the memory together")
+    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="one loop alone")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="each loop alone in two processes, in turns, in the place of both in one: it tells their peaks",
+    )
+    parser.add_argument("--numbers", type=Path, help=argparse.SUPPRESS)  # where a process of --apart puts what it measured
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
     quiet_libraries()
     try:
-        text, device = bench(args)
+        found = apart(args) if args.apart else measure(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.numbers:
+        args.numbers.write_text(json.dumps(found))
+        return 0
+    text = report(args, found)
     print(text)
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
         how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
         what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
         treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
+        treated += f", {args.only} alone" if args.only else ""
         how += ", gradients not contiguous" if args.no_contiguous else ""
-        record(f"{what}, {name}, {how}{treated}, {machine(device)}", text)
+        record(f"{what}, {name}, {how}{treated}, {found['machine']}", text)
     return 0
 
 
@@ -157,26 +170,21 @@ Step = Callable[[Callable[[str], None]], None]
 """A training step; it says where each of its parts ends."""
 
 
-def bench(args: argparse.Namespace) -> tuple[str, str]:
+def names(args: argparse.Namespace) -> list[str]:
+    return [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Seconds of each loop's steps, medians of their parts, peak memory and FLOPs of a pair; the machine, and what it can do."""
     _, device = start()
     makers = {"ours": ours, "ledger": partial(ours, ledger=True), "plain": plain}
     loops: dict[str, Step] = {}
     flops: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]:
+        for name in names(args):
             (Path(folder) / name).mkdir()
             loops[name], flops[name] = makers[name](args, device, Path(folder) / name)
-        peaks = dict.fromkeys(loops, "see --only")
-
-        def whole(name: str) -> None:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            loops[name](lambda part: None)
-            if device.type == "cuda":
-                both = " (both loops' models)" if len(loops) > 1 else ""
-                peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB{both}"
-
-        turns = take_turns({name: lambda name=name: whole(name) for name in loops}, args.steps)
+        turns = take_turns({name: lambda step=step: step(lambda part: None) for name, step in loops.items()}, args.steps)
         parts = {}
         for name, step in loops.items():
             split = Split(device)
@@ -184,39 +192,74 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
                 split.begin()
                 step(split)
             parts[name] = split.medians()
+    peak = "see --apart"
+    if len(loops) == 1 and device.type == "cuda":
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    elif len(loops) == 1:
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
+    return {
+        "seconds": turns,
+        "parts": parts,
+        "memory": dict.fromkeys(loops, peak),
+        "flops": flops,
+        "peak_flops": args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, torch_type(args)),
+        "machine": machine(device.type),
+        "threads": torch.get_num_threads(),
+    }
 
-    if device.type == "cpu" and len(loops) == 1:
-        peaks[name] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
+
+def apart(args: argparse.Namespace) -> dict:
+    """The same from processes that each hold one loop: A, B, A, B."""
+    asked = [argument for argument in sys.argv[1:] if argument not in ("--apart", "--write")]
+    found: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, name in itertools.product(range(2), names(args)):
+            path = Path(folder) / f"{turn}.json"
+            command = [sys.executable, __file__, *asked, "--only", name, "--numbers", str(path)]
+            if subprocess.run(command).returncode:
+                raise UserError(f"--apart: the process of {name} failed; its message is above")
+            own = json.loads(path.read_text())
+            for key, value in own.items():
+                if key == "seconds":
+                    found.setdefault(key, {}).setdefault(name, []).extend(value[name])
+                elif isinstance(value, dict):
+                    found.setdefault(key, {}).update(value)
+                else:
+                    found[key] = value
+    return found
+
+
+def report(args: argparse.Namespace, found: dict) -> str:
     pairs = args.micro * args.accumulate
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(device, torch_type(args))
     rows = []
-    for name, values in turns.items():
-        seconds = statistics.median(values)
+    for name, values in found["seconds"].items():
+        seconds, parts = statistics.median(values), found["parts"][name]
         row = [
             name,
             f"{seconds * 1e3:.0f} ms",
             f"{pairs / seconds:.2f}",
-            f"{flops[name] * pairs / seconds / peak:.1%}",
-            peaks[name],
+            f"{found['flops'][name] * pairs / seconds / found['peak_flops']:.1%}",
+            found["memory"][name],
         ]
-        rows.append(row + [f"{part * 1e3:.1f} ms" for part in parts[name]] + [f"{parts[name][0] / sum(parts[name]):.1%}"])
+        rows.append(row + [f"{part * 1e3:.1f} ms" for part in parts] + [f"{parts[0] / sum(parts):.1%}"])
     text = (
         f"{pairs} pairs a step in {args.accumulate} micro-batches of {args.micro}, latents {args.latent}x{args.latent}, "
         f"gradient checkpointing {args.checkpointing}, ours ZeRO-{args.zero}"
         f"{', channels last' if args.channels_last else ''}{' and compiled' if args.compile else ''}, one rank, "
-        f"{torch.get_num_threads()} threads, medians of {args.steps} "
-        f"steps; {max(flops.values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {peak / 1e12:.3g} TFLOP/s"
+        f"{found['threads']} threads, medians of {args.steps} steps{', of two processes each' if args.apart else ''}; "
+        f"{max(found['flops'].values()) / 1e12:.3f} TFLOP a pair without recomputation, peak {found['peak_flops'] / 1e12:.3g} TFLOP/s"
         f"{'' if args.peak_tflops else ' (measured)'}.\n\n"
         + table(["loop", "step", "pairs/s", "utilisation", "peak memory", *PARTS, "waiting for data"], rows)
     )
-    if len(turns) == 2:
+    if len(rows) == 2:
         over, under = ("ours", "ledger") if args.ledger else ("ours", "plain")
-        middle, low, high = ratio(turns[over], turns[under])
-        text += f"\n\n{over} / {under}, median of the ratios within a turn: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
+        middle, low, high = ratio(found["seconds"][over], found["seconds"][under])
+        kind = "steps of the same number" if args.apart else "the ratios within a turn"
+        text += f"\n\n{over} / {under}, median of {kind}: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
     if args.ledger:
         held = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
         text += f"; weights of the reference, which the loop with a ledger does without: {held / 2**20:.0f} MiB"
-    return text, device.type
+    return text
 
 
 def torch_type(args: argparse.Namespace) -> torch.dtype:
@@ -244,7 +287,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
             compile_blocks(model)
     path = folder / "run.yaml"
     path.write_text(json.dumps({
-        "output": str(folder), "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
+        "output": str(folder), "steps": 1, "model": {"path": "-", "compile": args.compile}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
         "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
         "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
     }))  # fmt: skip
