@@ -43,6 +43,7 @@ def test_two_ranks(config, tmp_path):
         "channels_last": [zero2, "model.channels_last=true"],
         "not contiguous": [shipped(tmp_path, "zero2", contiguous_gradients=False)],
         "auto": [zero2, "model.gradient_checkpointing=auto"],
+        "compiled": [zero2, "model.compile=true"],
     }
     bf16 = {
         "bf16 zero2": [zero2, "precision=bf16", "steps=2"],
