@@ -269,7 +269,8 @@ def torch_type(args: argparse.Namespace) -> torch.dtype:
 def load(args: argparse.Namespace) -> UNet2DConditionModel:
     if args.unet_config:
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # minutes of random numbers on a CPU
+            unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
     else:
         unet = load_unet(args.model)
     set_checkpointing(unet, args.checkpointing)
