@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -166,6 +167,25 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
     assert found == folder / "step-00000001"
     assert len(said) == 1
     assert f"checkpoint {newest}: damaged" in said[0]
+
+
+def test_files_are_on_the_disk_before_they_are_listed(tmp_path, alone, monkeypatch):
+    """By the rank that wrote them. The manifest and the folder follow, before the folder gets its name."""
+    folder, fsync, synced = tmp_path / "checkpoints", os.fsync, []
+
+    def see(handle):
+        stages = {"listed": folder / ".staging" / checkpoint.MANIFEST, "named": folder / "step-00000001"}
+        synced.append((os.fstat(handle).st_ino, [stage for stage, path in stages.items() if path.exists()]))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", see)
+    saved, _ = checkpoint.save(folder, *alone, {"step": 1}, keep=1)
+    before_listed = {file for file, stages in synced if not stages}
+    before_named = {file for file, stages in synced if "named" not in stages}
+    listed = [saved / row["name"] for row in json.loads((saved / checkpoint.MANIFEST).read_text())["files"]]
+    assert len(listed) == 3
+    assert {path.stat().st_ino for path in listed} <= before_listed
+    assert {path.stat().st_ino for path in (*listed, saved / checkpoint.MANIFEST, saved)} <= before_named
 
 
 def test_a_damaged_later_checkpoint_takes_no_place(tmp_path, alone):
