@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, UserError, build_objective
@@ -23,7 +24,8 @@ DECAY = 0.5
 
 
 def engine(stage, world, bf16=False):
-    """Layers whose sizes divide by nothing, so that partitions cut through them and the last one is padded."""
+    """Layers whose sizes divide by nothing, so that partitions cut through them and the last one is padded. At stage 3 the first and the
+    last two of four ranks are groups that keep the weights a second time (hierarchical)."""
     import deepspeed
 
     torch.manual_seed(0)
@@ -33,7 +35,8 @@ def engine(stage, world, bf16=False):
         "train_batch_size": PAIRS,
         "train_micro_batch_size_per_gpu": PAIRS // world,
         "zero_optimization": {"stage": stage}
-        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),  # shard even the smallest
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})  # shard even the smallest
+        | ({"zero_hpz_partition_size": 2} if (stage, world) == (3, 4) else {}),
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "bf16": {"enabled": bf16},
     } | ({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {})
@@ -78,6 +81,9 @@ def one_rank(rank, world, folder, plan, results):
     start()
     for stage, bf16, steps in plan:
         policy, objective = engine(stage, world, bf16), build_objective("dde", SCHEDULE)
+        if (stage, world) == (3, 4):
+            group = policy.module[0].weight.ds_zero_param_process_group
+            assert dist.get_process_group_ranks(group) == [[0, 1], [2, 3]][rank // 2]
         found = checkpoint.list_checkpoints(folder)
         if found:
             assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
@@ -128,6 +134,15 @@ def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     first, _, weights = run(before[0], tmp_path, [(before[1], False, range(3))])
     second, table, _ = run(after[0], tmp_path, [(after[1], False, range(3, 6))], weights)
     assert first + second == pytest.approx(unbroken[False][0], abs=1e-6)
+    assert table == pytest.approx(unbroken[False][1], abs=1e-6)
+
+
+def test_hierarchical_on_two_groups(tmp_path, unbroken):
+    """Four ranks, saved after three steps and gone on from: the second copy of the weights, whole in each group, is of the weights
+    that were restored."""
+    plan = [(3, False, range(3)), (3, False, range(3, 6))]
+    losses, table, _ = run(4, tmp_path, plan)
+    assert losses == pytest.approx(unbroken[False][0], abs=1e-6)
     assert table == pytest.approx(unbroken[False][1], abs=1e-6)
 
 
