@@ -39,17 +39,17 @@ def put_in_place(staged: Path, path: Path) -> None:
     """Rename a written file, and make the rename survive a loss of power where the file system can."""
     staged.replace(path)
     with contextlib.suppress(OSError):
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def publish(staging: Path, target: Path) -> None:
     """Give a folder its name when every file in it has reached the disk; a folder of that name is replaced."""
     for path in [*staging.rglob("*"), staging]:
-        _sync(path)
+        sync(path)
     if target.exists():
         discard(target)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def discard(folder: Path) -> None:
@@ -60,7 +60,8 @@ def discard(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder has reached the disk. Of what another node wrote, its own call alone can say so."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

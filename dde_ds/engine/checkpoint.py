@@ -7,7 +7,8 @@
       state.json                    step, position, and what must not change on resume
       manifest.json                 every file with its bytes and sha256
 
-A checkpoint is written in ``checkpoints/.staging``, fsynced, and renamed when every rank is done. Loading checks every file first.
+A checkpoint is written in ``checkpoints/.staging``, each file fsynced by the rank that wrote it, and renamed when every rank is done.
+Loading checks every file first.
 Nothing is pickled: reading a checkpoint runs no code.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from dde_ds.distributed import any_rank
 from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
-from dde_ds.files import TRASH, discard, publish, sha256_of
+from dde_ds.files import TRASH, discard, publish, sha256_of, sync
 from dde_ds.objective.objective import Objective
 
 STATE, TABLE, MANIFEST = "state.json", "objective.safetensors", "manifest.json"
@@ -242,6 +243,8 @@ def _finish(staging: Path, target: Path, rows: list[dict], policy: Any, objectiv
 
 
 def _row(path: Path) -> dict:
+    """The manifest's row of a file that this rank wrote, when it is on the disk: the first rank's fsync flushes no other node's cache."""
+    sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 

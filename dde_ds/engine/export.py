@@ -170,7 +170,7 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str) -> str:
     }
     settings = {
         "base model": run.model.path + (f" at {run.model.revision}" if run.model.revision else ""),
-        "preference pairs": run.data.path,
+        "preference pairs": run.data.name,
         "objective": f"{run.objective.name}, β = {run.objective.beta:g}",
         "optimizer steps": f"{step} of {run.batch.pairs} pairs",
         "learning rate": f"{run.optimizer.learning_rate:g}",

@@ -16,6 +16,19 @@ from dde_ds.engine.reference import NO_TIMER, reference_config, resolve_placemen
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
 
+# What is read here of a DeepSpeed configuration is an object or not there; each after the one that it lies in.
+SECTIONS = {
+    "zero_optimization": {"stage": 2},
+    "zero_optimization.offload_optimizer": {"device": "cpu"},
+    "zero_optimization.offload_param": {"device": "cpu"},
+    "optimizer": {"type": "AdamW"},
+    "optimizer.params": {"lr": 1e-5},
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": False},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "torch_autocast": {"enabled": False},
+}
+
 
 def initialize(
     policy: torch.nn.Module,
@@ -124,15 +137,37 @@ def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
 
 
 def read_config(config: dict | str | Path) -> dict:
-    """A DeepSpeed configuration as a dict of its own."""
+    """A DeepSpeed configuration as a dict of its own, whose sections are what the code here takes them for.
+
+    Raises:
+        UserError: a file that cannot be read, or a section that is no object.
+    """
     if isinstance(config, dict):
-        return copy.deepcopy(config)
-    try:
-        return json.loads(Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed {config}: {error.strerror.lower()}") from None
-    except ValueError as error:
-        raise UserError(f"deepspeed {config}: not valid JSON: {error}") from None
+        found, where = copy.deepcopy(config), "deepspeed configuration"
+    else:
+        where = f"deepspeed {config}"
+        try:
+            found = json.loads(Path(config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror.lower()}") from None
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON: {error}") from None
+    _check_sections(found, where)
+    return found
+
+
+def _check_sections(config: Any, where: str) -> None:
+    """DeepSpeed takes some of these as a bare value, and answers others with a traceback."""
+    if not isinstance(config, dict):
+        raise UserError(
+            f'{where}: is a {type(config).__name__}: must be an object, such as {{"zero_optimization": {{"stage": 2}}}}'
+        )
+    for dotted, example in SECTIONS.items():
+        value = config
+        for key in dotted.split("."):
+            value = value.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {dotted} is {value!r}: must be an object, such as {json.dumps(example)}; or leave it out")
 
 
 def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) -> dict:

@@ -66,6 +66,16 @@ def test_two_ranks(config, tmp_path):
         assert 0 < abs(losses(found[name])[0] - log_2) < 0.01, "the types differ, and little follows"
 
 
+@pytest.mark.grid
+def test_hierarchical_on_two_groups(config, tmp_path):
+    """Four ranks, for two nodes of two. In every run of the tests tests/engine/test_checkpoint.py does the same with a few layers."""
+    own = [shipped(tmp_path, "zero3_hierarchical", zero_hpz_partition_size=2), f"output={tmp_path / 'run'}"]
+    plan = [Run(config, [*own, "steps=2"]), Run(config, [*own, "steps=3"], resume="required")]
+    outcomes = launch_many(plan, ranks=4)
+    assert [(outcome.code, outcome.errors) for outcome in outcomes] == [(0, [None] * 4)] * 2
+    assert losses(rows(tmp_path / "run")) == pytest.approx(plain_losses(load_config(config, ["steps=3"])), abs=1e-5)
+
+
 def test_moments_of_8_bits(config, tmp_path):
     """A resumed run is the unbroken one but for quantising its moments once more. Plain AdamW goes on from them, and it from AdamW's."""
     pytest.importorskip("bitsandbytes", reason="the extra lowbit is not installed")

@@ -38,6 +38,13 @@ def weights(engine) -> list[Tensor]:
     return [*parameters, *(parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))]
 
 
+def on_the_host(engine) -> list[Tensor]:
+    """This rank's parts where they are kept in the host's memory. On a CPU that is the device's as well, so DeepSpeed is asked."""
+    if getattr(engine.optimizer, "offload_device", None) != "cpu":
+        return []
+    return [parameter.ds_tensor for parameter in engine.module.parameters()]
+
+
 def masters(optimizer) -> list[Tensor]:
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
@@ -111,13 +118,15 @@ def held(
     state = [
         item for values in policy.optimizer.optimizer.state.values() for item in values.items() if item[0] not in ("qmap1", "qmap2")
     ]
+    host = bytes_of(on_the_host(reference)) if reference else 0
     averages = [value for name, value in state if name == EMA]
     moments = [value for name, value in state if name != EMA and torch.is_tensor(value) and value.dim()]
     return found | {
         "weights": model,
         "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
         "ema": bytes_of(averages),
-        "reference": bytes_of(weights(reference)) if reference else 0,
+        "reference": bytes_of(weights(reference)) - host if reference else 0,
+        "host": host,
         "resident_before": before,
         "peak_resident": highest_resident(),
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, UserError, build_objective
@@ -22,7 +24,8 @@ DECAY = 0.5
 
 
 def engine(stage, world, bf16=False):
-    """Layers whose sizes divide by nothing, so that partitions cut through them and the last one is padded."""
+    """Layers whose sizes divide by nothing, so that partitions cut through them and the last one is padded. At stage 3 the first and the
+    last two of four ranks are groups that keep the weights a second time (hierarchical)."""
     import deepspeed
 
     torch.manual_seed(0)
@@ -32,7 +35,8 @@ def engine(stage, world, bf16=False):
         "train_batch_size": PAIRS,
         "train_micro_batch_size_per_gpu": PAIRS // world,
         "zero_optimization": {"stage": stage}
-        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),  # shard even the smallest
+        | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})  # shard even the smallest
+        | ({"zero_hpz_partition_size": 2} if (stage, world) == (3, 4) else {}),
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "bf16": {"enabled": bf16},
     } | ({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {})
@@ -77,6 +81,9 @@ def one_rank(rank, world, folder, plan, results):
     start()
     for stage, bf16, steps in plan:
         policy, objective = engine(stage, world, bf16), build_objective("dde", SCHEDULE)
+        if (stage, world) == (3, 4):
+            group = policy.module[0].weight.ds_zero_param_process_group
+            assert dist.get_process_group_ranks(group) == [[0, 1], [2, 3]][rank // 2]
         found = checkpoint.list_checkpoints(folder)
         if found:
             assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
@@ -130,6 +137,15 @@ def test_another_number_of_ranks(tmp_path, unbroken, before, after):
     assert table == pytest.approx(unbroken[False][1], abs=1e-6)
 
 
+def test_hierarchical_on_two_groups(tmp_path, unbroken):
+    """Four ranks, saved after three steps and gone on from: the second copy of the weights, whole in each group, is of the weights
+    that were restored."""
+    plan = [(3, False, range(3)), (3, False, range(3, 6))]
+    losses, table, _ = run(4, tmp_path, plan)
+    assert losses == pytest.approx(unbroken[False][0], abs=1e-6)
+    assert table == pytest.approx(unbroken[False][1], abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def alone():
     """An engine in this process, after two steps."""
@@ -166,6 +182,25 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
     assert found == folder / "step-00000001"
     assert len(said) == 1
     assert f"checkpoint {newest}: damaged" in said[0]
+
+
+def test_files_are_on_the_disk_before_they_are_listed(tmp_path, alone, monkeypatch):
+    """By the rank that wrote them. The manifest and the folder follow, before the folder gets its name."""
+    folder, fsync, synced = tmp_path / "checkpoints", os.fsync, []
+
+    def see(handle):
+        stages = {"listed": folder / ".staging" / checkpoint.MANIFEST, "named": folder / "step-00000001"}
+        synced.append((os.fstat(handle).st_ino, [stage for stage, path in stages.items() if path.exists()]))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", see)
+    saved, _ = checkpoint.save(folder, *alone, {"step": 1}, keep=1)
+    before_listed = {file for file, stages in synced if not stages}
+    before_named = {file for file, stages in synced if "named" not in stages}
+    listed = [saved / row["name"] for row in json.loads((saved / checkpoint.MANIFEST).read_text())["files"]]
+    assert len(listed) == 3
+    assert {path.stat().st_ino for path in listed} <= before_listed
+    assert {path.stat().st_ino for path in (*listed, saved / checkpoint.MANIFEST, saved)} <= before_named
 
 
 def test_a_damaged_later_checkpoint_takes_no_place(tmp_path, alone):

@@ -74,8 +74,8 @@ def planned(
     reference = Memory() if lora else reference_memory(sizes.trained, reference_config(config, placement), WORLD)
     return {
         **{"gradients": memory.gradients, "weights": memory.weights, "optimizer": memory.optimizer, "ema": memory.ema},
-        # Of a reference on the CPU the shards are the host's: here both are.
-        "reference": reference.reference + reference.host,
+        # Of a reference on the CPU the shards are the host's.
+        **{"reference": reference.reference, "host": reference.host},
     }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -59,6 +60,35 @@ def test_a_contradiction_names_both_keys(tmp_path):
         complete_config(run_with(file), world=1)
     with pytest.raises(UserError, match="no such file"):
         complete_config(run_with(tmp_path / "none.json"), world=1)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([{"stage": 2}], r'is a list: must be an object, such as \{"zero_optimization": \{"stage": 2\}\}'),
+        ({"zero_optimization": True}, r'zero_optimization is True: must be an object, such as \{"stage": 2\}; or leave it out'),
+        (
+            {"zero_optimization": {"offload_optimizer": True}},
+            r"zero_optimization\.offload_optimizer is True: .*\"device\": \"cpu\"",
+        ),
+        ({"zero_optimization": {"offload_param": None}}, r"zero_optimization\.offload_param is None: must be an object"),
+        ({"optimizer": "AdamW"}, r"optimizer is 'AdamW': must be an object, such as \{\"type\": \"AdamW\"\}"),
+        ({"optimizer": {"params": [1e-5]}}, r"optimizer\.params is \[1e-05\]: must be an object"),
+        ({"bf16": True}, r'bf16 is True: must be an object, such as \{"enabled": true\}'),
+        ({"fp16": "auto"}, r"fp16 is 'auto': must be an object"),
+        ({"data_types": "fp32"}, r"data_types is 'fp32': must be an object"),
+        ({"torch_autocast": True}, r"torch_autocast is True: must be an object"),
+    ],
+)
+def test_a_section_that_is_no_object(tmp_path, found, message):
+    """Of a file, which the message names, as of a dict."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"^deepspeed {re.escape(str(file))}: {message}"):
+        complete_config(run_with(file), world=1)
+    if isinstance(found, dict):
+        with pytest.raises(UserError, match=rf"^deepspeed configuration: {message}"):
+            initialize(torch.nn.Linear(1, 1), None, found)
 
 
 def test_the_reference_never_has_an_optimizer():

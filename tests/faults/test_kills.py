@@ -1,4 +1,5 @@
-"""KILL in the middle of a save: to a rank, to the other one, to the process that started them, at every file that the save touches.
+"""KILL in the middle of a save: to a rank, to the other one, to the process that started them, to all three at once, at every file that
+the save touches.
 
 A launch of the product takes ten seconds and a save has dozens of such points. So the ranks here are forked from one process that has
 loaded everything, and save the state of a small module under ZeRO-2 by the product's own code.
@@ -29,14 +30,14 @@ from tests.launching import RANK_VARIABLES, free_port
 
 pytestmark = pytest.mark.slow
 EVENTS = ("os.mkdir", "open", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
-VICTIMS = ("rank 0", "rank 1", "launcher")
+VICTIMS = ("rank 0", "rank 1", "launcher", "everything")
 PR_SET_CHILD_SUBREAPER = 36
 LOST_PEER = 7
 
 
-def rank_process(rank: int, port: int, folder: Path, kill_at: int, victim: int) -> None:
+def rank_process(rank: int, port: int, folder: Path, kill_at: int, victims: list[int]) -> None:
     """Resume what is there, train a step, and save, keeping one checkpoint. When the first rank touches a checkpoint file for the
-    ``kill_at``-th time in the save, it kills the process ``victim``. Leaves 0 after a whole save."""
+    ``kill_at``-th time in the save, it kills the processes ``victims``, the last of which may be itself. Leaves 0 after a whole save."""
     signal.alarm(60)  # a hang is a failure, not a wait
     for name, value in zip(RANK_VARIABLES, (rank, 2, rank, "127.0.0.1", port), strict=True):
         os.environ[name] = str(value)
@@ -58,7 +59,8 @@ def rank_process(rank: int, port: int, folder: Path, kill_at: int, victim: int) 
             if rank == 0 and name in EVENTS and "checkpoints" in str(arguments[0]):
                 touched += 1
                 if touched == kill_at:
-                    os.kill(victim or os.getpid(), signal.SIGKILL)
+                    for victim in victims:
+                        os.kill(victim, signal.SIGKILL)
 
         sys.addaudithook(count)
         checkpoint.save(folder, policy, objective, {"step": first + 1}, keep=1)
@@ -81,8 +83,8 @@ def save_in_two_ranks(folder: Path, kill_at: int = 0, victim: str = "") -> bool:
             pid = os.fork()
             if pid == 0:
                 die_with(parent, libc)
-                target = {"rank 1": ranks.get(1), "launcher": parent}.get(victim, 0)
-                rank_process(rank, port, folder, kill_at, target)
+                three = {"launcher": parent, "rank 1": ranks.get(1), "rank 0": os.getpid()}
+                rank_process(rank, port, folder, kill_at, [three[victim]] if victim in three else list(three.values()))
             ranks[rank] = pid
         ends = [os.waitpid(pid, 0)[1] for pid in ranks.values()]
         os._exit(max(os.waitstatus_to_exitcode(end) % 256 for end in ends))
@@ -113,7 +115,7 @@ def kill_everywhere(_, folder: Path, outcomes) -> None:
     shutil.rmtree(folder)
     assert not save_in_two_ranks(folder)
     kept = shutil.copytree(folder, folder.parent / "kept")
-    for victim, first in zip(VICTIMS, (1, 2, 1), strict=True):
+    for victim, first in zip(VICTIMS, (1, 2, 1, 2), strict=True):
         for event in range(first, 1000, 2):
             shutil.rmtree(folder)
             shutil.copytree(kept, folder)
@@ -123,7 +125,7 @@ def kill_everywhere(_, folder: Path, outcomes) -> None:
             assert found, f"{victim} killed at {event}: no checkpoint is left"
             assert all(checkpoint.damage(path) is None for path in found), f"{victim} killed at {event}"
             outcomes.append((victim, found[-1].name))
-            if event % 8 == first:  # the next save clears what this one left, and goes on to the same losses
+            if event % 4 == first:  # the next save clears what this one left, and goes on to the same losses
                 for file in folder.parent.glob("loss-*"):
                     file.unlink()
                 assert not save_in_two_ranks(folder)

@@ -134,3 +134,11 @@ def test_the_images_hold_what_is_tested(target):
     entries = re.split(r"^(?=[a-z0-9-]+==)", lock, flags=re.MULTILINE)[1:]
     assert len(entries) == len(locked)
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_the_gpu_image_compiles_what_a_run_needs():
+    """Triton's launchers, and for offload DeepSpeed's Adam, without whose two programs dde_ds.engine.zero refuses it."""
+    stage = (ROOT / "docker" / "Dockerfile").read_text().split("FROM project AS gpu\n")[1]
+    (packages,) = re.findall(r"apt-get install --yes --no-install-recommends ([^\\\n]+)", stage)
+    assert {"g++", "gcc", "libc6-dev", "python3-dev"} <= set(packages.split())
+    assert re.search(r"^ninja==", (ROOT / "docker" / "requirements-gpu.txt").read_text(), re.MULTILINE)
