@@ -56,7 +56,7 @@ def main() -> int:
             calls = {name: (lambda run=run, inputs=inputs: run(*inputs)) for name, run in candidates.items()}
             turns = take_turns(calls, args.repeats, least_seconds=1.0, warm_seconds=0.5)
             times = {name: statistics.median(values) for name, values in turns.items()}
-            peaks = [peak_bytes(lambda run=run, inputs=inputs: run(*inputs)) for run in candidates.values()]
+            peaks = [peak_bytes(lambda run=run, inputs=inputs: run(*inputs), device) for run in candidates.values()]
             row = [model, str(pairs), micros(floor), *(micros(value) for value in times.values()), f"{times['fused'] / floor:.1f}"]
             row += [f"{ratio(values, turns['fused'])[0]:.2f}" for name, values in turns.items() if name != "fused"]
             rows.append([*row, *(f"{peak / 2**20:.1f} MiB" for peak in peaks)])
@@ -126,9 +126,9 @@ def measure(candidates: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in turns.items()}
 
 
-def peak_bytes(run: Callable) -> int:
+def peak_bytes(run: Callable, device: str) -> int:
     """Memory that a call takes at its highest, beyond what was there."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
