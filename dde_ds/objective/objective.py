@@ -89,7 +89,8 @@ class Objective:
             timesteps: (B,) int64, shared by winner and loser.
             noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
             reference_errors: d(ref,·), (2B,), in the place of ``reference_pred``: what an earlier call with the same noise and
-                timesteps gave out under this name. The loss is then the same to the last bit.
+                timesteps gave out under this name. The loss is then the same, on a CPU to the last bit;
+                on a GPU a test tells.
 
         Raises:
             UserError: shapes that do not fit together.

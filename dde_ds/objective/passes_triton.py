@@ -68,7 +68,8 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
 def _constants(policy: Tensor, target: NoiseTarget) -> dict:
     exact = tl.float64 if policy.dtype == torch.float64 else tl.float32
     halves = len(policy) // len(target.noise)
-    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART}
+    # Products and sums are rounded each for itself, so that a kernel with a reference and one without, which are compiled apart, round alike.
+    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART, "enable_fp_fusion": False}
 
 
 @triton.jit
