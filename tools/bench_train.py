@@ -176,7 +176,7 @@ def bench(args: argparse.Namespace) -> tuple[str, str]:
                 both = " (both loops' models)" if len(loops) > 1 else ""
                 peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB{both}"
 
-        turns = take_turns({name: lambda name=name: whole(name) for name in loops}, args.steps)
+        turns = take_turns({name: lambda name=name: whole(name) for name in loops}, args.steps, device.type)
         parts = {}
         for name, step in loops.items():
             split = Split(device)
@@ -335,7 +335,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10)["product"])
+    seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10, device.type)["product"])
     return 2.0 * side**3 / seconds
 
 
