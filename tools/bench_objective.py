@@ -1,34 +1,47 @@
 """The fused objective beside the plain formulation, eager and compiled, in one run.
 
-    python tools/bench_objective.py            # prints; --write puts the table into BENCHMARKS.md
+    python tools/bench_objective.py            # prints; --write puts the tables into BENCHMARKS.md
 
 Each row times forward and backward of the loss from predictions that are already there. The candidates take turns, and a ratio is
-the median of those within a turn. The floor is the bytes that must move, read once and written once, divided by the machine's measured copy bandwidth.
+the median of those within a turn, with its quartiles. The floor is the bytes that must move, read once and written once, divided by the
+device's measured copy bandwidth. A GPU's calls take turns on copies of the inputs, so that its cache does not hold what a call reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmarks import machine, ratio, record, table, take_turns
 
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.losses import margin, preference_loss
-from dde_ds.objective.objective import build_objective
+from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
+from dde_ds.ranks import end_process
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
 BETA = 2000.0
+# Bytes of inputs that no GPU's cache holds (50 MB on Hopper), and how many copies of small ones are made for it at the most.
+UNCACHED, MOST_COPIES = 256e6, 64
+# Of two gradients: by the type of the predictions, in which a last bit may differ, and in parts of the largest.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-3}
+LEAST_SECONDS = 1.0
 
 
 def main() -> int:
@@ -36,47 +49,64 @@ def main() -> int:
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="pairs of a micro-batch")
     parser.add_argument("--repeats", type=int, default=31, help="at the least: short calls are repeated for a second")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the predictions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), action="append", help="repeatable; default: all that there are")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler on a CPU")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
+    for device in args.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        print(f"# {machine(device)}", flush=True)
+        text = "\n\n".join([losses(args, dtype, device), whole_calls(args, dtype, device)])
+        if device == "cpu":
+            seconds, size = commit_on_two_ranks(args.repeats)
+            text += f"\n\n`commit()` on two gloo ranks: {micros(seconds)}, with an all-reduce of {size:,} bytes."
+        print(text)
+        if args.write:
+            record(f"Objective, {args.dtype} predictions, on {machine(device)}", text)
+    return 0
 
+
+def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
+    """The candidates' table."""
     bandwidth = copy_bandwidth(device)
     candidates: dict[str, Callable] = {"fused": fused, "eager": eager}
     if not args.no_compile:
         candidates["compiled"] = torch.compile(eager, dynamic=True)
-    header = ["model", "pairs", "floor", *(f"{name}" for name in candidates), "fused / floor"]
+    profiled = ["fused", "eager"] if device == "cuda" else []
+    header = ["model", "pairs", "MB moved", "floor", *candidates, "fused / floor"]
     header += [f"{name} / fused" for name in candidates if name != "fused"] + [f"peak {name}" for name in candidates]
+    header += [column for name in profiled for column in (f"{name}, device time", f"{name}, device time / floor")]
     rows = []
-    for model, shape in SHAPES.items():
-        for pairs in args.micro:
-            inputs = made_up(shape, pairs, dtype, device)
-            floor = moved_bytes(*inputs[:3]) / bandwidth
-            calls = {name: (lambda run=run, inputs=inputs: run(*inputs)) for name, run in candidates.items()}
-            turns = take_turns(calls, args.repeats, least_seconds=1.0, warm_seconds=0.5)
-            times = {name: statistics.median(values) for name, values in turns.items()}
-            peaks = [peak_bytes(lambda run=run, inputs=inputs: run(*inputs)) for run in candidates.values()]
-            row = [model, str(pairs), micros(floor), *(micros(value) for value in times.values()), f"{times['fused'] / floor:.1f}"]
-            row += [f"{ratio(values, turns['fused'])[0]:.2f}" for name, values in turns.items() if name != "fused"]
-            rows.append([*row, *(f"{peak / 2**20:.1f} MiB" for peak in peaks)])
-            print(" ".join(rows[-1]), flush=True)
-    commits, calls = step_costs(device, dtype, args.repeats)
-
-    text = (
-        f"Forward and backward, {args.dtype} predictions, medians of {args.repeats} turns or a second of them; copy bandwidth {bandwidth / 1e9:.1f} GB/s; "
-        "floor: bytes ÷ bandwidth. Peak: memory beyond the inputs, the gradient included.\n\n"
-        + table(header, rows)
-        + "\n\nA whole call of the `dde` objective, with metrics and the correction table's sums, and `commit()`, which ends an optimizer "
-        "step (without its all-reduce):\n\n"
-        + table(["model", "pairs", "call, forward and backward", "commit()"], [
-            [model, str(pairs), micros(call), micros(commit)] for (model, pairs, call), commit in zip(calls, commits, strict=True)
-        ])
-    )  # fmt: skip
-    print(text)
-    if args.write:
-        record(f"Objective on {machine(device)}", text)
-    return 0
+    for (model, shape), pairs in itertools.product(SHAPES.items(), args.micro):
+        inputs = uncached(shape, pairs, dtype, device)
+        compare(candidates, inputs[0])
+        moved = moved_bytes(*inputs[0][:3])
+        floor = moved / bandwidth
+        turning = itertools.cycle(inputs)  # one for all, so that none finds in a cache what another has just read
+        calls = {name: (lambda run=run, turning=turning: run(*next(turning))) for name, run in candidates.items()}
+        turns = take_turns(calls, args.repeats, device, least_seconds=LEAST_SECONDS, warm_seconds=LEAST_SECONDS / 2)
+        times = {name: statistics.median(values) for name, values in turns.items()}
+        row = [
+            model,
+            str(pairs),
+            f"{moved / 1e6:.1f}",
+            micros(floor),
+            *map(micros, times.values()),
+            f"{times['fused'] / floor:.1f}",
+        ]
+        row += ["{:.2f} ({:.2f}–{:.2f})".format(*ratio(turns[name], turns["fused"])) for name in candidates if name != "fused"]
+        row += [f"{peak_bytes(call, device) / 2**20:.1f} MiB" for call in calls.values()]
+        for name in profiled:
+            seconds = device_seconds(calls[name], device)
+            row += [micros(seconds), f"{seconds / floor:.2f}"]
+        rows.append(row)
+        print(" ".join(row), flush=True)
+    return (
+        f"Forward and backward, {args.dtype} predictions, medians of {args.repeats} turns or a second of them, ratios with their quartiles; "
+        f"copy bandwidth {bandwidth / 1e9:.1f} GB/s; floor: bytes ÷ bandwidth. Peak: memory beyond the inputs, the gradient included."
+        + (f" Inputs: as many copies as exceed {UNCACHED / 1e6:.0f} MB, at most {MOST_COPIES}." if device == "cuda" else "")
+        + f"\n\n{table(header, rows)}"
+    )
 
 
 def made_up(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device: str):
@@ -87,6 +117,14 @@ def made_up(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device:
     policy = (reference + 0.01 * torch.randn(2 * pairs, *shape, device=device, generator=generator)).to(dtype).requires_grad_()
     gain, correction = torch.rand(2, pairs, device=device, generator=generator)
     return policy, reference, noise, gain, 1e-3 * correction
+
+
+def uncached(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
+    """Inputs, on a GPU so many copies of them that its cache does not hold them all."""
+    first = made_up(shape, pairs, dtype, device)
+    size = sum(tensor.nbytes for tensor in first)
+    copies = min(MOST_COPIES, int(UNCACHED // size) + 1) if device == "cuda" else 1
+    return [first, *(made_up(shape, pairs, dtype, device) for _ in range(copies - 1))]
 
 
 def fused(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correction: Tensor) -> Tensor:
@@ -106,36 +144,47 @@ def eager(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correc
     return torch.autograd.grad(loss, policy)[0]
 
 
+def compare(candidates: dict[str, Callable], inputs: tuple[Tensor, ...]) -> None:
+    """All compute the same gradient, or their times say nothing."""
+    expected = eager(*inputs)
+    tolerance = TOLERANCE[expected.dtype]
+    for name, run in candidates.items():
+        torch.testing.assert_close(
+            run(*inputs),
+            expected,
+            rtol=tolerance,
+            atol=1e-3 * tolerance * expected.abs().max().item(),
+            msg=lambda told, name=name: f"{name}: {told}",
+        )
+
+
 def moved_bytes(policy: Tensor, reference: Tensor, noise: Tensor) -> int:
     """Forward reads both predictions and the noise; backward reads the policy's and the noise again and writes the gradient."""
-    size = {name: tensor.numel() * tensor.element_size() for name, tensor in (("p", policy), ("r", reference), ("n", noise))}
-    return size["p"] + size["r"] + size["n"] + 2 * size["p"] + size["n"]
+    return policy.nbytes + reference.nbytes + noise.nbytes + 2 * policy.nbytes + noise.nbytes
 
 
 def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
     source = torch.empty(2**28 if device == "cuda" else 2**26, device=device).fill_(1.0)
     target = torch.empty_like(source)
-    seconds = measure({"copy": lambda: target.copy_(source)}, 10)["copy"]
-    return 2 * source.numel() * source.element_size() / seconds
+    return 2 * source.nbytes / measure(lambda: target.copy_(source), 10, device)
 
 
-def measure(candidates: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each."""
-    turns = take_turns(candidates, repeats, least_seconds=0.3, warm_seconds=0.1)
-    return {name: statistics.median(values) for name, values in turns.items()}
+def measure(run: Callable, repeats: int, device: str) -> float:
+    """Median seconds of a call in a loop of its own."""
+    return statistics.median(take_turns({"": run}, repeats, device, 0.3 * LEAST_SECONDS, 0.1 * LEAST_SECONDS)[""])
 
 
-def peak_bytes(run: Callable) -> int:
+def peak_bytes(run: Callable, device: str) -> int:
     """Memory that a call takes at its highest, beyond what was there."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = highest = 0
     for event in profiler.profiler.kineto_results.events():
@@ -145,22 +194,61 @@ def peak_bytes(run: Callable) -> int:
     return highest
 
 
-def step_costs(device: str, dtype: torch.dtype, repeats: int) -> tuple[list[float], list[tuple[str, int, float]]]:
-    """Seconds of ``commit()`` and of whole calls, by model and pairs: the first must depend on neither."""
-    commits, calls = [], []
-    for model, shape in SHAPES.items():
-        for pairs in (1, 32):
-            objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
-            policy, reference, noise, *_ = made_up(shape, pairs, dtype, device)
-            timesteps = torch.randint(1000, (pairs,), device=device)
+def device_seconds(run: Callable, device: str, calls: int = 20) -> float:
+    """Seconds that a call keeps the device busy, without the time in which it waits for the host: the sum over its kernels, on a CPU
+    over its operators."""
+    on_gpu = device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    run()
+    wait()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(calls):
+            run()
+        wait()
+    own, kind = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    return sum(getattr(event, own) for event in profiler.key_averages() if event.device_type == kind) * 1e-6 / calls
 
-            def call(objective=objective, policy=policy, reference=reference, noise=noise, timesteps=timesteps):
-                torch.autograd.grad(objective(policy, reference, noise, timesteps).loss, policy)
 
-            times = measure({"call": call, "commit": objective.commit}, repeats)
-            calls.append((model, pairs, times["call"]))
-            commits.append(times["commit"])
-    return commits, calls
+def whole_calls(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
+    """The table of the objective as a training loop calls it."""
+    rows = []
+    for (model, shape), pairs in itertools.product(SHAPES.items(), (1, 32)):
+        objective = new_objective().to(device)
+        policy, reference, noise, *_ = made_up(shape, pairs, dtype, device)
+        timesteps = torch.randint(1000, (pairs,), device=device)
+
+        def call(objective=objective, policy=policy, reference=reference, noise=noise, timesteps=timesteps):
+            torch.autograd.grad(objective(policy, reference, noise, timesteps).loss, policy)
+
+        times = [measure(run, args.repeats, device) for run in (call, objective.commit)]
+        rows.append([model, str(pairs), *map(micros, times)])
+    return (
+        "A whole call of the `dde` objective, with metrics and the correction table's sums, and `commit()`, which ends an optimizer step "
+        "(of one rank, which has nothing to all-reduce), each in a loop of its own:\n\n"
+        + table(["model", "pairs", "call, forward and backward", "commit()"], rows)
+    )
+
+
+def commit_on_two_ranks(repeats: int) -> tuple[float, int]:
+    """Median seconds of ``commit()`` on rank 0 of two on this machine, and the bytes that it all-reduces."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_one_rank, (folder, 20 * repeats), nprocs=2)
+        seconds, size = (Path(folder) / "result").read_text().split()
+    return float(seconds), int(size)
+
+
+def _one_rank(rank: int, folder: str, commits: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    objective = new_objective()
+    times = take_turns({"": objective.commit}, commits, "cpu")[""]  # without a least time, which the ranks might not reach together
+    if rank == 0:
+        (Path(folder) / "result").write_text(f"{statistics.median(times)} {objective.table._pending.nbytes}")
+    end_process(0)
+
+
+def new_objective() -> Objective:
+    return build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA)
 
 
 def micros(seconds: float) -> str:

@@ -184,7 +184,9 @@ def measure(args: argparse.Namespace) -> dict:
         for name in names(args):
             (Path(folder) / name).mkdir()
             loops[name], flops[name] = makers[name](args, device, Path(folder) / name)
-        turns = take_turns({name: lambda step=step: step(lambda part: None) for name, step in loops.items()}, args.steps)
+        turns = take_turns(
+            {name: lambda step=step: step(lambda part: None) for name, step in loops.items()}, args.steps, device.type
+        )
         parts = {}
         for name, step in loops.items():
             split = Split(device)
@@ -379,7 +381,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10)["product"])
+    seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10, device.type)["product"])
     return 2.0 * side**3 / seconds
 
 

@@ -24,19 +24,20 @@ LAST = "Not measured"
 def take_turns(
     candidates: Mapping[str, Callable[[], object]],
     turns: int,
+    device: str,
     least_seconds: float = 0.0,
     warm_seconds: float = 0.0,
     warm_turns: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each turn; in a turn all run once, in every order by turns: a candidate finds the caches as the one
-    before it left them.
+    before it left them. A GPU, ``device`` "cuda", is waited for.
 
     What slows the machine for a while then slows all of them. Calls of microseconds need ``least_seconds`` in all, for their median to
     be told from that of a moment; what is compiled, cached or woken up at first goes into the warm turns, which do not count.
     """
     import torch
 
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     orders = list(itertools.permutations(candidates))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     began, warm, done = time.perf_counter(), 0, 0

@@ -34,7 +34,7 @@ def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: Noi
     Returns:
         (N,) errors each. Accumulated and given back in float32 (float64 for float64 predictions) whatever the inputs' dtype: at
         β = 5000 the rounding of a bfloat16 mean alone would move the logit by more than 1. Equal predictions that
-        lie alike in memory have equal errors to the last bit.
+        lie alike in memory have equal errors, on a CPU to the last bit; on a GPU a test tells.
     """
     shape, noise = policy_pred.shape, target.noise.shape
     if len(shape) != 4 or 0 in shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,8 @@ class Objective:
             timesteps: (B,) int64, shared by winner and loser.
             noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
             reference_errors: d(ref,·), (2B,), in the place of ``reference_pred``: what an earlier call with the same noise and
-                timesteps gave out under this name. The loss is then the same to the last bit.
+                timesteps gave out under this name. The loss is then the same, on a CPU to the last bit;
+                on a GPU a test tells.
 
         Raises:
             UserError: shapes that do not fit together.
@@ -224,8 +226,10 @@ def build_objective(
     """
     if name not in losses.OBJECTIVES:
         raise UserError(f"objective.name {name!r}{nearest(str(name), losses.OBJECTIVES)}")
-    if not beta > 0:
-        raise UserError(f"objective.beta is {beta}: it must be above 0")
+    if not 0 < beta < math.inf:
+        raise UserError(f"objective.beta is {beta}: it must be a finite number above 0")
+    if not 0 <= correction_weight < math.inf:
+        raise UserError(f"objective.correction_weight is {correction_weight}: it must be a finite number, 0 or more")
     if not 0 <= correction_ema < 1:
         raise UserError(f"objective.correction_ema is {correction_ema}: it must lie in [0, 1)")
     if discount_mode not in ("weight", "sample"):

@@ -2,7 +2,7 @@
 
 A sample's elements are visited in the order in which the policy's prediction lies in memory, whatever its strides. Every
 program takes one part of a noise tensor and of the samples that share it; the sums of the parts are added afterwards in a fixed
-order, so the result is the same every time.
+order, so the result is the same every time. Samples are the grid's first axis: CUDA ends the others at 65,535.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     parts = torch.empty(predictions, len(policy), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _errors_kernel[(parts.shape[2], len(target.noise))](
+        _errors_kernel[(len(target.noise), parts.shape[2])](
             **_arguments(tensors, policy, target), parts=parts, compare=reference is not None, **_constants(policy, target)
         )
     found = parts.sum(2) / size
@@ -37,7 +37,7 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
     result = torch.empty_like(policy)
     tensors = {"policy": policy, "result": result, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _gradient_kernel[(triton.cdiv(policy[0].numel(), PART), len(target.noise))](
+        _gradient_kernel[(len(target.noise), triton.cdiv(policy[0].numel(), PART))](
             **_arguments(tensors, policy, target), factor=gradient_factor(policy, target, grad), **_constants(policy, target)
         )
     return result
@@ -68,7 +68,8 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
 def _constants(policy: Tensor, target: NoiseTarget) -> dict:
     exact = tl.float64 if policy.dtype == torch.float64 else tl.float32
     halves = len(policy) // len(target.noise)
-    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART}
+    # Products and sums are rounded each for itself, so that a kernel with a reference and one without, which are compiled apart, round alike.
+    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -77,9 +78,10 @@ def _place(element, row, strides, middle, inner, linear: tl.constexpr):
     first = row.to(tl.int64) * strides[0]
     if linear:
         return first + element
-    outer = element // (middle * inner)
+    # Strides of 32 bits may reach beyond them, in a view of a larger tensor. The divisions need no more than 32, and are faster so.
+    outer = (element // (middle * inner)).to(tl.int64)
     rest = element % (middle * inner)
-    return first + outer * strides[1] + (rest // inner) * strides[2] + (rest % inner) * strides[3]
+    return first + outer * strides[1] + (rest // inner).to(tl.int64) * strides[2] + (rest % inner).to(tl.int64) * strides[3]
 
 
 @triton.jit
@@ -93,8 +95,8 @@ def _errors_kernel(
     parts, size, middle, inner, noise_rows,
     halves: tl.constexpr, compare: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(1)
-    element = tl.program_id(0) * part + tl.arange(0, part)
+    first = tl.program_id(0)
+    element = tl.program_id(1) * part + tl.arange(0, part)
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
     for half in tl.static_range(halves):  # the winner and the loser that share this noise
         row = first + half * noise_rows
@@ -103,12 +105,12 @@ def _errors_kernel(
         if implied:
             factor = tl.load(scale + row).to(exact)
             aim -= tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
-        place = row * tl.num_programs(0) + tl.program_id(0)
+        place = row * tl.num_programs(1) + tl.program_id(1)
         off = factor * _load(policy, element, row, policy_strides, size, middle, inner, linear, exact) - aim
         tl.store(parts + place, tl.sum(off * off, 0))
         if compare:
             off = factor * _load(reference, element, row, reference_strides, size, middle, inner, linear, exact) - aim
-            tl.store(parts + halves * noise_rows * tl.num_programs(0) + place, tl.sum(off * off, 0))
+            tl.store(parts + halves * noise_rows * tl.num_programs(1) + place, tl.sum(off * off, 0))
 
 
 @triton.jit
@@ -117,8 +119,8 @@ def _gradient_kernel(
     factor, size, middle, inner, noise_rows,
     halves: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(1)
-    element = tl.program_id(0) * part + tl.arange(0, part)
+    first = tl.program_id(0)
+    element = tl.program_id(1) * part + tl.arange(0, part)
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
     for half in tl.static_range(halves):
         row = first + half * noise_rows

@@ -1,8 +1,10 @@
-"""A loss or gradient that is not finite, on one rank, at one step: all ranks leave the step out together, and the run goes on."""
+"""A loss or gradient that is not finite, on one rank, at one step: all ranks leave the step out together, and the run goes on. Numbers that
+are finite and show a model that is being broken: the run says so."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -17,15 +19,17 @@ from tests.plain_loop import plain_losses
 pytestmark = pytest.mark.slow
 
 
-def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shards):
+def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shards, capfd):
     """Step 2 is left out for a loss of rank 1, step 4 for a gradient of rank 0; step 5 as well is one too many. The run goes on from
-    step 3, at another stage and without the fault, as one that never had steps 4 and 5 but had 2."""
+    step 3, at another stage and without the fault, as one that never had steps 4 and 5 but had 2. Two runs more share the launch."""
     config, run = write_config(tmp_path / "run.yaml", sd_model, sd_shards, checkpoint={"every": 1, "keep": 9}), tmp_path / "run"
     broken = Leg(
         ("steps=6", "guards.max_skipped_in_a_row=2", shipped(tmp_path, "zero3")), bad_loss=((1, 2),), bad_gradient=((0, 4), (0, 5))
     )
     nothing = Leg(("steps=1", "ema.decay=0.5", f"output={tmp_path / 'nothing'}"), bad_gradient=((0, 1),))
-    error, code, unmoved = run_legs(config, [broken, Leg(("steps=6", "guards.max_skipped_in_a_row=2"), "required"), nothing])
+    breaking = Leg(("optimizer.learning_rate=0.3", "objective.beta=1", "checkpoint.every=4", f"output={tmp_path / 'breaking'}"))
+    again = Leg(("steps=6", "guards.max_skipped_in_a_row=2"), "required")
+    error, code, unmoved, wrecked = run_legs(config, [broken, again, nothing, breaking])
 
     assert error.startswith("step 5: the gradient is not a finite number, timesteps ")
     assert (
@@ -52,3 +56,9 @@ def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shar
     assert "moving average" not in (tmp_path / "nothing" / "export" / "README.md").read_text()
     # None was written among skipped steps: it would have pushed the last good ones out.
     assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [f"step-0000000{n}" for n in (1, 3, 4, 5, 6)]
+    # The last run breaks the model, and says so once, on one rank, when the winners' error has risen by more than a tenth.
+    assert wrecked == 0
+    drifts = [row["drift/chosen"] / row["error/reference_chosen"] for row in rows(tmp_path / "breaking")]
+    assert drifts[0] == 0 and drifts[1:] == sorted(drifts[1:]) and drifts[-1] > 1
+    warnings = re.findall(r"warning: step (\d+): winners' error is \d+% above the reference's \(losers'", capfd.readouterr().out)
+    assert warnings == ["3"]

@@ -126,6 +126,16 @@ def test_without_a_reference(device):
     torch.testing.assert_close(grad, torch.autograd.grad(plain(policy, target).sum(), policy)[0])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("implied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_changes_no_bit_of_the_policys_errors(device, dtype, implied, layout):
+    """On a GPU these are two kernels, compiled apart."""
+    policy, reference, target = made_up(device, (4, 4, 40, 40), implied=implied, dtype=dtype)
+    policy = LAYOUTS[layout](policy.detach())
+    assert torch.equal(noise_errors(policy, None, target)[0], noise_errors(policy, reference, target)[0])
+
+
 @pytest.mark.parametrize(
     ("noise", "reference", "named"),
     [((3, 2, 3, 3), (4, 2, 3, 3), "noise"), ((2, 1, 3, 3), (4, 2, 3, 3), "noise"), ((2, 2, 3, 3), (4, 2, 3, 1), "reference")],

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from dde_ds import NoiseSchedule, UserError, build_objective
+from dde_ds.config import ObjectiveConfig
 from dde_ds.objective.losses import OBJECTIVES
+from dde_ds.objective.objective import configured_objective
 
 PAIRS, SHAPE = 3, (4, 5, 7)
 T = torch.tensor([3, 417, 950])
@@ -221,7 +224,8 @@ def test_timestep_probabilities(schedule):
     ("options", "named"),
     [
         ({"name": "ddee"}, "did you mean 'dde'"),
-        ({"name": "dde", "beta": 0.0}, "beta"),
+        *[({"name": "dde", "beta": value}, "beta") for value in (0.0, math.inf, math.nan)],
+        *[({"name": "dde", "correction_weight": value}, "correction_weight") for value in (-0.1, math.inf, math.nan)],
         ({"name": "dde", "correction_ema": 1.0}, "correction_ema"),
         ({"name": "dde", "timestep_range": (500, 1001)}, "timestep_range"),
         ({"name": "discounted", "discount": 1.5}, "discount"),
@@ -231,6 +235,46 @@ def test_timestep_probabilities(schedule):
 def test_bad_options(schedule, options, named):
     with pytest.raises(UserError, match=named):
         build_objective(schedule=schedule, **options)
+
+
+def numbers(objective):
+    """What an objective of any name and options computes: p(t), λ, the logits after two steps, and the table with its sums."""
+    policy, reference, noise = predictions()
+    fill_table(objective)
+    logits = objective(policy, reference, noise, T).logits
+    return [objective.timestep_probabilities, objective.table.weight, logits, objective.table.average, objective.table.correction]
+
+
+# (what both have, what differs from the default)
+EVERY_OPTION = [
+    ({}, {"name": "dde_single"}),
+    ({}, {"beta": 50.0}),
+    ({}, {"correction_weight": 0.5}),
+    ({}, {"correction_ema": 0.5}),
+    ({}, {"variance": "beta"}),
+    ({"name": "discounted"}, {"discount": 0.99}),
+    ({"name": "discounted"}, {"discount_mode": "sample"}),
+    ({}, {"timestep_range": (200, 700)}),
+]
+
+
+@pytest.mark.parametrize(("common", "changed"), EVERY_OPTION, ids=str)
+def test_every_option_of_a_configuration_reaches_the_objective(common, changed):
+    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    options = common | changed
+    direct = {name: value for name, value in options.items() if name != "variance"}
+    schedule = NoiseSchedule.from_scheduler(scheduler, options.get("variance", "posterior"))
+    found = numbers(configured_objective(ObjectiveConfig(**options), scheduler))
+    expected = numbers(build_objective(**{"name": "dde"} | direct, schedule=schedule))
+    unchanged = numbers(configured_objective(ObjectiveConfig(**common), scheduler))
+    assert all(map(torch.equal, found, expected))
+    assert not all(map(torch.equal, found, unchanged))
+
+
+def test_every_option_of_a_configuration_is_tested_above():
+    tested = {name for _, changed in EVERY_OPTION for name in changed}
+    # What the noise is shared by is drawn elsewhere.
+    assert tested == {field.name for field in fields(ObjectiveConfig)} - {"shared_noise"}
 
 
 def test_bad_shapes(schedule):

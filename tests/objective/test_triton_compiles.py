@@ -5,32 +5,83 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-CODE = """
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from dde_ds.objective.passes_triton import _errors_kernel, _gradient_kernel
+from dde_ds import NoiseSchedule
+from dde_ds.objective.schedule import NoiseTarget
 
-def signature(kernel, tensors, constants):
-    kinds = {name: tensors.get(name, ("i32",) * 4 if name.endswith("_strides") else "i32") for name in kernel.arg_names}
-    return kinds | dict.fromkeys(constants, "constexpr")
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+BEYOND_32_BITS = 2**40
 
-for linear, implied, pointer, exact in [(True, False, "*bf16", "fp32"), (False, True, "*fp64", "fp64")]:
-    tensors = dict.fromkeys(["policy", "reference", "result", "noisy"], pointer)
-    tensors |= {"noise": "*fp32"} | dict.fromkeys(["scale", "shift", "parts", "factor"], f"*{exact}")
-    constants = {"halves": 2, "implied": implied, "linear": linear, "exact": getattr(tl, exact.replace("fp", "float")), "part": 4096}
-    if not implied:
-        constants |= dict.fromkeys(["noisy", "scale", "shift"])
-    for kernel, own in ((_errors_kernel, {"compare": True}), (_gradient_kernel, {})):
-        source = ASTSource(kernel, signature(kernel, tensors, constants | own), constants | own)
-        assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-"""
+
+class Hopper:
+    """What Triton's JIT asks a driver for before it compiles."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiled:
+    """In the place of a kernel: a launch specialises it to the arguments and compiles it, and does no more."""
+
+    def __init__(self, kernel):
+        self.kernel, self.binaries = kernel, set()
+
+    def __getitem__(self, grid):
+        return partial(self.launch, grid=grid)
+
+    def launch(self, **arguments):
+        self.binaries.add(self.kernel.warmup(**arguments).asm["cubin"])
+
+
+def calls():
+    """Predictions of policy and reference with their target, as the JIT tells them apart: by type, by what is 1, by width of strides."""
+    policy, reference, noisy = torch.zeros(3, 4, 4, 8, 8).bfloat16()
+    noise, timesteps = torch.zeros(2, 4, 8, 8), torch.tensor([300, 700]).repeat(2)
+    yield policy, reference, NoiseTarget(noise)
+    yield policy, None, NoiseTarget(noise)
+    yield policy[:2], reference[:2], NoiseTarget(noise[:1])  # one pair
+    yield policy[:1], reference[:1], NoiseTarget(noise[:1])  # each its own noise
+    target = NoiseSchedule.from_scheduler(BETAS | {"prediction_type": "v_prediction"}).target(noise, timesteps, noisy)
+    assert target.scale.dtype == torch.float64
+    yield policy, reference, target
+    yield policy.contiguous(memory_format=torch.channels_last), reference, target
+    yield policy.double(), reference.double(), NoiseTarget(noise.double(), target.scale, target.shift, noisy.double())
+    # Strides of dimensions of one element, which are never multiplied with more than 0.
+    far = torch.zeros(64).as_strided((1, 1, 8, 8), (BEYOND_32_BITS, BEYOND_32_BITS, 8, 1))
+    yield far, far.mT, NoiseTarget(far)
+
+
+def compile_all():
+    from triton.runtime.driver import driver
+
+    from dde_ds.objective import passes_triton
+
+    driver.set_active(Hopper())
+    passes_triton._errors_kernel = errors = Compiled(passes_triton._errors_kernel)
+    passes_triton._gradient_kernel = gradient = Compiled(passes_triton._gradient_kernel)
+    found = list(calls())
+    for policy, reference, target in found:
+        passes_triton.errors(policy, reference, target)
+        passes_triton.gradient(policy, target, torch.zeros(len(policy)))
+    assert len(errors.binaries) == len(found), "calls that were to differ had the same kernel"
+    assert len(gradient.binaries) == len(found) - 1  # to it a reference makes no difference
 
 
 def test_for_hopper():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", CODE], check=True, env=environment)
+    code = f"from {__name__} import compile_all; compile_all()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[2])
