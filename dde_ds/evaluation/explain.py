@@ -88,9 +88,7 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     history_axis.set_title("correction $K_t$ as the run went on")
     used = objective.correction_weight > 0
     correction.plot(objective.table.correction if used else torch.zeros(steps), label="last checkpoint")
-    correction.set_title(
-        "correction $K_t$ at the last checkpoint: its size falls with t" if used else "no correction in this objective"
-    )
+    correction.set_title("correction $K_t$ at the last checkpoint" if used else "no correction in this objective")
     errors = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
     for side in ("chosen", "rejected"):
         moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
