@@ -105,9 +105,6 @@ def main() -> int:
     )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
     parser.add_argument(
-        "--no-contiguous", action="store_true", help="contiguous_gradients false: on a CPU their flat buffer is a copy for nothing"
-    )
-    parser.add_argument(
         "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
     )
     parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="one loop alone")
@@ -137,7 +134,6 @@ def main() -> int:
         what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
         treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
         treated += f", {args.only} alone" if args.only else ""
-        how += ", gradients not contiguous" if args.no_contiguous else ""
         record(f"{what}, {name}, {how}{treated}, {found['machine']}", text)
     return 0
 
@@ -295,8 +291,6 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
         "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
     }))  # fmt: skip
     config = complete_config(load_config(path), 1)
-    if args.no_contiguous:
-        config["zero_optimization"]["contiguous_gradients"] = False
     policy, reference = initialize(unet, reference, config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
     shards = MadeUpShards(unet, args.latent)

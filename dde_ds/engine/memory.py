@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dde_ds.engine.lowbit import BLOCK
-from dde_ds.engine.zero import offloads_optimizer
+from dde_ds.engine.zero import bucket_elements, offloads_optimizer
 from dde_ds.models.cost import Sizes
 
 # DeepSpeed's defaults of keys that a configuration may leave out.
-BUCKET, PERSISTENCE, LIVE, SUB_GROUP = 500_000_000, 100_000, 1_000_000_000, 1_000_000_000
+PERSISTENCE, LIVE, SUB_GROUP = 100_000, 1_000_000_000, 1_000_000_000
 # Float32, or one byte each and a float32 for each block of them.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK)}
 """Bytes of an element's two moments, by ``optimizer.type``."""
@@ -82,13 +82,16 @@ def _flat(sizes: Sizes, zero: dict, world: int, moments: float, average: int, wi
         optimizer = round(moments * total)
         return Memory(width * (total + sum(sizes.frozen)), width * total, optimizer, ema=average * total)
     own = flat // world
-    # Two buckets that take turns where reduction goes on beside the backward pass, and a copy of the one that is being reduced.
-    buckets = zero.get("reduce_bucket_size", BUCKET) * width * (2 + bool(zero.get("overlap_comm")))
-    held = Memory(weights=width * (flat + sum(sizes.frozen)), communication=buckets)
+    # Two buckets that take turns where reduction goes on beside the backward pass, and a copy of the one that is being reduced to its owners.
+    buckets = (
+        1 + bool(zero.get("overlap_comm")) + bool(zero.get("reduce_scatter", True) or not zero.get("contiguous_gradients", True))
+    )
+    communication = bucket_elements(zero, total) * width * buckets
+    held = Memory(weights=width * (flat + sum(sizes.frozen)), communication=communication)
     if offloads_optimizer({"zero_optimization": zero}):
         # Master weights, moments and float32 gradients on the host, and its copy of the new weights; the largest gradient in transit.
         host = round((4 + moments + average + 4 + width) * own)
-        return replace(held, communication=buckets + width * max(sizes.trained), host=host)
+        return replace(held, communication=communication + width * max(sizes.trained), host=host)
     held = replace(held, optimizer=round((4 + moments) * own), ema=average * own)
     if stage == 2 and wide_sums:
         return replace(held, gradients=4 * own)
@@ -113,7 +116,7 @@ def _stage_3(sizes: Sizes, zero: dict, world: int, moments: float, average: int,
     persistent = persistent_elements(everything, zero)
     secondary = sum(math.ceil(size / group) for size in everything) if (group := zero.get("zero_hpz_partition_size", 1)) > 1 else 0
     gathered = min(sum(everything) - persistent, zero.get("stage3_max_live_parameters", LIVE))
-    communication = width * (zero.get("reduce_bucket_size", BUCKET) * 2 + gathered)
+    communication = width * (bucket_elements(zero, sum(sizes.trained)) * 2 + gathered)
     shard = width * parts
     held = Memory(weights=width * (persistent + secondary), communication=communication)
     if offloads_optimizer({"zero_optimization": zero}):

@@ -28,6 +28,19 @@ SECTIONS = {
     "data_types": {"grad_accum_dtype": "fp32"},
     "torch_autocast": {"enabled": False},
 }
+# Of zero_optimization, in elements, but for the last one, in ranks.
+SIZES = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "zero_hpz_partition_size",
+)
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's buckets where a configuration does not say."""
 
 
 def initialize(
@@ -83,6 +96,11 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     _keep_linear(config, policy)
     config.setdefault("timers", {}).setdefault("throughput", dict(NO_TIMER))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage"):
+        # Of parameters that zero.Init has cut up the whole sizes.
+        trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        zero["reduce_bucket_size"] = bucket_elements(zero, trained)
     optimizer = lowbit.client_optimizer(config)
     engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
     return engine
@@ -96,6 +114,11 @@ def initialize_reference(reference: torch.nn.Module, config: dict, placement: st
     engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config, placement, dtype))
     engine.module.eval()
     return engine
+
+
+def bucket_elements(zero: dict, trained: int) -> int:
+    """Elements of a bucket in which gradients are reduced: DeepSpeed makes it as large as it is told, if there are fewer or not."""
+    return min(zero.get("reduce_bucket_size", BUCKET), trained)
 
 
 def offloads_optimizer(config: dict) -> bool:
@@ -153,6 +176,7 @@ def read_config(config: dict | str | Path) -> dict:
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
     _check_sections(found, where)
+    _check_sizes(found.get("zero_optimization", {}), where)
     return found
 
 
@@ -168,6 +192,20 @@ def _check_sections(config: Any, where: str) -> None:
             value = value.get(key, {})
         if not isinstance(value, dict):
             raise UserError(f"{where}: {dotted} is {value!r}: must be an object, such as {json.dumps(example)}; or leave it out")
+
+
+def _check_sizes(zero: dict, where: str) -> None:
+    """Makes whole numbers of sizes such as 5e8, and takes out those that are ``"auto"``, as in files for other trainers: DeepSpeed knows none
+    in its files, and has its defaults."""
+    for key in SIZES:
+        value = zero.get(key, 0)
+        if value == "auto":
+            if key != "zero_hpz_partition_size":  # which is filled in with the ranks of a node
+                del zero[key]
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 0:
+            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be a whole number, 0 or more; or leave it out")
+        elif key in zero:
+            zero[key] = int(value)
 
 
 def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) -> dict:
@@ -218,17 +256,29 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
         node = on_a_node or world
         if zero["zero_hpz_partition_size"] == "auto":
             zero["zero_hpz_partition_size"] = node
-        if world % zero["zero_hpz_partition_size"]:
+        if not zero["zero_hpz_partition_size"] or world % zero["zero_hpz_partition_size"]:
             raise UserError(
                 f"{run.deepspeed}: zero_optimization.zero_hpz_partition_size is {zero['zero_hpz_partition_size']}: must divide the {world} "
                 'ranks; "auto" takes the ranks of a node'
             )
+    if world == 1:
+        _leave_out_reduction(zero, run.precision)
     if run.precision == "fp32":
         # Communication and accumulation types are for mixed precision; in fp32 they would be contradictions.
         config.pop("data_types", None)
     else:  # DeepSpeed's default is the model's own type, whose sums lose their late terms
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
+
+
+def _leave_out_reduction(zero: dict, precision: str) -> None:
+    """One rank has nothing to reduce, but DeepSpeed goes through all of it: the keys with which the least is copied and waited for.
+
+    In bfloat16 gradients are added to their float32 sums straight from a contiguous bucket; in float32 they would be copied into it and out
+    of it. With offload the same streams carry gradients to the host.
+    """
+    if zero["stage"] in (1, 2) and not offloads_optimizer({"zero_optimization": zero}):
+        zero |= {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": precision == "bf16"}
 
 
 def _check_stage(run: RunConfig, config: dict) -> None:

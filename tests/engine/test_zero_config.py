@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 from dde_ds import UserError, initialize
 from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
+from dde_ds.distributed import start
 from dde_ds.engine.lowbit import check_partition
 from dde_ds.engine.reference import reference_config
 from dde_ds.engine.zero import complete_config
@@ -165,6 +167,85 @@ def test_what_cannot_be(tmp_path, zero, options, message):
     file.write_text(json.dumps({"zero_optimization": zero}))
     with pytest.raises(UserError, match=message):
         complete_config(run_with(file, **options), world=8)
+
+
+def test_sizes(tmp_path):
+    file = tmp_path / "mine.json"
+
+    def written(**zero) -> dict:
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
+        return complete_config(run_with(file), world=2)["zero_optimization"]
+
+    assert written(reduce_bucket_size=5e8)["reduce_bucket_size"] == 500_000_000
+    found = written(reduce_bucket_size="auto", sub_group_size="auto", zero_hpz_partition_size="auto")
+    assert ("reduce_bucket_size" in found, "sub_group_size" in found, found["zero_hpz_partition_size"]) == (False, False, 2)
+    for key, value in (
+        ("reduce_bucket_size", "1e8"),
+        ("sub_group_size", -1),
+        ("zero_hpz_partition_size", 1.5),
+        ("sub_group_size", True),
+    ):
+        with pytest.raises(
+            UserError, match=rf"{re.escape(str(file))}: zero_optimization\.{key} is {value!r}: must be a whole number"
+        ):
+            written(**{key: value})
+    with pytest.raises(UserError, match="sub_group_size is inf: must be"):
+        written(sub_group_size=float("inf"))
+    with pytest.raises(UserError, match="zero_hpz_partition_size is 0: must divide the 2 ranks"):
+        written(zero_hpz_partition_size=0)
+
+
+def test_one_rank_reduces_nothing():
+    zero1, zero2, zero3, offload = (f"ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3", "zero2_offload"))
+
+    def found(file: str, precision: str = "bf16", world: int = 1) -> dict:
+        return complete_config(run_with(ROOT / file, precision=precision), world=world)["zero_optimization"]
+
+    for file in (zero1, zero2):
+        assert not found(file)["overlap_comm"] and not found(file)["reduce_scatter"]
+        assert found(file)["contiguous_gradients"] and not found(file, "fp32")["contiguous_gradients"]
+    for file, world in ((zero2, 2), (zero3, 1), (offload, 1)):
+        own = json.loads((ROOT / file).read_text())["zero_optimization"]
+        assert {key: found(file, world=world)[key] for key in own} == own
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_and_trains_the_same(monkeypatch, name, precision):
+    """To the last bit, as with the keys of the file itself."""
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    start()
+    file = ROOT / f"ds_configs/{name}.json"
+    completed = complete_config(run_with(file, precision=precision), world=1)
+    shipped = completed | {"zero_optimization": completed["zero_optimization"] | json.loads(file.read_text())["zero_optimization"]}
+    weights = []
+    for config in (completed, shipped):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+        policy, _ = initialize(model, None, config | {"gradient_accumulation_steps": 3, "train_batch_size": 6})
+        for _ in range(6):
+            policy.backward(policy(torch.randn(2, 5, dtype=next(model.parameters()).dtype)).square().mean())
+            policy.step()
+        assert policy.global_steps == 2
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    torch.manual_seed(0)
+    assert not torch.equal(weights[0][0].float(), torch.nn.Linear(5, 7).weight)
+
+
+def test_buckets_end_with_the_gradients(monkeypatch):
+    """As the engine makes them, where the configuration says 100 M elements."""
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    start()
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {
+        **{"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    }
+    frozen = torch.nn.Linear(3, 1000).requires_grad_(False)
+    policy, _ = initialize(torch.nn.Sequential(frozen, torch.nn.Linear(1000, 2)), None, config)
+    assert policy.optimizer.reduce_bucket_size == 2002
+    policy.optimizer.setup_buckets()
+    buffers = [buffer for bucket in policy.optimizer.ipg_buckets.values() for buffer in bucket.buffer]
+    assert [buffer.numel() for buffer in buffers] == [2002, 2002]
 
 
 def test_managed_accumulation(tmp_path):
