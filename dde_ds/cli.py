@@ -71,7 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     add_commands(commands)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one piece: overrides behind an option are left over.
+    if unknown := [
+        argument for argument in rest if not hasattr(args, "overrides") or argument.startswith("-") or "=" not in argument
+    ]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     return report_errors(lambda: args.act(args))
 
 

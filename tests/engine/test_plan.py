@@ -253,6 +253,14 @@ def test_plan_on_the_command_line(run, tmp_path, capsys, sd_model):
     assert "an assumption, not a measurement" in text
     assert "shards not there yet" in text
     assert "fits, with" in text
+    behind = ["plan", config, "steps=7", "--gpus", "2", "steps=9", "--json", "batch.pairs=64"]
+    assert main(behind) == 0
+    plan = json.loads(capsys.readouterr().out)["batch"]
+    assert (plan["pairs"], plan["steps"]) == (64, 9)
+    for unknown in ("--gpu-count=3", "pairs"):
+        with pytest.raises(SystemExit):
+            main(["plan", config, "--gpus", "2", unknown])
+        assert f"unrecognized arguments: {unknown}" in capsys.readouterr().err
     assert main(["plan", config, "--gpus", "3"]) == 1
     assert "not a multiple of 3 ranks × batch.micro 4; what fits:" in capsys.readouterr().err
 
