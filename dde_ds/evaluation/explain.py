@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     if not bool(seen.any()):
         raise UserError("--run: its correction table holds no sample yet; explain the run after its first checkpoint")
     plot = _pyplot()
-    figure, ((credit, history_axis), (correction, drift)) = plot.subplots(2, 2, figsize=(13, 8), dpi=110)
+    layout = [["credit", "history"], ["correction", "drift"], ["pace", "pace"]]
+    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)
+    credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
     steps = objective.schedule.timesteps
     centres, margins = _binned(objective.table.average[0], objective.table.count)
     profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
@@ -94,7 +97,27 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
         moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
         drift.plot(*_binned(moved, objective.table.count), marker=".", label=side)
     drift.set_title("drift of the errors, policy - reference (moving averages)")
+    axes["pace"].plot(*pace(history), marker=".")
+    axes["pace"].set_ylim(bottom=0)
+    axes["pace"].set_xlabel("step")
+    axes["pace"].set_title("how far $K$ moves a step, in parts of its last size: near 0 once it has settled")
     _finish(figure, (credit, history_axis, correction, drift), path)
+
+
+def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
+    """Steps of the rows but the first, and how far K moved to them: mean |ΔK| over t, a step, in parts of the last row's mean |K|.
+
+    Not in parts of the K of the time: by that measure a correction that grows for ever settles as well.
+    """
+    size = sum(map(abs, history[-1]["correction"])) if history else 0.0
+    if not size:
+        return [], []
+    steps, moved = [], []
+    for before, after in itertools.pairwise(history):
+        distance = sum(abs(b - a) for a, b in zip(before["correction"], after["correction"], strict=True))
+        steps.append(after["step"])
+        moved.append(distance / size / (after["step"] - before["step"]))
+    return steps, moved
 
 
 def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
