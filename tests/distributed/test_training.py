@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import list_checkpoints
 from dde_ds.evaluation.heldout import error_drift
+from dde_ds.training.metrics import read_rows
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
 from tests.pipelines import save_sd
@@ -69,11 +71,28 @@ def other_configs(tmp_path_factory, parquet, sdxl_model, sdxl_shards) -> dict[st
     }
 
 
+@pytest.fixture(scope="module")
+def settling(tmp_path_factory, sd_model, sd_shards) -> Path:
+    """A run whose correction comes to rest: 50 timesteps, so that each is seen in most steps, and long enough for the pairs to be learnt.
+
+    A correction settles when σ(-z) has shut off the gradient. At β = 20 the margins where that happens are large beside the noise of a
+    batch and of an Adam step at a constant rate; near the noisy end single pairs would go on pushing, hence timesteps below 30.
+    """
+    folder = tmp_path_factory.mktemp("settling")
+    model = shutil.copytree(sd_model, folder / "model")
+    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    steps = {"num_train_timesteps": 50, "beta_start": 0.017, "beta_end": 0.24}  # about the signal at the end that 1000 leave
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | steps))
+    changes = {"batch": {"pairs": 32, "micro": 32}, "steps": 240, "log": {"every": 5}}
+    changes["objective"] = {"name": "dde", "beta": 20, "timestep_range": [0, 30]}
+    return write_config(folder / "run.yaml", model, sd_shards, optimizer={"learning_rate": 3e-3}, **changes)
+
+
 LOOKING = ("samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2", "evaluation.every=2")
 
 
 @pytest.fixture(scope="module")
-def ended(config, held_out, other_configs, tmp_path_factory) -> dict[str, tuple[Path, Outcome]]:
+def ended(config, held_out, other_configs, settling, tmp_path_factory) -> dict[str, tuple[Path, Outcome]]:
     """Output folder and outcome of runs by their name: first those of two ranks, then those of one."""
     folder = tmp_path_factory.mktemp("runs")
     output = {name: f"output={folder / name}" for name in ("zero2", "zero3", "looking", "alone", "bf16-zero2", "bf16-zero3")}
@@ -96,6 +115,7 @@ def ended(config, held_out, other_configs, tmp_path_factory) -> dict[str, tuple[
         "zero2": Run(config, [output["zero2"], *other, stage(3)], "required"),
         "zero3": Run(config, [output["zero3"], *other, stage(2)], "required"),
         "v": Run(other_configs["v"]),
+        "settling": Run(settling),
     }
     found = {}
     for ranks, runs in ((2, two), (1, one)):
@@ -219,6 +239,25 @@ def test_stopped_at_step_3_and_resumed(ended, config, tmp_path, before):
     drift = [abs(values["eval/drift_chosen"]) for values in looks(run).values()]
     assert len(drift) == 5
     assert drift[3] > drift[0]
+
+
+def test_the_correction_falls_with_t_and_settles(ended):
+    """The paper's sec. 4.4, on what a run logged. The quarters of the run are compared by their averages. A correction that grew on at
+    the same pace would move as far from the third to the last as between any two: measured by its own growing size it would seem to settle.
+    """
+    history = read_rows(done(ended, "settling") / "correction.jsonl")
+    assert [row["step"] for row in history] == list(range(5, 241, 5))
+    correction = torch.tensor([row["correction"] for row in history], dtype=torch.float64)
+    taught = torch.tensor(history[0]["timesteps"]) < 30
+    quarters = correction.view(4, 12, -1)
+
+    later = quarters[1:, :, taught].flatten(0, 1)  # in the first some timesteps were seen once or never, and little was learnt
+    assert (later < 0).all(), "the policy came to prefer the winners"
+    assert (later.diff(dim=1) > 0).all(), "its size falls with t at every row"
+    assert not correction[:, ~taught].any()
+
+    moved = quarters.mean(1).diff(dim=0).abs().mean(1)
+    assert moved[-1] < moved.max() / 3  # 0.14 of it at the most by seeds 0 to 9
 
 
 def test_a_model_that_predicts_v(ended, other_configs):
