@@ -81,7 +81,7 @@ def settling(tmp_path_factory, sd_model, sd_shards) -> Path:
     folder = tmp_path_factory.mktemp("settling")
     model = shutil.copytree(sd_model, folder / "model")
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    steps = {"num_train_timesteps": 50, "beta_start": 0.017, "beta_end": 0.24}  # the same signal at the end as of 1000
+    steps = {"num_train_timesteps": 50, "beta_start": 0.017, "beta_end": 0.24}  # about the signal at the end that 1000 leave
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | steps))
     changes = {"batch": {"pairs": 32, "micro": 32}, "steps": 240, "log": {"every": 5}}
     changes["objective"] = {"name": "dde", "beta": 20, "timestep_range": [0, 30]}
