@@ -202,8 +202,16 @@ def _check_sizes(zero: dict, where: str) -> None:
         if value == "auto":
             if key != "zero_hpz_partition_size":  # which is filled in with the ranks of a node
                 del zero[key]
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 0:
+        elif (
+            isinstance(value, bool)
+            or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+            or value < 0
+        ):
             raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be a whole number, 0 or more; or leave it out")
+        elif key == "reduce_bucket_size" and key in zero and value < 1:
+            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be 1 or more; or leave it out")
+        elif key == "allgather_bucket_size" and value % 2:
+            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be even; or leave it out")
         elif key in zero:
             zero[key] = int(value)
 
@@ -274,8 +282,8 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
 def _leave_out_reduction(zero: dict, precision: str) -> None:
     """One rank has nothing to reduce, but DeepSpeed goes through all of it: the keys with which the least is copied and waited for.
 
-    In bfloat16 gradients are added to their float32 sums straight from a contiguous bucket; in float32 they would be copied into it and out
-    of it. With offload the same streams carry gradients to the host.
+    In bfloat16 gradients are added to their float32 sums straight from a contiguous bucket; in float32 they would be copied from it into one
+    more buffer, both made anew in each micro-batch. With offload the same streams carry gradients to the host.
     """
     if zero["stage"] in (1, 2) and not offloads_optimizer({"zero_optimization": zero}):
         zero |= {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": precision == "bf16"}

@@ -189,8 +189,14 @@ def test_sizes(tmp_path):
             UserError, match=rf"{re.escape(str(file))}: zero_optimization\.{key} is {value!r}: must be a whole number"
         ):
             written(**{key: value})
-    with pytest.raises(UserError, match="sub_group_size is inf: must be"):
-        written(sub_group_size=float("inf"))
+    for zero, message in (
+        ({"sub_group_size": float("inf")}, "sub_group_size is inf: must be a whole number"),
+        ({"reduce_bucket_size": 0}, "reduce_bucket_size is 0: must be 1 or more"),
+        ({"allgather_bucket_size": 10**8 + 1}, "allgather_bucket_size is 100000001: must be even"),
+    ):
+        with pytest.raises(UserError, match=message):
+            written(**zero)
+    assert written(stage3_max_live_parameters=10**400)["stage3_max_live_parameters"] == 10**400
     with pytest.raises(UserError, match="zero_hpz_partition_size is 0: must divide the 2 ranks"):
         written(zero_hpz_partition_size=0)
 
