@@ -197,23 +197,22 @@ def _check_sections(config: Any, where: str) -> None:
 def _check_sizes(zero: dict, where: str) -> None:
     """Makes whole numbers of sizes such as 5e8, and takes out those that are ``"auto"``, as in files for other trainers: DeepSpeed knows none
     in its files, and has its defaults."""
-    for key in SIZES:
-        value = zero.get(key, 0)
+    for key in [key for key in SIZES if key in zero]:
+        value, wrong = zero[key], None
         if value == "auto":
             if key != "zero_hpz_partition_size":  # which is filled in with the ranks of a node
                 del zero[key]
-        elif (
-            isinstance(value, bool)
-            or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
-            or value < 0
-        ):
-            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be a whole number, 0 or more; or leave it out")
-        elif key == "reduce_bucket_size" and key in zero and value < 1:
-            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be 1 or more; or leave it out")
+            continue
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or value < 0:
+            wrong = "a whole number, 0 or more"
+        elif key == "reduce_bucket_size" and value < 1:
+            wrong = "1 or more"
         elif key == "allgather_bucket_size" and value % 2:
-            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be even; or leave it out")
-        elif key in zero:
-            zero[key] = int(value)
+            wrong = "even"
+        if wrong:
+            raise UserError(f"{where}: zero_optimization.{key} is {value!r}: must be {wrong}; or leave it out")
+        zero[key] = int(value)
 
 
 def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) -> dict:
