@@ -39,7 +39,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.distributed import any_rank, start
-from dde_ds.engine.update import update
+from dde_ds.engine.update import accumulating, update
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
@@ -308,18 +308,19 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
             return prediction
 
         number = next(numbers)
-        for _ in range(args.accumulate):
-            batch = next(batches)
-            if ledger:
-                batch["reference_errors"] = torch.ones(2 * args.micro)
-            out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
-            ended("forward")
-            policy.backward(guards.watch(out.loss, batch))
-            ended("backward")
-            averages.add(out)
-            if not policy.is_gradient_accumulation_boundary():
-                policy.step()
-            ended("step")
+        with accumulating(policy):
+            for _ in range(args.accumulate):
+                batch = next(batches)
+                if ledger:
+                    batch["reference_errors"] = torch.ones(2 * args.micro)
+                out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
+                ended("forward")
+                policy.backward(guards.watch(out.loss, batch))
+                ended("backward")
+                averages.add(out)
+                if not policy.is_gradient_accumulation_boundary():
+                    policy.step()
+                ended("step")
         norm = update(policy)
         heartbeat.beat(number)
         if not math.isfinite(norm):

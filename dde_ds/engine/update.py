@@ -1,11 +1,26 @@
-"""The optimizer's step, which no gradient that is not finite gets through."""
+"""The two ends of an optimizer's step: gradients summed up over its micro-batches, and an update that only finite ones get through."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def accumulating(policy: Any) -> AbstractContextManager:
+    """Around the backward passes of one step, at whose end comes :func:`update`.
+
+    At stage 2 DeepSpeed takes each micro-batch's gradients through its reduction, to keep of the sums what is the rank's own. One rank keeps
+    all, and in float32 they can add up where they are: there they go through it once a step, to the same numbers, and no sums lie beside
+    them in a backward pass. In bfloat16 the sums are float32, and adding to them is a part of the reduction.
+    """
+    in_place = policy.zero_optimization_stage() == 2 and policy.dp_world_size == 1 and not policy.bfloat16_enabled()
+    if not in_place or policy.zero_cpu_offload():
+        return nullcontext()
+    policy.set_gradient_accumulation_boundary(True)  # `step` is called once, and ends each accumulation
+    return policy.coalesce_grad_reduction()
 
 
 def update(policy: Any) -> float:

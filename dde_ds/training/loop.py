@@ -14,7 +14,7 @@ from dde_ds.distributed import any_rank, first_says, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
-from dde_ds.engine.update import update
+from dde_ds.engine.update import accumulating, update
 from dde_ds.engine.zero import complete_config
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
@@ -140,15 +140,16 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             return STOPPED
         clock.read()  # what came before was not training
         for step in range(first_step + 1, run.steps + 1):
-            for _ in range(accumulation):
-                batch = next(batches)
-                out = micro_step(policy, reference, objective, batch, device)
-                if ledger:
-                    ledger.add(batch, out.reference_errors)
-                policy.backward(guards.watch(out.loss, batch))
-                averages.add(out)
-                if not policy.is_gradient_accumulation_boundary():
-                    policy.step()
+            with accumulating(policy):
+                for _ in range(accumulation):
+                    batch = next(batches)
+                    out = micro_step(policy, reference, objective, batch, device)
+                    if ledger:
+                        ledger.add(batch, out.reference_errors)
+                    policy.backward(guards.watch(out.loss, batch))
+                    averages.add(out)
+                    if not policy.is_gradient_accumulation_boundary():
+                        policy.step()
             for group in policy.optimizer.param_groups:
                 group["lr"] = run.optimizer.rate(step - 1)
             norm = update(policy)

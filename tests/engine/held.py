@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.state import EMA
+from dde_ds.engine.update import accumulating
 from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.cost import made_up_batch
@@ -105,12 +106,15 @@ def held(
     timesteps = torch.zeros(2, dtype=torch.int64)
     found = {"gradients": 0}
     for _ in range(2):  # optimizer steps: the moments are made in the first
-        for _ in range(config["gradient_accumulation_steps"]):
-            with torch.no_grad():
-                predictions(noisy, timesteps, batch)
-            policy.backward(predict(policy, noisy, timesteps, batch).float().square().mean())
-            found["gradients"] = max(found["gradients"], bytes_of(gradients(policy)))
-            policy.step()
+        with accumulating(policy):
+            for _ in range(config["gradient_accumulation_steps"]):
+                with torch.no_grad():
+                    predictions(noisy, timesteps, batch)
+                policy.backward(predict(policy, noisy, timesteps, batch).float().square().mean())
+                found["gradients"] = max(found["gradients"], bytes_of(gradients(policy)))
+                if not policy.is_gradient_accumulation_boundary():
+                    policy.step()
+        policy.step()
         if ema:
             update_ema(policy, ema)
     model = bytes_of(weights(policy))

@@ -122,6 +122,8 @@ def test_memory_by_hand():
         weights=2 * 1312, gradients=4 * 328, optimizer=12 * 328, communication=3 * 2 * 10
     )
     assert policy_memory(SIZES, ds_config(2), 4, 8, ema=True).ema == 4 * 328
+    alone = policy_memory(SIZES, ds_config(2) | {"bf16": {"enabled": False}}, 1, 8)
+    assert alone == Memory(weights=4 * 1308, gradients=4 * 1307, optimizer=12 * 1308, step=4 * 1308)  # with its buckets in the step
     third = policy_memory(SIZES, ds_config(3, stage3_max_live_parameters=400), 4, 8)
     assert third == Memory(
         weights=2 * 327 + 2 * 7, gradients=4 * 327, optimizer=12 * 327, communication=2 * (2 * 10 + 400), step=4 * 327
