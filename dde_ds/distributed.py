@@ -13,6 +13,23 @@ from dde_ds.ranks import Ranks, read_environment
 
 # Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL's own default.
 TIMEOUT_MINUTES = 10.0
+DEEPSPEED = (0, 19, 8)
+"""The oldest that trains right, as in setup.py. Before it ZeRO-2 sums bfloat16 gradients in bfloat16, and skips no step for a NaN in float32."""
+
+
+def check_deepspeed() -> None:
+    """An older one would train, and wrongly.
+
+    Raises:
+        RankError: it is older than :data:`DEEPSPEED`.
+    """
+    import deepspeed
+
+    if (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__) < DEEPSPEED:
+        oldest = ".".join(map(str, DEEPSPEED))
+        raise RankError(
+            f"deepspeed {deepspeed.__version__} is installed, which sums gradients wrongly: pip install 'deepspeed>={oldest},<0.20'"
+        )
 
 
 def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[Ranks, torch.device]:
@@ -22,11 +39,12 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[Ranks, torch.device
         timeout_minutes: how long any collective, and this call, wait for the other ranks before this one ends.
 
     Raises:
-        UserError: the launcher's variables are wrong, or the other ranks did not come.
+        UserError: the launcher's variables are wrong, the other ranks did not come, or DeepSpeed is too old.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    check_deepspeed()
     ranks = read_environment()
     ranks.export()
     accelerator = get_accelerator()

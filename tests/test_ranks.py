@@ -185,3 +185,21 @@ def test_a_rank_ends_without_taking_the_interpreter_down(joined):
     ended = subprocess.run([sys.executable, "-c", ENDS.format(joined=joined)], cwd=ROOT, capture_output=True, text=True)
     down = "" if joined else "the interpreter was taken down\n"
     assert (ended.returncode, ended.stdout) == (75, f"printed\nregistered\n{down}"), ended.stderr
+
+
+def test_a_deepspeed_that_trains_wrongly_is_refused(monkeypatch):
+    """By a launch, and by who brings a process group. From the version on that setup.py asks for."""
+    import deepspeed
+    import torch
+
+    import dde_ds
+    from dde_ds.distributed import DEEPSPEED, check_deepspeed, start
+
+    check_deepspeed()
+    oldest = re.search(r"deepspeed>=([\d.]+),", (ROOT / "setup.py").read_text())[1]
+    assert tuple(map(int, oldest.split("."))) == DEEPSPEED
+    monkeypatch.setattr(deepspeed, "__version__", "0.19.7")
+    monkeypatch.setattr(deepspeed, "__version_patch__", 7)
+    for tried in (start, lambda: dde_ds.initialize(torch.nn.Linear(1, 1), None, {})):
+        with pytest.raises(UserError, match=r"deepspeed 0\.19\.7 is installed.* pip install 'deepspeed>=0\.19\.8,<0\.20'"):
+            tried()

@@ -68,7 +68,7 @@ def initialize(
         (policy engine, reference engine or None).
 
     Raises:
-        UserError: the configuration is not readable or contradicts the models, or policy and reference are one module.
+        UserError: the configuration is not readable or contradicts the models, policy and reference are one module, or DeepSpeed is too old.
     """
     if policy is reference:
         raise UserError("initialize(): policy and reference are the same module; load the reference a second time")
@@ -87,6 +87,7 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
 
     from dde_ds import distributed
 
+    distributed.check_deepspeed()
     config = copy.deepcopy(config)
     if not torch.distributed.is_initialized():
         distributed.start()
