@@ -20,7 +20,7 @@ SHARDED = {
     "overlap_comm": True,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
-    "leaf_module": {"classes": ["diffusers.models.attention.BasicTransformerBlock"]},
+    "leaf_module": {"classes": ["diffusers.models.attention.BasicTransformerBlock", "diffusers.models.resnet.ResnetBlock2D"]},
     "memory_efficient_linear": False,  # as in dde_ds.engine.zero; it would be the policy's too
     "stage3_max_live_parameters": 200_000_000,
     "stage3_max_reuse_distance": 0,

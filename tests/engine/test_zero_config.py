@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pydoc
 import re
 import sys
 
@@ -12,9 +13,9 @@ from dde_ds import UserError, initialize
 from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
 from dde_ds.distributed import start
 from dde_ds.engine.lowbit import check_partition
-from dde_ds.engine.reference import reference_config
+from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
-from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.checkpointing import blocks, set_checkpointing
 from dde_ds.models.unet import load_unet, predict
 from tests.conftest import ROOT
 
@@ -237,6 +238,29 @@ def test_and_trains_the_same(monkeypatch, name, precision):
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
     torch.manual_seed(0)
     assert not torch.equal(weights[0][0].float(), torch.nn.Linear(5, 7).weight)
+
+
+@pytest.mark.parametrize(("model", "gathered"), [("sd15", 97), ("sdxl", 131)])
+def test_blocks_are_gathered_at_once(model, gathered):
+    """The blocks of checkpointing are ZeRO-3's leaf modules, in all files and of the reference; so often as ds_configs/README.md says."""
+    from diffusers import UNet2DConditionModel
+
+    files = [ROOT / f"ds_configs/{name}.json" for name in ("zero3", "zero3_hierarchical", "zero3_offload")]
+    (classes,) = {tuple(json.loads(file.read_text())["zero_optimization"]["leaf_module"]["classes"]) for file in files}
+    assert list(classes) == SHARDED["leaf_module"]["classes"]
+    leaves = tuple(pydoc.locate(name) for name in classes)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((ROOT / f"tests/architectures/{model}.json").read_text()))
+    assert [module for module in unet.modules() if isinstance(module, leaves)] == blocks(unet)
+
+    def units(module: torch.nn.Module) -> list[int]:
+        if isinstance(module, leaves):
+            return [sum(parameter.numel() for parameter in module.parameters())]
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        return [own] * (own > 0) + [size for child in module.children() for size in units(child)]
+
+    assert len(units(unet)) == gathered
+    assert max(units(unet)) < SHARDED["stage3_prefetch_bucket_size"]
 
 
 def test_buckets_end_with_the_gradients(monkeypatch):
