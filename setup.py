@@ -14,7 +14,7 @@ setup(
     # Ranges that are meant to work; constraints.txt holds the exact versions that are tested.
     install_requires=[
         "torch>=2.10",
-        "deepspeed>=0.19.8,<0.20",  # before, ZeRO-2 summed bfloat16 gradients in bfloat16, and NaN got through its steps
+        "deepspeed>=0.19.8,<0.20",  # before, ZeRO-2 summed bfloat16 gradients in bfloat16, and let a NaN into float32 weights
         "diffusers>=0.38",
         "transformers>=5.3",
         "webdataset>=1.0",

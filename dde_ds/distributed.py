@@ -28,7 +28,8 @@ def check_deepspeed() -> None:
     if (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__) < DEEPSPEED:
         oldest = ".".join(map(str, DEEPSPEED))
         raise RankError(
-            f"deepspeed {deepspeed.__version__} is installed, which sums gradients wrongly: pip install 'deepspeed>={oldest},<0.20'"
+            f"deepspeed {deepspeed.__version__} is installed, whose ZeRO-2 sums bfloat16 gradients in bfloat16 and lets a NaN into float32 "
+            f"weights: pip install 'deepspeed>={oldest},<0.20'"
         )
 
 

@@ -98,6 +98,10 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     config.setdefault("timers", {}).setdefault("throughput", dict(NO_TIMER))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     zero = config.get("zero_optimization", {})
+    if not all(parameter.requires_grad for parameter in policy.parameters()):
+        # DeepSpeed reduces a leaf module's gradients as soon as those of its inputs are there. The first block with adapters has none, since
+        # nothing before it is trained, and its weights' gradients would be taken before they are.
+        zero.pop("leaf_module", None)
     if zero.get("stage"):
         # Of parameters that zero.Init has cut up the whole sizes.
         trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

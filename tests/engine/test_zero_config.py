@@ -16,6 +16,8 @@ from dde_ds.engine.lowbit import check_partition
 from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import blocks, set_checkpointing
+from dde_ds.models.cost import made_up_batch
+from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import load_unet, predict
 from tests.conftest import ROOT
 
@@ -240,8 +242,8 @@ def test_and_trains_the_same(monkeypatch, name, precision):
     assert not torch.equal(weights[0][0].float(), torch.nn.Linear(5, 7).weight)
 
 
-@pytest.mark.parametrize(("model", "gathered"), [("sd15", 97), ("sdxl", 131)])
-def test_blocks_are_gathered_at_once(model, gathered):
+@pytest.mark.parametrize(("model", "blockwise", "layerwise"), [("sd15", 78, 280), ("sdxl", 117, 792)])
+def test_blocks_are_gathered_at_once(model, blockwise, layerwise):
     """The blocks of checkpointing are ZeRO-3's leaf modules, in all files and of the reference; so often as ds_configs/README.md says."""
     from diffusers import UNet2DConditionModel
 
@@ -253,14 +255,43 @@ def test_blocks_are_gathered_at_once(model, gathered):
         unet = UNet2DConditionModel.from_config(json.loads((ROOT / f"tests/architectures/{model}.json").read_text()))
     assert [module for module in unet.modules() if isinstance(module, leaves)] == blocks(unet)
 
-    def units(module: torch.nn.Module) -> list[int]:
-        if isinstance(module, leaves):
-            return [sum(parameter.numel() for parameter in module.parameters())]
-        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        return [own] * (own > 0) + [size for child in module.children() for size in units(child)]
+    def gathered(module: torch.nn.Module, leaves: tuple) -> list[int]:
+        """Elements each time; smaller parameters are on every rank whole."""
+        leaf = isinstance(module, leaves)
+        sizes = [parameter.numel() for parameter in module.parameters(recurse=leaf)]
+        inner = [] if leaf else [size for child in module.children() for size in gathered(child, leaves)]
+        return [sum(sizes)] * any(size > SHARDED["stage3_param_persistence_threshold"] for size in sizes) + inner
 
-    assert len(units(unet)) == gathered
-    assert max(units(unet)) < SHARDED["stage3_prefetch_bucket_size"]
+    assert (len(gathered(unet, leaves)), len(gathered(unet, ()))) == (blockwise, layerwise)
+    assert max(gathered(unet, leaves)) < SHARDED["stage3_prefetch_bucket_size"]
+
+
+@pytest.mark.parametrize("look_first", [True, False])
+def test_adapters_of_the_first_block(monkeypatch, sd_model, look_first):
+    """Cut up over the ranks as they are with a high rank: trained with blocks that nothing before them needs gradients for."""
+    pytest.importorskip("peft")
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    start()
+    norms = []
+    for name in ("zero2", "zero3"):
+        config = complete_config(run_with(ROOT / f"ds_configs/{name}.json", precision="fp32"), world=1)
+        if name == "zero3":
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        unet = load_unet(str(sd_model))
+        add_adapters(unet, 4, 4.0, ["conv1", "to_q"], seed=0)
+        policy, _ = initialize(unet, None, config | {"gradient_accumulation_steps": 1, "train_batch_size": 2})
+        batch = made_up_batch(unet.config, 2, 7)
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            inputs = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), batch)
+            if look_first:
+                with torch.no_grad():
+                    predict(policy, *inputs)
+            policy.backward((predict(policy, *inputs) - 1).square().mean())
+            policy.step()
+            norms.append(float(policy.get_global_grad_norm()))
+    assert norms[3:] == pytest.approx(norms[:3], rel=1e-4)
+    assert min(norms) > 0
 
 
 def test_buckets_end_with_the_gradients(monkeypatch):
