@@ -14,7 +14,7 @@ from dde_ds.ranks import Ranks, read_environment
 # Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL's own default.
 TIMEOUT_MINUTES = 10.0
 DEEPSPEED = (0, 19, 8)
-"""The oldest that trains right, as in setup.py. Before it ZeRO-2 sums bfloat16 gradients in bfloat16, and skips no step for a NaN in float32."""
+"""The oldest that trains right, as in setup.py. Before it ZeRO-2 sums bfloat16 gradients in bfloat16, and ZeRO skips no step for a NaN in float32."""
 
 
 def check_deepspeed() -> None:
@@ -28,8 +28,8 @@ def check_deepspeed() -> None:
     if (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__) < DEEPSPEED:
         oldest = ".".join(map(str, DEEPSPEED))
         raise RankError(
-            f"deepspeed {deepspeed.__version__} is installed, whose ZeRO-2 sums bfloat16 gradients in bfloat16 and lets a NaN into float32 "
-            f"weights: pip install 'deepspeed>={oldest},<0.20'"
+            f"deepspeed {deepspeed.__version__} is installed, whose ZeRO sums bfloat16 gradients in bfloat16 (stage 2) and lets a NaN into "
+            f"float32 weights: pip install 'deepspeed>={oldest},<0.20'"
         )
 
 

@@ -97,9 +97,8 @@ def _flat(sizes: Sizes, zero: dict, world: int, moments: float, average: int, wi
         return replace(held, gradients=4 * own)
     if stage == 2:
         # Flattened once more for the step, in float32. What one rank sums up in place it takes through its buckets only then.
-        in_place = world == 1 and width == 4
-        held = replace(held, communication=0 if in_place else communication, step=4 * own)
-        return replace(held, gradients=width * _reaching_into(sizes.trained, own))
+        beside = 0 if world == 1 and width == 4 else communication
+        return replace(held, gradients=width * _reaching_into(sizes.trained, own), communication=beside, step=4 * own)
     if wide_sums:
         return replace(held, gradients=4 * flat + width * total, communication=0, step=width * flat)
     return replace(held, gradients=width * total, step=4 * own)
