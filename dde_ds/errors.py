@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from dde_ds.text import printable, without_passwords
+
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the key or file, the value, and what would be right.
 
     Command lines print it after ``error:`` and exit with code 1; anything else that is raised is a bug and keeps its traceback.
+    Terminal codes that a file's name or contents would bring along are escaped, and passwords in URLs are struck out.
     """
+
+    def __init__(self, message: str):
+        super().__init__(without_passwords(printable(str(message))))
 
 
 class RankError(UserError):

@@ -1,0 +1,37 @@
+"""Text that came from outside, made safe to show: no terminal codes, no passwords."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Cc: control characters, ESC among them. Cf: invisible marks that turn the direction of text. Cs: half a surrogate pair. Zl, Zp: line ends.
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Joins emoji and the letters of several scripts; it shows nothing by itself.
+_HARMLESS = {"\u200d", "\u200c"}
+# scheme://user:secret@host; the secret may hold anything but a slash or white space, an @ too.
+_PASSWORD = re.compile(r"(?P<start>\b[a-z][a-z0-9+.-]*://[^\s/:@]*):[^\s/]*@", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters, direction marks and half surrogate pairs written as escapes such as ``\\x1b``.
+
+    A file's name or a caption can then not move the cursor, recolour a terminal or split a line of a log.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(char) if unicodedata.category(char) in _UNSAFE and char not in _HARMLESS else char for char in text)
+
+
+def without_passwords(text: str) -> str:
+    """Return ``text`` with the password of every URL struck out: ``http://user:***@host``."""
+    return _PASSWORD.sub(r"\g<start>:***@", text)
+
+
+def half_surrogate(text: str) -> bool:
+    """Return whether ``text`` holds half of a surrogate pair, which no file or terminal can take."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,93 @@
+"""Reading files that anybody may have written: regular files only, no more bytes than a limit, JSON within limits of depth.
+
+All JSON from outside goes through :func:`parse_json` or :func:`read_json`. What they refuse is a ``ValueError`` of one line; whoever
+calls adds the file's name and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from dde_ds.text import half_surrogate
+
+JSON_BYTES = 64 * 2**20
+"""Default limit of a JSON file. An index of 1,000 pairs takes 40 kB."""
+JSON_DEPTH = 64
+"""Lists and objects that may lie in one another. Our own files need 6."""
+
+
+def read_regular(path: str | Path, limit: int | None = None) -> bytes:
+    """Return the bytes of a regular file. A pipe or a device is refused instead of waited for.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+        ValueError: it is no regular file, or larger than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        data = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"larger than {limit:,} bytes")
+    return data
+
+
+def open_regular(path: str | Path):
+    """Return a regular file, opened for reading bytes. Without waiting: opening a pipe would block until somebody writes to it.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no regular file.
+    """
+    # Before it is opened too: opening some devices already does something.
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("not a regular file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_json(path: str | Path, limit: int = JSON_BYTES) -> Any:
+    """Return what a JSON file holds. Raises as :func:`read_regular` and :func:`parse_json`."""
+    return parse_json(read_regular(path, limit), limit)
+
+
+def parse_json(data: bytes | str, limit: int = JSON_BYTES) -> Any:
+    """Return what JSON text holds.
+
+    Raises:
+        ValueError: text that is no JSON, is longer than ``limit``, is nested deeper than :data:`JSON_DEPTH`, or holds half a
+            surrogate pair.
+    """
+    if len(data) > limit:
+        raise ValueError(f"larger than {limit:,} bytes")
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    _check(value)
+    return value
+
+
+def _check(value: Any) -> None:
+    level = [value]
+    for _ in range(JSON_DEPTH + 1):
+        below = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, str) and not item.isascii() and half_surrogate(item):
+                raise ValueError(f"text holds half a surrogate pair: {item[:40]!r}")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
