@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmarks import machine, ratio, record, table, take_turns
 
 from dde_ds.objective.fused import noise_errors
-from dde_ds.objective.losses import margin, preference_loss
+from dde_ds.objective.losses import logistic_loss, margin
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
 from dde_ds.ranks import end_process
@@ -129,7 +129,7 @@ def uncached(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device
 
 def fused(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correction: Tensor) -> Tensor:
     errors = noise_errors(policy, reference, NoiseTarget(noise))
-    loss = preference_loss(-(BETA / 2) * (gain * margin(*errors) + correction))
+    loss = logistic_loss(-(BETA / 2) * (gain * margin(*errors) + correction)).mean()
     return torch.autograd.grad(loss, policy)[0]
 
 

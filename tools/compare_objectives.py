@@ -29,6 +29,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import win_rate
 from dde_ds.files import write_atomically
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.objective import specs
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "launchers" / "demo"
@@ -44,7 +45,7 @@ class Variant:
     timesteps: tuple[int, int] | None = None
 
 
-OBJECTIVES = [Variant(name, name) for name in ("dde", "dde_single", "dde_step", "uniform", "discounted", "sft")]
+OBJECTIVES = [Variant(name, name) for name in specs.OBJECTIVES]
 SEGMENTS = [
     Variant(f"dde {low}-{high}", "dde", (low, high))
     for low, high in ((0, 100), (300, 400), (500, 600), (700, 800), (900, 1000), (200, 700))

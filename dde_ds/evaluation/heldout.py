@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dde_ds.data.draws import Draws
@@ -81,10 +80,10 @@ class HeldOut:
         own = policy[0]
         if objective.needs_reference:
             device = objective.table.correction.device
-            own = F.softplus(-objective.logits(m.to(device), self.timesteps.to(device))).cpu()
+            own = objective.link.loss(objective.logits(m.to(device), self.timesteps.to(device))).cpu()
         numbers = {
             "loss": own,
-            "loss_uniform": F.softplus(-losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),
+            "loss_uniform": losses.logistic_loss(losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),
             "accuracies": (m < 0).double(),
             "drift_chosen": chosen,
             "drift_rejected": rejected,

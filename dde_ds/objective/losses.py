@@ -5,7 +5,7 @@ B pairs; d(θ,w) … d(ref,l) are (B,) mean squared noise-prediction errors of p
     m = [d(θ,w) - d(ref,w)] - [d(θ,l) - d(ref,l)]        negative where the policy already prefers the winner
     z = -(β/2) · (g_t · m + η · K_t)                      loss = -log σ(z)
 
-The objectives differ in the gain g_t and in whether the stepwise correction K_t is there.
+The objectives differ in the gain g_t and in whether the stepwise correction K_t is there: the table in :mod:`.specs` lists them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from dde_ds.objective.schedule import NoiseSchedule
-
-OBJECTIVES = ("dde", "dde_single", "dde_step", "uniform", "discounted", "sft")
-CORRECTED = ("dde", "dde_step")
 
 
 def margin(policy_error: Tensor, reference_error: Tensor) -> Tensor:
@@ -31,24 +26,11 @@ def logits(margin: Tensor, gain: Tensor, correction: Tensor, beta: float, correc
     return -(beta / 2) * (gain * margin + correction_weight * correction)
 
 
-def preference_loss(logits: Tensor) -> Tensor:
-    """-log σ(z), mean over pairs; exactly log 2 where policy and reference agree."""
-    return F.softplus(-logits).mean()
+def logistic_loss(logits: Tensor) -> Tensor:
+    """-log σ(z) of each pair, (B,); exactly log 2 where policy and reference agree."""
+    return F.softplus(-logits)
 
 
-def gain_table(name: str, schedule: NoiseSchedule, discount: float, discount_mode: str) -> Tensor:
-    """g_t for every timestep, (T,) float64.
-
-    ``dde``, ``dde_single``: w_t (eq. 11). ``dde_step``, ``uniform``: 1 (sec. 4.5; eq. 12, Diffusion-DPO and D3PO).
-    ``discounted``: γ^(T-1-t), counted from the noisy start, or 1 where the discount is in the sampling of t instead.
-    """
-    if name in ("dde", "dde_single"):
-        return schedule.single_shot_weight
-    if name == "discounted" and discount_mode == "weight":
-        return discount_profile(schedule.timesteps, discount)
-    return torch.ones(schedule.timesteps, dtype=torch.float64)
-
-
-def discount_profile(timesteps: int, discount: float) -> Tensor:
-    """γ^(T-1-t), (T,) float64."""
-    return torch.tensor(discount, dtype=torch.float64) ** torch.arange(timesteps - 1, -1, -1, dtype=torch.float64)
+def logistic_weight(logits: Tensor) -> Tensor:
+    """-∂loss/∂z = σ(-z) of each pair, (B,): near 0 a pair is learnt, near 1 it is far on the wrong side."""
+    return torch.sigmoid(-logits)

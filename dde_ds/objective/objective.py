@@ -14,6 +14,7 @@ from dde_ds.objective import losses
 from dde_ds.objective.correction import ERROR_NAMES, CorrectionTable
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec
 
 SATURATED = 0.01
 TIMESTEP_BUCKETS = 10
@@ -55,13 +56,15 @@ class Objective:
         discount_mode: str,
         timestep_range: tuple[int, int],
     ):
+        spec = OBJECTIVES[name]
         self.name, self.schedule, self.beta = name, schedule, beta
-        self.correction_weight = correction_weight if name in losses.CORRECTED else 0.0
-        self.timestep_probabilities = _timestep_probabilities(name, schedule.timesteps, discount, discount_mode, timestep_range)
+        self.correction_weight = correction_weight if spec.corrected else 0.0
+        self.timestep_probabilities = _timestep_probabilities(spec, schedule, discount, discount_mode, timestep_range)
         """p(t), (T,) float64: what the trainer samples timesteps from."""
-        self.needs_reference = name != "sft"
+        self.needs_reference, self.link = spec.needs_reference, spec.link
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
-        self._gain = losses.gain_table(name, schedule, discount, discount_mode)
+        drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
+        self._gain = torch.ones(schedule.timesteps, dtype=torch.float64) if drawn else spec.gain(schedule, discount)
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
@@ -107,7 +110,7 @@ class Objective:
             reference_error = reference_errors.to(policy_error.dtype)
         m = losses.margin(policy_error, reference_error)
         z = self.logits(m, timesteps)
-        loss = losses.preference_loss(z)
+        loss = self.link.loss(z).mean()
         errors = torch.cat([policy_error.detach(), reference_error]).view(4, -1)
         self.table.add(timesteps, m.detach(), errors)
         return ObjectiveOutput(loss, z.detach(), *self._metrics(loss.detach(), z.detach(), errors, timesteps), reference_error)
@@ -147,7 +150,7 @@ class Objective:
         chosen_drift, rejected_drift = errors[:2] - errors[2:]
         scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
         margins, ahead = scale * (chosen_drift - rejected_drift), (chosen_drift < rejected_drift).to(z.dtype)
-        weight = torch.sigmoid(-z)
+        weight = self.link.weight(z)
         metrics = {
             "loss": loss,
             "rewards/chosen": (scale * chosen_drift).mean(),
@@ -224,8 +227,8 @@ def build_objective(
     Raises:
         UserError: an unknown name or an option out of range.
     """
-    if name not in losses.OBJECTIVES:
-        raise UserError(f"objective.name {name!r}{nearest(str(name), losses.OBJECTIVES)}")
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name {name!r}{nearest(str(name), OBJECTIVES)}")
     if not 0 < beta < math.inf:
         raise UserError(f"objective.beta is {beta}: it must be a finite number above 0")
     if not 0 <= correction_weight < math.inf:
@@ -243,9 +246,11 @@ def build_objective(
     return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high))
 
 
-def _timestep_probabilities(name, steps, discount, discount_mode, timestep_range) -> Tensor:
-    sampled = name == "discounted" and discount_mode == "sample"
-    profile = losses.discount_profile(steps, discount) if sampled else torch.ones(steps, dtype=torch.float64)
+def _timestep_probabilities(
+    spec: ObjectiveSpec, schedule: NoiseSchedule, discount: float, discount_mode: str, timestep_range: tuple[int, int]
+) -> Tensor:
+    drawn = spec.discounted and discount_mode == "sample"
+    profile = spec.gain(schedule, discount) if drawn else torch.ones(schedule.timesteps, dtype=torch.float64)
     low, high = timestep_range
     inside = torch.zeros_like(profile)
     inside[low:high] = profile[low:high]

@@ -48,5 +48,5 @@ def credit_profile(objective: Objective, margins: Tensor) -> Profile:
     winner = margins.double().clone().requires_grad_()
     others = torch.zeros_like(margins, dtype=torch.float64)
     z = objective.logits(margin(torch.cat([winner, others]), torch.cat([others, others])), every)
-    (credit,) = torch.autograd.grad(torch.nn.functional.softplus(-z).sum(), winner)
-    return Profile(credit, torch.sigmoid(-z.detach()))
+    (credit,) = torch.autograd.grad(objective.link.loss(z).sum(), winner)
+    return Profile(credit, objective.link.weight(z.detach()))

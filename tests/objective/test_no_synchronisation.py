@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dde_ds import NoiseSchedule, build_objective
-from dde_ds.objective.losses import OBJECTIVES
+from dde_ds.objective.specs import OBJECTIVES
 from dde_ds.training.metrics import Averages
 
 

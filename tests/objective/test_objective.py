@@ -8,8 +8,8 @@ import torch
 
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.config import ObjectiveConfig
-from dde_ds.objective.losses import OBJECTIVES
 from dde_ds.objective.objective import configured_objective
+from dde_ds.objective.specs import OBJECTIVES
 
 PAIRS, SHAPE = 3, (4, 5, 7)
 T = torch.tensor([3, 417, 950])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dde_ds import build_objective
-from dde_ds.objective.losses import OBJECTIVES
 from dde_ds.objective.profile import assume_margin, credit_profile
+from dde_ds.objective.specs import OBJECTIVES
 
 
 def profile(name, schedule, margin, beta=2000.0):

@@ -1,0 +1,77 @@
+"""The table of objectives. To add one, add a row to :data:`OBJECTIVES`, and its line to the README beside this file.
+
+Loss, gradient weight, credit profile, held-out evaluation, command line and comparison tool all read the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dde_ds.objective.losses import logistic_loss, logistic_weight
+from dde_ds.objective.schedule import NoiseSchedule
+
+Gain = Callable[[NoiseSchedule, float], Tensor]
+"""g_t for every timestep, (T,) float64, from the schedule and the discount γ."""
+
+
+class Link(NamedTuple):
+    """From z, (B,), to each pair's loss, and to what it leaves of the gradient, -∂loss/∂z, (B,)."""
+
+    loss: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor], Tensor]
+
+
+class ObjectiveSpec(NamedTuple):
+    """What makes an objective this objective."""
+
+    gain: Gain
+    """g_t, what a margin at timestep t is multiplied by."""
+
+    symbol: str
+    """g_t as the README's table writes it."""
+
+    source: str
+    """Where it comes from, as the README's table says."""
+
+    corrected: bool = False
+    """Add the stepwise correction η K_t."""
+
+    discounted: bool = False
+    """Let ``discount_mode: sample`` draw t in proportion to g_t instead of multiplying by it."""
+
+    needs_reference: bool = True
+    """Compare with a frozen reference. False: the loss is the policy's error on the winner alone."""
+
+    link: Link = Link(logistic_loss, logistic_weight)
+
+
+def single_shot(schedule: NoiseSchedule, discount: float) -> Tensor:
+    """Return w_t = 1/SNR(t), (T,) float64: errors of the noise become errors of the image that one step to x₀ gives (eq. 11)."""
+    return schedule.single_shot_weight
+
+
+def flat(schedule: NoiseSchedule, discount: float) -> Tensor:
+    """Return 1 for every timestep, (T,) float64."""
+    return torch.ones(schedule.timesteps, dtype=torch.float64)
+
+
+def discounted(schedule: NoiseSchedule, discount: float) -> Tensor:
+    """Return γ^(T-1-t), (T,) float64, counted from the noisy start."""
+    return torch.tensor(discount, dtype=torch.float64) ** torch.arange(schedule.timesteps - 1, -1, -1, dtype=torch.float64)
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "dde": ObjectiveSpec(single_shot, "w_t", "eq. 11", corrected=True),
+    "dde_single": ObjectiveSpec(single_shot, "w_t", "ablation, sec. 4.5"),
+    "dde_step": ObjectiveSpec(flat, "1", "ablation, sec. 4.5", corrected=True),
+    "uniform": ObjectiveSpec(flat, "1", "eq. 12: Diffusion-DPO, D3PO"),
+    "discounted": ObjectiveSpec(discounted, "γ^(T-1-t)", "dense-reward view", discounted=True),
+    "sft": ObjectiveSpec(flat, "", "error on winners alone; no reference", needs_reference=False),
+}
+
+COMPARING = tuple(name for name, spec in OBJECTIVES.items() if spec.needs_reference)
+"""Names of the objectives that compare pairs with a reference."""

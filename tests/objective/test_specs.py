@@ -1,0 +1,64 @@
+"""The table of objectives is the one place: whatever names objectives reads it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from dde_ds import build_objective, config
+from dde_ds.objective.losses import logistic_weight
+from dde_ds.objective.profile import credit_profile
+from dde_ds.objective.specs import OBJECTIVES, Link, ObjectiveSpec
+from tests.conftest import ROOT
+from tests.objective.test_objective import T, predictions
+
+
+def test_the_readme_lists_the_table_row_by_row():
+    text = (ROOT / "dde_ds/objective/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
+    found = [(name, symbol.strip(), corrected.strip(), source.strip()) for name, symbol, corrected, source in rows]
+    assert found == [
+        (name, spec.symbol, {True: "yes", False: "no"}[spec.corrected] if spec.needs_reference else "", spec.source)
+        for name, spec in OBJECTIVES.items()
+    ]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_guides_name_every_objective(name):
+    section = inspect.getsource(config.ObjectiveConfig)
+    for text in (section, build_objective.__doc__, (ROOT / "launchers/recipes/sdxl_dde.yaml").read_text(encoding="utf-8")):
+        assert re.search(rf"\b{name}\b", text)
+
+
+def test_a_row_is_all_that_a_new_objective_needs(schedule, monkeypatch):
+    """A gain of its own and a squared hinge for a link: loss, gradient weight and credit profile follow."""
+
+    def ramp(schedule, discount):
+        return torch.linspace(1, 2, schedule.timesteps, dtype=torch.float64)
+
+    link = Link(lambda z: (1 - z).clamp(min=0) ** 2, lambda z: 2 * (1 - z).clamp(min=0))
+    monkeypatch.setitem(OBJECTIVES, "ramp", ObjectiveSpec(ramp, "1 + t/T", "here", link=link))
+    policy, reference, noise = predictions()
+    objective = build_objective("ramp", schedule, beta=50.0)
+    out = objective(policy, reference, noise, T)
+    out.loss.backward()
+
+    exact = policy.detach().clone().requires_grad_()
+    errors = ((exact - noise.repeat(2, 1, 1, 1)) ** 2).mean((1, 2, 3)) - ((reference - noise.repeat(2, 1, 1, 1)) ** 2).mean(
+        (1, 2, 3)
+    )
+    z = -25.0 * ramp(schedule, 1.0)[T] * (errors[:3] - errors[3:])
+    expected = (torch.relu(1 - z) ** 2).mean()
+    expected.backward()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(policy.grad, exact.grad)
+
+    margins = torch.full((1000,), -1e-3, dtype=torch.float64)
+    found = credit_profile(objective, margins)
+    z = 25.0 * 1e-3 * ramp(schedule, 1.0)
+    torch.testing.assert_close(found.credit, 25.0 * ramp(schedule, 1.0) * 2 * (1 - z))
+    torch.testing.assert_close(found.push, 2 * (1 - z))
+    assert not torch.allclose(found.push, logistic_weight(z))
