@@ -1,0 +1,48 @@
+"""Stream shards with stock webdataset, for training loops that bring their own loader.
+
+The trainer itself does not use this: its indexed reader keeps an exact order, resumes anywhere and checks every sample's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import webdataset
+from torch import Tensor
+
+from dde_ds.data.shards import ShardSet
+
+
+def as_webdataset(folder: str | Path, **options: Any) -> webdataset.WebDataset:
+    """Return a ``webdataset.WebDataset`` over a local folder of shards, which yields each pair with its prompt's embeddings.
+
+    A sample is a dict: ``__key__``, ``description`` (caption, source row) and the tensors of a pair and its prompt, as
+    :mod:`dde_ds.data.shards` lists them: ``latents`` (2,C,H,W) winner then loser, ``prompt_embeds`` (S,D), and so on.
+    Shuffle, split and batch it with webdataset's own methods: ``as_webdataset(folder, shardshuffle=100).shuffle(1000)``.
+
+    webdataset checks no checksum, and drops the rest of a damaged tar without a word. Run ``tools/verify_shards.py`` before.
+
+    Args:
+        folder: local shards.
+        options: passed on to ``webdataset.WebDataset``; by default shards are not shuffled, and are split over nodes and workers.
+
+    Raises:
+        UserError: no whole set of shards.
+    """
+    shards = ShardSet(folder)
+    tars = [str(shards.folder / f"{file['name']}.tar") for file in shards.manifest["shards"] if file["samples"]]
+    options = {"shardshuffle": False, "nodesplitter": webdataset.split_by_node, "empty_check": False, **options}
+    return webdataset.WebDataset(tars, **options).compose(partial(_decoded, shards=shards))
+
+
+def _decoded(samples: Iterator[dict[str, Any]], shards: ShardSet) -> Iterator[dict[str, Any]]:
+    # Not webdataset's .decode(), which unpickles members of some names.
+    for sample in samples:
+        tensors: dict[str, Tensor] = safetensors.torch.load(sample["safetensors"])
+        prompt = shards.prompt(int(tensors.pop("prompt")))
+        yield {"__key__": sample["__key__"], "description": json.loads(sample["json"]), **tensors, **prompt}
