@@ -30,11 +30,11 @@ setup(
         "eval": ["matplotlib>=3.8", "pillow>=10"],
         "lowbit": ["bitsandbytes>=0.50"],  # 0.50 has its 8-bit optimizer for the CPU as well, where it is tested
         "lora": ["peft>=0.18"],
-        "track": ["tensorboard>=2.16", "wandb>=0.17"],
+        "track": ["accelerate>=1.10", "tensorboard>=2.16", "wandb>=0.17"],
         # Triton: a CUDA build of PyTorch brings its own, a CPU build none; its interpreter runs the kernels' tests there.
         # shellcheck, hadolint and the schemas of Kubernetes' kinds check what is in launchers/ and docker/.
         "dev": [
-            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16"),
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16", "accelerate>=1.10"),
             "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
             *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6", "bitsandbytes>=0.50", "peft>=0.18"),
             *("moto[s3]>=5.1", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs; moto[server] is three times as much

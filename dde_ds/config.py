@@ -363,12 +363,13 @@ class LogConfig:
     every: int = 1
     """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. Writing a row makes the host wait for the device a few times."""
 
-    tensorboard: bool = False
-    """Write the rows to ``tensorboard/`` in the run folder as well. Needs the extra ``track``."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that get the rows and the sample images as well: ``tensorboard`` (files in the run folder), ``wandb``, ``mlflow``,
+    ``trackio``, ``comet_ml``, ``aim``, ``clearml``, ``dvclive`` or ``swanlab``. The tracker's own package must be installed, and its own
+    environment variables apply: ``WANDB_MODE=offline`` keeps everything in the run folder."""
 
-    wandb_project: str | None = None
-    """Send the rows and the configuration to this Weights & Biases project as well. Needs the extra ``track`` and a login; with
-    ``WANDB_MODE=offline`` they stay in the run folder."""
+    project: str = "dde_ds"
+    """Name of the project or experiment at the trackers."""
 
     def __post_init__(self):
         _require(self.every >= 1, "log.every", self.every, "must be 1 or more")

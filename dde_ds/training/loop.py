@@ -110,6 +110,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             images = unless_stopped(lambda: prompts.draw(policy.module, *options, poll=stop.poll))
             if ranks.is_first and images is not None:
                 save_row(images, drawing(run, step))
+                log.show(step, images)
 
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()

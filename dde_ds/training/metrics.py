@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
 from dde_ds.objective.objective import BY_TIMESTEP, Objective, ObjectiveOutput
-from dde_ds.training.track import Write
+from dde_ds.training.track import send_images, send_row
 
 
 class Averages:
@@ -109,7 +110,7 @@ class Clock:
 class RunLog:
     """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row."""
 
-    def __init__(self, folder: Path, resume_step: int, trackers: Sequence[Write] = ()):
+    def __init__(self, folder: Path, resume_step: int, trackers: Sequence[Any] = ()):
         self._trackers = trackers
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
         self._correction = RowFile(folder / "correction.jsonl", resume_step)
@@ -117,13 +118,16 @@ class RunLog:
     def write(self, step: int, position: int, row: dict[str, float], objective: Objective | None = None) -> None:
         """Without ``objective`` its table gets no row."""
         self._metrics.write({"step": step, "position": position, **row})
-        for track in self._trackers:
-            track(step, row)
+        send_row(self._trackers, step, row)
         if objective and objective.correction_weight:
             steps = objective.schedule.timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))
             values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
             self._correction.write({"step": step, "timesteps": timesteps.tolist(), "correction": values})
+
+    def show(self, step: int, images: Tensor) -> None:
+        """Send sample images, (N,3,H,W) uint8, to the trackers."""
+        send_images(self._trackers, step, images)
 
 
 class RowFile:

@@ -1,72 +1,92 @@
-"""Rows of metrics for a tracker as well: TensorBoard files in the run folder, Weights & Biases if the user names a project.
+"""Send rows of metrics and sample images to experiment trackers, through accelerate's adapters for them.
 
-Nothing leaves the machine unless ``log.wandb_project`` is set. ``metrics.jsonl`` is written whatever else is.
+Nothing leaves the machine unless ``log.trackers`` names a tracker that sends. ``metrics.jsonl`` is written in any case.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
 
 from dde_ds.config import RunConfig
-from dde_ds.errors import UserError
-
-Write = Callable[[int, dict[str, float]], None]
+from dde_ds.errors import UserError, nearest
 
 
-def open_trackers(run: RunConfig, resume_step: int) -> list[Write]:
-    """Functions that take a step and its row. Steps after ``resume_step`` of an earlier try are replaced where the tracker can.
+def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
+    """Return the started trackers of ``log.trackers``, ``accelerate.tracking.GeneralTracker`` each. Call it on one rank.
+
+    A resumed run goes on in the same run of TensorBoard, W&B and Trackio; steps after ``resume_step`` are replaced in TensorBoard.
 
     Raises:
-        UserError: a tracker that is asked for is not installed, or refuses.
+        UserError: a tracker that is unknown, is not installed, or refuses.
     """
+    if not run.log.trackers:
+        return []
+    try:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    except ImportError:
+        raise UserError("log.trackers is set, but accelerate is not installed: pip install -e '.[track]'") from None
+
+    PartialState()  # accelerate's own log lines need it; it takes the process group that is there
+    available = {str(name) for name in get_available_trackers()}
     trackers = []
-    if run.log.tensorboard:
-        trackers.append(_tensorboard(Path(run.output), resume_step))
-    if run.log.wandb_project:
-        trackers.append(_wandb(run))
+    for name in run.log.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"log.trackers names {name!r}{nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in available:
+            raise UserError(f"log.trackers names {name!r}, which is not installed: pip install {name.replace('_', '-')}")
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        try:
+            tracker = _new(kind, name, run, resume_step)
+            tracker.main_process_only = False  # this rank alone made it
+            tracker.start()
+            if name != "tensorboard":  # it would add a run of its own for them; config.yaml lies beside its files
+                tracker.store_init_configuration(yaml.safe_load(run.to_yaml()))
+        except Exception as error:  # each tracker has its own kinds of error: no login, no network, no room
+            raise UserError(
+                f"log.trackers: {name} does not start: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from None
+        trackers.append(tracker)
     return trackers
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Write:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("log.tensorboard is true, but tensorboard is not installed: pip install -e '.[track]'") from None
-    writer = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
-
-    def write(step: int, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return write
+def send_row(trackers: Sequence[Any], step: int, row: dict[str, float]) -> None:
+    for tracker in trackers:
+        tracker.log(row, step=step)
 
 
-def _wandb(run: RunConfig) -> Write:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.wandb_project is set, but wandb is not installed: pip install -e '.[track]'") from None
+def send_images(trackers: Sequence[Any], step: int, images: Tensor) -> None:
+    """Send samples, (N,3,H,W) uint8, to the trackers that take images."""
+    for tracker in trackers:
+        if hasattr(tracker, "log_images"):
+            whole = images.permute(0, 2, 3, 1).numpy()
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": whole}, step=step, **options)
+
+
+def finish(trackers: Sequence[Any]) -> None:
+    """Send what is still held back, and close."""
+    for tracker in trackers:
+        tracker.finish()
+
+
+def _new(kind: Any, name: str, run: RunConfig, resume_step: int) -> Any:
+    folder = Path(run.output)
     # One run of the tracker for one run folder, however often it is resumed.
-    name = hashlib.sha256(str(Path(run.output).resolve()).encode()).hexdigest()[:16]
-    try:
-        session = wandb.init(
-            project=run.log.wandb_project,
-            id=name,
-            name=Path(run.output).name,
-            resume="allow",
-            dir=run.output,
-            config=dataclasses.asdict(run),
-        )
-    except (wandb.errors.Error, OSError) as error:
-        raise UserError(
-            f"log.wandb_project {run.log.wandb_project}: {' '.join(str(error).split())}; WANDB_MODE=offline keeps it here"
-        ) from None
-
-    def write(step: int, row: dict[str, float]) -> None:
-        session.log(row, step=step)
-
-    return write
+    identifier = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    if name == "tensorboard":
+        return kind("tensorboard", folder, purge_step=resume_step + 1)
+    options: dict[str, Any] = {
+        "wandb": {"id": identifier, "name": folder.name, "resume": "allow", "dir": run.output},
+        "trackio": {"name": f"{folder.name}-{identifier[:6]}", "resume": "allow"},
+        "mlflow": {"run_name": folder.name},
+    }.get(name, {})
+    if kind.requires_logging_directory:
+        options["logging_dir"] = folder
+    return kind(run.log.project, **options)

@@ -89,6 +89,7 @@ def settling(tmp_path_factory, sd_model, sd_shards) -> Path:
 
 
 LOOKING = ("samples.prompts=[dagger, fire]", "samples.inference_steps=2", "samples.every=2", "evaluation.every=2")
+TRACKED = "log.trackers=[tensorboard]"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def ended(config, held_out, other_configs, settling, tmp_path_factory) -> dict[s
     output = {name: f"output={folder / name}" for name in ("zero2", "zero3", "looking", "alone", "bf16-zero2", "bf16-zero3")}
     every_step = (held_out, "evaluation.every=1")
     two = {
-        "looking": Run(config, [output["looking"], held_out, *LOOKING]),
+        "looking": Run(config, [output["looking"], held_out, *LOOKING, TRACKED]),
         "again": Run(config, [output["looking"]]),
         "zero2 stopped": Run(config, [output["zero2"], *every_step, "steps=3"]),
         "zero3 stopped": Run(config, [output["zero3"], *every_step, "steps=3", "model.gradient_checkpointing=full", stage(3)]),
@@ -175,7 +176,7 @@ def test_two_ranks_zero_2(ended, config, expected):
 
 def test_the_resolved_configuration_is_kept(ended, config, held_out):
     run = done(ended, "looking")
-    assert load_config(run / "config.yaml") == load_config(config, [f"output={run}", held_out, *LOOKING])
+    assert load_config(run / "config.yaml") == load_config(config, [f"output={run}", held_out, *LOOKING, TRACKED])
 
 
 def test_a_run_that_ended_refuses_to_start_again(ended):
@@ -200,6 +201,17 @@ def test_held_out_numbers_do_not_depend_on_the_ranks(ended, config):
         moved = drift[f"policy_{side}"] - drift[f"reference_{side}"]
         assert found[4][f"eval/drift_{side}"] == pytest.approx(moved, abs=1e-6)
         assert abs(moved) > 1e-5
+
+
+def test_a_tracker_gets_every_row_and_the_samples(ended):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = done(ended, "looking")
+    found = EventAccumulator(str(run / "tensorboard")).Reload()
+    written = {row["step"]: row["loss"] for row in rows(run)}
+    assert {event.step: event.value for event in found.Scalars("loss")} == pytest.approx(written)
+    assert [event.step for event in found.Images("samples")] == [0, 2, 4]
 
 
 def test_the_losses_depend_on_the_correction(config, expected):

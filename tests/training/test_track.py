@@ -3,9 +3,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from dde_ds import UserError, load_config
-from dde_ds.training.track import open_trackers
+from dde_ds.training.track import finish, open_trackers, send_images, send_row
 from tests.launching import write_config
 
 
@@ -24,33 +25,53 @@ def test_tensorboard(settings, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
     for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        (write,) = open_trackers(settings("log.tensorboard=true"), resume_step)
+        trackers = open_trackers(settings("log.trackers=[tensorboard]"), resume_step)
         for step in steps:
-            write(step, {"loss": step + resume_step / 10, "rewards/accuracies": 0.5})
+            send_row(trackers, step, {"loss": step + resume_step / 10, "rewards/accuracies": 0.5})
+        send_images(trackers, steps[-1], images)
+        finish(trackers)
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert sorted(found.Tags()["scalars"]) == ["loss", "rewards/accuracies"]
     rows = {event.step: event.value for event in found.Scalars("loss")}
     assert rows == pytest.approx({1: 1.0, 2: 2.0, 3: 3.2, 4: 4.2}), "step 3 is that of the resumed run"
+    shown = found.Images("samples")
+    assert [(event.step, event.width, event.height) for event in shown] == [(4, 16, 8)], "two images side by side"
 
 
 def test_wandb_offline(settings, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    (write,) = open_trackers(settings("log.wandb_project=alignment"), 0)
-    write(1, {"loss": 0.5})
-    import wandb
-
-    wandb.finish()
+    trackers = open_trackers(settings("log.trackers=[wandb]", "log.project=alignment"), 0)
+    send_row(trackers, 1, {"loss": 0.5})
+    send_images(trackers, 1, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    finish(trackers)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize(
-    ("module", "override"), [("tensorboard", "log.tensorboard=true"), ("wandb", "log.wandb_project=alignment")]
-)
-def test_not_installed(settings, monkeypatch, module, override):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=rf"{module} is not installed: pip install -e '.\[track\]'"):
-        open_trackers(settings(override), 0)
+def test_a_tracker_that_cannot_be_had(settings, monkeypatch):
+    with pytest.raises(UserError, match=r"log.trackers names 'tensorbord'; did you mean 'tensorboard'"):
+        open_trackers(settings("log.trackers=[tensorbord]"), 0)
+    with pytest.raises(UserError, match=r"log.trackers names 'dvclive', which is not installed: pip install dvclive"):
+        open_trackers(settings("log.trackers=[dvclive]"), 0)
+
+
+def test_a_tracker_that_does_not_start_is_one_line(settings, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tmp_path / "run" / "tensorboard").write_text("a file where its folder would be")
+    with pytest.raises(UserError, match=r"log.trackers: tensorboard does not start: "):
+        open_trackers(settings("log.trackers=[tensorboard]"), 0)
+
+
+@pytest.mark.parametrize(("old", "new"), [("log.tensorboard=true", "trackers"), ("log.wandb_project=alignment", "project")])
+def test_the_old_keys_say_what_they_are_called_now(settings, old, new):
+    with pytest.raises(UserError, match=rf"unknown key log\.\w+.*{new}"):
+        settings(old)
+
+
+def test_accelerate_not_installed(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UserError, match=r"log.trackers is set, but accelerate is not installed: pip install -e '.\[track\]'"):
+        open_trackers(settings("log.trackers=[tensorboard]"), 0)
