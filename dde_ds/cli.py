@@ -156,14 +156,15 @@ def export(args: argparse.Namespace) -> None:
     chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
     if not chosen:
         raise UserError(f"{source}: neither a run folder with a finished checkpoint nor a checkpoint")
-    if wrong := checkpoint.damage(chosen[-1]):
-        raise UserError(f"checkpoint {chosen[-1]}: damaged: {wrong}; export an older one")
-    state = checkpoint.read_state(chosen[-1])
-    run = config_of(state["config"])
-    # Of the run folder, where the checkpoint still lies in one.
-    rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl") if row["step"] <= state["step"]]
-    metrics = last_numbers(rows)
-    export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
+    try:
+        state = checkpoint.read_state(chosen[-1])
+        run = config_of(state["config"])
+        # Of the run folder, where the checkpoint still lies in one.
+        rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl") if row["step"] <= state["step"]]
+        metrics = last_numbers(rows)
+        export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
+    except checkpoint.DamagedError as error:
+        raise UserError(f"{error}; export an older one") from None
     print(f"{chosen[-1].name} → {args.output}")
 
 

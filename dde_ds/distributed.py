@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dde_ds.errors import RankError
+from dde_ds.errors import RankError, UserError
 from dde_ds.ranks import Ranks, read_environment
+
+T = TypeVar("T")
 
 # Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL's own default.
 TIMEOUT_MINUTES = 10.0
@@ -129,6 +132,21 @@ def first_says(value: Any, ranks: Ranks) -> Any:
         return value
     held = [value]
     dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def first_does(work: Callable[[], T]) -> T:
+    """What ``work()`` gives on the first rank, or the UserError that it raises there, on every rank; plain data only. Collective."""
+    held: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            held[0] = work()
+        except UserError as error:
+            held[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(held, src=0)
+    if held[1] is not None:
+        raise UserError(held[1])
     return held[0]
 
 

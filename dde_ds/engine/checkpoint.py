@@ -8,16 +8,23 @@
       manifest.json                 every file with its bytes and sha256
 
 A checkpoint is written in ``checkpoints/.staging``, each file fsynced by the rank that wrote it, and renamed when every rank is done.
-Loading checks every file first.
+The first rank alone reads one: what the manifest names and nothing else, and of that only what is checked. Damage is what reading has
+proved; where reading fails nothing is proved, and nothing may be deleted for it.
 Nothing is pickled: reading a checkpoint runs no code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import safetensors.torch
 import torch
@@ -25,37 +32,59 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dde_ds.distributed import any_rank
+from dde_ds.distributed import any_rank, first_does
 from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
-from dde_ds.files import TRASH, discard, publish, sha256_of, sync
+from dde_ds.files import discard, empty_trash, publish, sha256_of, sha256_of_open, sync
 from dde_ds.objective.objective import Objective
+from dde_ds.untrusted import JSON_BYTES, open_regular, parse_json
+from dde_ds.warn import reason, warn_once
 
 STATE, TABLE, MANIFEST = "state.json", "objective.safetensors", "manifest.json"
 FORMAT = "dde_ds checkpoint 1"
 # What a rank holds in memory before it writes a file.
 PART_BYTES = 2 * 2**30
+# A name with anything behind the number is a copy or a mark of somebody's, and no checkpoint of the run.
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+_WEIGHTS = re.compile(r"state-[0-9]{5,}-[0-9]{3,}\.safetensors")
+# Files that are checked at the same time: one thread reads half a gigabyte a second where the processor has no SHA instructions.
+_READERS = 8
+
+T = TypeVar("T")
+
+
+class DamagedError(UserError):
+    """A checkpoint of which reading has proved that it is not what was written."""
 
 
 def save(
-    folder: Path, policy: Any, objective: Objective, state: dict, keep: int, keep_every: int | None = None
+    folder: Path,
+    policy: Any,
+    objective: Objective,
+    state: dict,
+    keep: int,
+    keep_every: int | None = None,
+    damaged: Collection[Path] = (),
 ) -> tuple[Path, int]:
     """Write the checkpoint of ``state["step"]``, then delete what need not be kept. Collective; ranks share ``folder``.
 
     Args:
         keep: how many of the newest stay.
         keep_every: checkpoints at multiples of this step stay as well.
+        damaged: checkpoints that were proved damaged when the run went on from one before them. Of the later ones these alone are
+            deleted; another one is no concern of this run, and stays.
 
     Returns:
         The checkpoint and its size in bytes.
 
     Raises:
-        RankError: no room on the disk, or a file that cannot be written. Older checkpoints stay as they are.
+        RankError: no room on the disk, a file that cannot be written, or a whole checkpoint of this step that another run has put
+            there. Older checkpoints stay as they are.
     """
     staging, target = folder / ".staging", folder / f"step-{state['step']:08d}"
     trouble = None
     if dist.get_rank() == 0:
-        trouble = _make_room(staging, policy)
+        trouble = _make_room(staging, target, policy, damaged)
     _raise_together(trouble, policy.device)
     try:
         rows, trouble = _write_parts(staging, policy), None
@@ -67,12 +96,7 @@ def save(
     if dist.get_rank() == 0:
         try:
             _finish(staging, target, [row for rank in everyone for row in rank], policy, objective, state)
-            finished = list_checkpoints(folder)
-            for later in (path for path in finished if step_of(path) > state["step"]):
-                discard(later)  # damaged, or the run would not have gone on from before it: not to be kept in this one's place
-            for old in [path for path in finished if step_of(path) <= state["step"]][:-keep]:
-                if not keep_every or step_of(old) % keep_every:
-                    discard(old)
+            _delete_old(folder, state["step"], keep, keep_every, damaged)
         except (OSError, SafetensorError) as error:
             trouble = error
     _raise_together(trouble and _unwritable(staging, trouble), policy.device)
@@ -80,8 +104,30 @@ def save(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. Whether their files are still whole is for :func:`damage` to say."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    """Finished checkpoints, oldest first. Whether their files are still whole is for :func:`damage` to say.
+
+    Raises:
+        UserError: the folder cannot be read. It is not empty for that.
+    """
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(filter(_is_finished, found), key=step_of)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"checkpoints in {folder}: could not be read: {reason(error)}; nothing was deleted: mend it, then try again"
+        ) from None
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        (checkpoint / MANIFEST).lstat()
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:
+        return checkpoint.is_symlink() and not checkpoint.exists()  # its disk is not mounted: for whoever reads it to say
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -89,59 +135,79 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """``state.json`` of a checkpoint."""
+    """``state.json`` of a checkpoint, with ``step``, ``optimizer``, and the ``identity`` and ``config`` of its run.
+
+    Raises:
+        DamagedError: it is not what was written, or of another step than the folder's name says.
+        UserError: it could not be read.
+    """
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint}: {STATE} not readable: {error}") from None
+        state = {"identity": {}, "config": {}} | parse_json(_contents(checkpoint, STATE))
+        optimizer = state["optimizer"]
+        whole = all(type(count) is int and count >= 0 for count in (state["step"], optimizer["steps"]))
+        whole &= all(isinstance(kind, str) for kind in optimizer["moments"])
+        whole &= all(isinstance(state[key], dict) for key in ("identity", "config"))
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"{STATE}: {reason(error)}") from None
+    if not whole:
+        raise _damaged(checkpoint, f"{STATE} is no state of a run")
+    if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != state["step"]:
+        raise _damaged(checkpoint, f"{STATE} is of step {state['step']}")
+    return state
 
 
-def damage(checkpoint: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, or None."""
+def damage(checkpoint: Path) -> str | None:
+    """One line about what is wrong with a checkpoint, or None. Reads all of it.
+
+    Raises:
+        UserError: it could not be read, or is of another version: neither proves any damage.
+    """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"{MANIFEST} says {manifest['format']!r}, this version reads {FORMAT!r}"
-        for row in manifest["files"][rank::world]:
-            path = checkpoint / row["name"]
-            if path.stat().st_size != row["bytes"] or sha256_of(path) != row["sha256"]:
-                return f"{row['name']} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        read_state(checkpoint)
+        _read_table(checkpoint)
+        WeightReader(checkpoint)
+    except DamagedError as error:
+        return str(error)
     return None
 
 
-def newest_whole(checkpoints: list[Path], device: torch.device, on_damage) -> Path | None:
-    """The newest checkpoint whose files are what was written; ``on_damage`` is told of each newer one. Collective."""
+def newest_whole(checkpoints: list[Path], on_damage: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what was written; ``on_damage`` is told of each newer one, on the first rank. Collective.
+
+    Raises:
+        UserError: one could not be read, so that nobody knows whether it is the newest whole one. Raised on all ranks.
+    """
     for checkpoint in reversed(checkpoints):
-        wrong = damage(checkpoint, dist.get_rank(), dist.get_world_size())
-        if wrong:
-            on_damage(f"checkpoint {checkpoint}: damaged: {wrong}")
-        if not any_rank(wrong is not None, device):
+        wrong = first_does(lambda checkpoint=checkpoint: damage(checkpoint))
+        if wrong is None:
             return checkpoint
+        if dist.get_rank() == 0:
+            on_damage(wrong)
     return None
 
 
 def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
-    """Restore weights, optimizer and correction table. Collective; only the first rank reads the weights.
+    """Restore weights, optimizer and correction table. Collective; only the first rank reads.
 
     Raises:
-        UserError: the checkpoint is of another model or of another optimizer.
+        UserError: the checkpoint is damaged, cannot be read, or is of another model or of another optimizer. Raised on all ranks.
     """
-    load_table(checkpoint, objective)
-    state = read_state(checkpoint)
-    kinds = state["optimizer"]["moments"]
     parameters = training_state.trained(policy)
-    first = dist.get_rank() == 0
-    reader = WeightReader(checkpoint) if first else None
-    names = [f"{name}/{kind}" for name, _ in parameters for kind in (training_state.WEIGHT, *kinds)]
-    strange = sorted(set(names) ^ set(reader.names))[:3] if reader else []
-    _raise_together(
-        UserError(f"checkpoint {checkpoint}: is not of this model: {', '.join(strange)} is in one of them only")
-        if strange
-        else None,
-        policy.device,
-    )
+    reader: WeightReader | None = None
+
+    def read() -> tuple[dict, dict[str, Tensor]]:
+        nonlocal reader
+        reader = WeightReader(checkpoint)
+        state = read_state(checkpoint)
+        kinds = (training_state.WEIGHT, *state["optimizer"]["moments"])
+        _check_fit(checkpoint, reader, {f"{name}/{kind}": value for name, value in parameters for kind in kinds})
+        return state, _read_table(checkpoint)
+
+    state, table = first_does(read)
+    _set_table(checkpoint, objective, table)
+    kinds = state["optimizer"]["moments"]
     training_state.begin_restoring(policy, state["optimizer"]["steps"], kinds)
     for name, parameter in parameters:
         tensors = {}
@@ -156,41 +222,154 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
     policy.global_steps = state["step"]
 
 
+def _check_fit(checkpoint: Path, reader: WeightReader, expected: dict[str, torch.nn.Parameter]) -> None:
+    if strange := sorted(expected.keys() ^ set(reader.names))[:3]:
+        raise UserError(f"checkpoint {checkpoint}: is not of this model: {', '.join(strange)} is in one of them only")
+    for name, parameter in expected.items():
+        found, shape = reader.shape(name), list(training_state.full_shape(parameter))
+        if found != shape:
+            raise UserError(f"checkpoint {checkpoint}: is not of this model: {name} has shape {found} there, {shape} here")
+
+
 def load_table(checkpoint: Path, objective: Objective) -> None:
-    """Restore the correction table alone.
+    """Restore the correction table alone. Not collective.
 
     Raises:
-        UserError: the table is missing or damaged.
+        UserError: the table is missing, damaged, or not readable.
     """
+    _set_table(checkpoint, objective, _read_table(checkpoint))
+
+
+def _set_table(checkpoint: Path, objective: Objective, table: dict[str, Tensor]) -> None:
     try:
-        objective.load_state_dict(safetensors.torch.load_file(checkpoint / TABLE))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"checkpoint {checkpoint}: {TABLE} not readable: {' '.join(str(error).split())}") from None
+        objective.load_state_dict(table)
+    except KeyError as error:
+        raise _damaged(checkpoint, f"{TABLE} has no {error}") from None
+
+
+def _read_table(checkpoint: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(_contents(checkpoint, TABLE))
+    except SafetensorError as error:
+        raise _damaged(checkpoint, f"{TABLE}: {reason(error)}") from None
 
 
 class WeightReader:
-    """Tensors of a checkpoint by name, each read when it is asked for."""
+    """Tensors of a checkpoint by name, each read when it is asked for. The files are checked first.
+
+    Raises:
+        DamagedError: a file is not what was written, or a tensor is in two of them.
+        UserError: a file could not be read.
+    """
 
     def __init__(self, checkpoint: Path):
-        self._files = {}
-        for path in sorted(checkpoint.glob("state-*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+        self._files: dict[str, Any] = {}
+        rows = [row for name, row in _manifest(checkpoint).items() if _WEIGHTS.fullmatch(name)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            files = list(pool.map(lambda row: _open_weights(checkpoint, row), rows))
+        for file in files:
+            for name in file.keys():  # noqa: SIM118  not a dict
+                if name in self._files:
+                    raise _damaged(checkpoint, f"{name} is in two files")
+                self._files[name] = file
 
     @property
     def names(self) -> list[str]:
         return list(self._files)
 
+    def shape(self, name: str) -> list[int]:
+        return self._files[name].get_slice(name).get_shape()
+
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
 
-def _make_room(staging: Path, policy: Any) -> RankError | None:
+def _open_weights(checkpoint: Path, row: dict) -> Any:
+    """A weight file, once every byte of it was read and is what was written."""
+
+    def check(file: BinaryIO) -> Any:
+        same = os.fstat(file.fileno()).st_size == row["bytes"] and sha256_of_open(file) == row["sha256"]
+        return safe_open(checkpoint / row["name"], framework="pt") if same else None
+
+    try:
+        file = _read(checkpoint, row["name"], check)
+    except SafetensorError as error:
+        raise _damaged(checkpoint, f"{row['name']}: {reason(error)}") from None
+    if file is None:
+        raise _damaged(checkpoint, f"{row['name']} is not what was written")
+    return file
+
+
+def _contents(checkpoint: Path, name: str) -> bytes:
+    """The bytes of a small file, which were checked."""
+    row = _manifest(checkpoint)[name]
+    data = _read(checkpoint, name, lambda file: file.read() if os.fstat(file.fileno()).st_size == row["bytes"] else b"")
+    if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
+        raise _damaged(checkpoint, f"{name} is not what was written")
+    return data
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict]:
+    """Rows of the manifest by their files' names, which have no folder in them: nothing outside the checkpoint is ever opened."""
+    data = _read(checkpoint, MANIFEST, lambda file: file.read(JSON_BYTES + 1))
+    try:
+        manifest = parse_json(data)
+        form, rows = manifest["format"], manifest["files"]
+        names = [row["name"] for row in rows]
+        whole = all(type(row["bytes"]) is int and isinstance(row["sha256"], str) for row in rows)
+        strange = [name for name in names if name not in (TABLE, STATE) and not _WEIGHTS.fullmatch(name)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"{MANIFEST}: {reason(error)}") from None
+    if form != FORMAT:
+        if isinstance(form, str) and re.fullmatch(r"dde_ds checkpoint [0-9]+", form):
+            raise UserError(
+                f"checkpoint {checkpoint}: {MANIFEST} says {form!r}, this version reads {FORMAT!r}: use the version that wrote it"
+            )
+        raise _damaged(checkpoint, f"{MANIFEST} says {form!r}, expected {FORMAT!r}")
+    if strange:
+        raise _damaged(checkpoint, f"{MANIFEST} names {strange[0]!r}, which is no file of a checkpoint")
+    if not whole or len(set(names)) < len(names):
+        raise _damaged(checkpoint, f"{MANIFEST} is no list of files")
+    if missing := [name for name in (TABLE, STATE) if name not in names] or (len(names) < 3 and ["state-*.safetensors"]):
+        raise _damaged(checkpoint, f"{MANIFEST} does not name {missing[0]}")
+    return {row["name"]: row for row in rows}
+
+
+def _read(checkpoint: Path, name: str, read: Callable[[BinaryIO], T]) -> T:
+    """What ``read`` makes of a file of a checkpoint.
+
+    Raises:
+        DamagedError: the file is missing.
+        UserError: it could not be read. That may pass, or another node may read it: it proves nothing.
+    """
+    try:
+        with open_regular(checkpoint / name) as file:
+            return read(file)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and os.path.isdir(checkpoint):  # noqa: PTH112  Path.is_dir() may raise
+            raise _damaged(checkpoint, f"{name} is missing") from None
+        raise UserError(
+            f"checkpoint {checkpoint}: {name} could not be read: {reason(error)}; nothing was deleted: mend it, then try again"
+        ) from None
+
+
+def _damaged(checkpoint: Path, why: str) -> DamagedError:
+    return DamagedError(f"checkpoint {checkpoint}: damaged: {why}")
+
+
+def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Path]) -> RankError | None:
     weights = sum(training_state.full_shape(parameter).numel() for _, parameter in training_state.trained(policy))
     need = 4 * weights * (1 + len(training_state.moments(policy)))
     try:
-        for left in (staging, staging.with_name(TRASH)):  # by a save that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        if target not in damaged and _is_finished(target):
+            return RankError(
+                f"checkpoint {target}: is there already, and not of this run: does another one write here? Move it away, or go on "
+                "from it with --resume"
+            )
+        empty_trash(staging.parent)
+        if os.path.lexists(staging):  # left by a save that was killed
+            with contextlib.suppress(OSError):  # what counts is that its name is free
+                discard(staging)
         staging.mkdir(parents=True)
         free = shutil.disk_usage(staging).free
     except OSError as error:
@@ -240,6 +419,29 @@ def _finish(staging: Path, target: Path, rows: list[dict], policy: Any, objectiv
     files = [*rows, _row(staging / TABLE), _row(staging / STATE)]
     (staging / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
     publish(staging, target)
+
+
+def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, damaged: Collection[Path]) -> None:
+    """Delete what need not be kept. What cannot be deleted costs room, and is no reason to end a run."""
+    try:
+        finished = list_checkpoints(folder)
+    except UserError as error:
+        warn_once(folder, f"old checkpoints are not deleted: {error}")
+        return
+    later = [path for path in finished if step_of(path) > step]
+    old = [path for path in finished if step_of(path) <= step][:-keep]
+    # A damaged one that is later would stay in this one's place, and be looked at again by every resume.
+    for path in [
+        *(path for path in later if path in damaged),
+        *(path for path in old if not keep_every or step_of(path) % keep_every),
+    ]:
+        try:
+            discard(path)
+        except OSError as error:
+            warn_once(path, f"could not be deleted: {reason(error)}; delete it by hand where room is short")
+    for path in later:
+        if path not in damaged:
+            warn_once(path, f"is later than step {step} and not of this run; it stays, and --resume would go on from it")
 
 
 def _row(path: Path) -> dict:

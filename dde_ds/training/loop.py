@@ -60,9 +60,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     ranks, device = start(run.timeout_minutes)
     on_a_node = ranks_of_a_node(ranks, device)
     ds_config = complete_config(run, ranks.world, on_a_node)
-    resumed = choose_checkpoint(run, shards, resume, device, lambda line: print(f"warning: {line}", flush=True))
+    resumed, state, damaged = choose_checkpoint(run, shards, resume, lambda line: print(f"warning: {line}", flush=True))
 
-    state = checkpoint.read_state(resumed) if resumed else {}
     first_step, guards = state.get("step", 0), Guards(run.guards.max_skipped_in_a_row, **state.get("skipped", {}))
     ledger = open_ledger(run, shards, objective, ranks)
     # All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
@@ -117,7 +116,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         if ledger:
             ledger.write(ranks)
         state, keep = state_at(run, shards, step) | {"skipped": guards.counts()}, run.checkpoint
-        path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every)
+        path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every, damaged)
         progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
 
     with ProgressLine(first_step, run.steps, visible=ranks.is_first) as progress:

@@ -6,22 +6,31 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 import yaml
 
 from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
+from dde_ds.distributed import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.training.metrics import read_rows
 
 
-def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, device: torch.device, say) -> Path | None:
-    """The checkpoint to go on from, or None to start. Collective: the first rank's view of the folder counts, since a network
+class Origin(NamedTuple):
+    """What a run goes on from. Nothing where it starts."""
+
+    checkpoint: Path | None = None
+    state: dict[str, Any] = {}  # noqa: RUF012  never changed
+    damaged: tuple[Path, ...] = ()
+    """Later checkpoints, which were proved damaged."""
+
+
+def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, say) -> Origin:
+    """The checkpoint to go on from, or none to start. Collective: the first rank's view of the folder counts, since a network
     file system may show each rank another one.
 
     Args:
@@ -29,27 +38,25 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
         say: takes one line for the user.
 
     Raises:
-        UserError: a run is there and ``resume`` is None; nothing is there to resume; every checkpoint is damaged; or the newest
-            whole one is of another run.
+        UserError: a run is there and ``resume`` is None; nothing is there to resume; every checkpoint is damaged; one could not be
+            read; or the newest whole one is of another run.
     """
     folder = Path(run.output)
-    view = [(checkpoint.list_checkpoints(folder / "checkpoints"), (folder / "DONE").exists())]
-    dist.broadcast_object_list(view, 0)
-    checkpoints, done = view[0]
+    checkpoints, done = first_does(lambda: (checkpoint.list_checkpoints(folder / "checkpoints"), (folder / "DONE").exists()))
     if resume is None:
         if checkpoints or done:
             raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
-        return None
+        return Origin()
     if not checkpoints:
         if resume == "required":
             raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
-        return None
-    chosen = checkpoint.newest_whole(checkpoints, device, say)
+        return Origin()
+    chosen = checkpoint.newest_whole(checkpoints, say)
     if chosen is None:
         raise UserError(
             f"output {run.output}: all {len(checkpoints)} checkpoints are damaged; restore one from a copy, or delete the folder to start anew"
         )
-    state = checkpoint.read_state(chosen)
+    state = first_does(lambda: checkpoint.read_state(chosen))
     if run.steps < state["step"]:
         raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
     for key, value in identity(run, shards).items():
@@ -57,7 +64,7 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
             raise UserError(
                 f"{key} is {value!r}, but {chosen} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run"
             )
-    return chosen
+    return Origin(chosen, state, tuple(checkpoints[checkpoints.index(chosen) + 1 :]))
 
 
 def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.engine import checkpoint, state
@@ -86,7 +89,7 @@ def one_rank(rank, world, folder, plan, results):
             assert dist.get_process_group_ranks(group) == [[0, 1], [2, 3]][rank // 2]
         found = checkpoint.list_checkpoints(folder)
         if found:
-            assert checkpoint.newest_whole(found, policy.device, print) == found[-1]
+            assert checkpoint.newest_whole(found, print) == found[-1]
             checkpoint.load(found[-1], policy, objective)
         losses, weights = train(policy, objective, steps, rank, world)
         checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
@@ -158,30 +161,236 @@ def alone():
     return policy, objective
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "table"])
-def test_damage_is_found_and_the_one_before_is_taken(tmp_path, alone, harm):
+def list_anew(folder, **changes) -> None:
+    """Write a manifest that vouches for what lies in the folder now, as whoever forges one would."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != checkpoint.MANIFEST)
+    files = [
+        {"name": name, "bytes": (folder / name).stat().st_size, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+        for name in names
+    ]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, "files": files} | changes))
+
+
+def flip(newest):
+    path = newest / "state-00000-000.safetensors"
+    path.write_bytes(path.read_bytes()[:-5] + bytes([path.read_bytes()[-5] ^ 1]) + path.read_bytes()[-4:])
+
+
+def cut(newest):
+    path = newest / "state-00000-000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def list_outside(newest):
+    (newest / "state-00000-000.safetensors").rename(newest.parent / "x")
+    list_anew(newest)
+    manifest = json.loads((newest / checkpoint.MANIFEST).read_text())
+    row = {"name": "../x", "bytes": 3, "sha256": ""}
+    list_anew(newest, files=[*manifest["files"], row])
+
+
+def tensor_twice(newest):
+    shutil.copy(newest / "state-00000-000.safetensors", newest / "state-00001-000.safetensors")
+    list_anew(newest)
+
+
+def without_weights(newest):
+    (newest / "state-00000-000.safetensors").unlink()
+    list_anew(newest)
+
+
+def rewrite_state(newest, text):
+    (newest / checkpoint.STATE).write_text(text)
+    list_anew(newest)
+
+
+def relabel(newest):
+    state = json.loads((newest / checkpoint.STATE).read_text())
+    rewrite_state(newest, json.dumps(state | {"step": 7}))
+
+
+def no_tensors(newest):
+    (newest / "state-00000-000.safetensors").write_bytes(b"no tensors")
+    list_anew(newest)
+
+
+# What is done to the newest checkpoint, and what is said of it.
+HARMS = {
+    "flip": (flip, "state-00000-000.safetensors is not what was written"),
+    "cut": (cut, "state-00000-000.safetensors is not what was written"),
+    "remove": (lambda newest: (newest / "state-00000-000.safetensors").unlink(), "state-00000-000.safetensors is missing"),
+    "table": (lambda newest: (newest / checkpoint.TABLE).write_bytes(b""), "objective.safetensors is not what was written"),
+    "torn manifest": (lambda newest: (newest / checkpoint.MANIFEST).write_text('{"format": "dde_ds chec'), "manifest.json: "),
+    "brackets": (lambda newest: (newest / checkpoint.MANIFEST).write_text("[" * 100_000), "manifest.json: nested deeper than"),
+    "no files": (lambda newest: list_anew(newest, files=[]), "manifest.json does not name objective.safetensors"),
+    "no weights": (without_weights, "manifest.json does not name state-*.safetensors"),
+    "files are none": (lambda newest: list_anew(newest, files=None), "manifest.json: "),
+    "file without a name": (lambda newest: list_anew(newest, files=[{"bytes": 3}]), "manifest.json: 'name'"),
+    "outside": (list_outside, "manifest.json names '../x', which is no file of a checkpoint"),
+    "no format": (lambda newest: list_anew(newest, format=["dde_ds"]), "manifest.json says ['dde_ds'], expected"),
+    "tensor twice": (tensor_twice, "is in two files"),
+    "no tensors": (no_tensors, "state-00000-000.safetensors: "),
+    "brackets in the state": (lambda newest: rewrite_state(newest, "[" * 100_000), "state.json: nested deeper than"),
+    "list as state": (lambda newest: rewrite_state(newest, "[]"), "state.json: "),
+    "words as steps": (lambda newest: rewrite_state(newest, '{"step": "2", "optimizer": {"steps": 1, "moments": []}}'), "no state"),
+    "other step": (relabel, "state.json is of step 7"),
+}
+
+
+@pytest.fixture
+def two(tmp_path, alone):
+    """Checkpoints of steps 1 and 2."""
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
         checkpoint.save(folder, *alone, {"step": step}, keep=2)
-    newest = folder / "step-00000002"
-    (weights,) = newest.glob("state-*.safetensors")
-    if harm == "flip":
-        data = bytearray(weights.read_bytes())
-        data[-5] ^= 1
-        weights.write_bytes(data)
-    elif harm == "cut":
-        weights.write_bytes(weights.read_bytes()[:-1])
-    elif harm == "remove":
-        weights.unlink()
-    elif harm == "manifest":
-        (newest / checkpoint.MANIFEST).write_text('{"format": "dde_ds checkpoint 1", "fil')
-    else:
-        (newest / checkpoint.TABLE).write_bytes(b"")
-    said = []
-    found = checkpoint.newest_whole(checkpoint.list_checkpoints(folder), alone[0].device, said.append)
-    assert found == folder / "step-00000001"
+    return folder
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damage_is_found_and_the_one_before_is_taken(two, harm):
+    newest, (change, expected), said = two / "step-00000002", HARMS[harm], []
+    change(newest)
+    assert checkpoint.newest_whole(checkpoint.list_checkpoints(two), said.append) == two / "step-00000001"
     assert len(said) == 1
-    assert f"checkpoint {newest}: damaged" in said[0]
+    assert said[0].startswith(f"checkpoint {newest}: damaged: ")
+    assert expected in said[0]
+    assert "\n" not in said[0]
+
+
+def test_what_the_manifest_does_not_name_is_not_read(two, alone):
+    """A file that a copy of another number of ranks left: its weights stand after the others in the listing, and are not taken."""
+    newest = two / "step-00000002"
+    weights = load_file(newest / "state-00000-000.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, newest / "state-00001-000.safetensors")
+    policy, objective = engine(2, 1), build_objective("dde", SCHEDULE)
+    checkpoint.load(newest, policy, objective)
+    assert torch.equal(gathered(policy, state.WEIGHT), gathered(alone[0], state.WEIGHT))
+    reader = checkpoint.WeightReader(newest)
+    assert set(reader.names) == set(weights)
+    assert all(torch.equal(reader.read(name), value) for name, value in weights.items())
+
+
+def test_what_changed_after_it_was_checked_is_not_loaded(two, alone):
+    newest = checkpoint.newest_whole(checkpoint.list_checkpoints(two), print)
+    flip(newest)
+    before = gathered(alone[0], state.WEIGHT)
+    with pytest.raises(UserError, match=r"damaged: state-00000-000\.safetensors is not what was written"):
+        checkpoint.load(newest, *alone)
+    assert torch.equal(gathered(alone[0], state.WEIGHT), before)
+
+
+def test_weights_of_another_shape_are_not_loaded(two, alone):
+    newest = two / "step-00000002"
+    path = newest / "state-00000-000.safetensors"
+    save_file({name: value[..., :1].clone() if "2.weight" in name else value for name, value in load_file(path).items()}, path)
+    list_anew(newest)
+    with pytest.raises(UserError, match=r"is not of this model: 2\.weight/weight has shape \[3, 1\] there, \[3, 13\] here"):
+        checkpoint.load(newest, *alone)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "objective.safetensors", "state-00000-000.safetensors"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_an_error_of_reading_proves_no_damage(two, monkeypatch, name, code):
+    newest, opened = two / "step-00000002", os.open
+
+    def fail(path, *arguments, **options):
+        if str(path) == str(newest / name):
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    said = []
+    with pytest.raises(
+        UserError, match=rf"checkpoint {newest}: {name} could not be read: .*; nothing was deleted: mend it, then try"
+    ):
+        checkpoint.newest_whole(checkpoint.list_checkpoints(two), said.append)
+    assert not said
+
+
+def test_a_folder_in_the_place_of_a_file_proves_none_either(two):
+    newest = two / "step-00000002"
+    (newest / checkpoint.TABLE).unlink()
+    (newest / checkpoint.TABLE).mkdir()
+    with pytest.raises(UserError, match=r"objective\.safetensors could not be read: not a regular file"):
+        checkpoint.newest_whole(checkpoint.list_checkpoints(two), print)
+
+
+def test_a_disk_that_is_not_mounted_proves_none_either(two, tmp_path):
+    newest = two / "step-00000002"
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert checkpoint.newest_whole(checkpoint.list_checkpoints(two), print) == newest
+    (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=f"checkpoint {newest}: manifest.json could not be read: No such file"):
+        checkpoint.newest_whole(checkpoint.list_checkpoints(two), print)
+
+
+def test_a_checkpoint_of_a_later_version_proves_none_either(two):
+    list_anew(two / "step-00000002", format="dde_ds checkpoint 2")
+    with pytest.raises(UserError, match="says 'dde_ds checkpoint 2', this version reads 'dde_ds checkpoint 1': use the version"):
+        checkpoint.newest_whole(checkpoint.list_checkpoints(two), print)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(two):
+    shutil.rmtree(two)
+    assert checkpoint.list_checkpoints(two) == []
+    two.write_text("in the way")
+    with pytest.raises(UserError, match=f"checkpoints in {two}: could not be read: Not a directory; nothing was deleted"):
+        checkpoint.list_checkpoints(two)
+
+
+def find_in_two_ranks(rank, folder, outcomes):
+    """The first rank meets an error of reading; then damage."""
+    from dde_ds.distributed import start
+
+    start()
+    newest, opened = folder / "step-00000002", os.open
+
+    def fail(path, *arguments, **options):
+        if rank == 0 and str(path) == str(newest / checkpoint.TABLE):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, *arguments, **options)
+
+    os.open = fail
+    try:
+        checkpoint.newest_whole(checkpoint.list_checkpoints(folder), print)
+    except UserError as error:
+        outcomes[rank, "unreadable"] = str(error)
+    os.open = opened
+    dist.barrier()
+    if rank == 0:
+        flip(newest)
+    dist.barrier()
+    said = []
+    outcomes[rank, "damaged"] = checkpoint.newest_whole(checkpoint.list_checkpoints(folder), said.append).name
+    outcomes[rank, "said"] = len(said)
+
+
+def test_all_ranks_take_the_same_checkpoint_or_none(two):
+    with mp.Manager() as manager:
+        outcomes = manager.dict()
+        spawn(find_in_two_ranks, 2, two, outcomes)
+        outcomes = dict(outcomes)
+    assert outcomes[0, "unreadable"] == outcomes[1, "unreadable"]
+    assert "objective.safetensors could not be read: Input/output error" in outcomes[0, "unreadable"]
+    assert outcomes[0, "damaged"] == outcomes[1, "damaged"] == "step-00000001"
+    assert (outcomes[0, "said"], outcomes[1, "said"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["step-00000009.bak", "step-best", "step-00000009 (1)", "step-9", "step-000000009", "step-٠٠٠٠٠٠٠٩"]
+)
+def test_copies_and_marks_are_no_checkpoints(two, alone, name):
+    shutil.copytree(two / "step-00000001", two / name)
+    assert [path.name for path in checkpoint.list_checkpoints(two)] == ["step-00000001", "step-00000002"]
+    checkpoint.save(two, *alone, {"step": 3}, keep=1)
+    assert sorted(path.name for path in two.iterdir()) == sorted(["step-00000003", name])
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(two):
+    for step in (99_999_999, 100_000_000):
+        shutil.copytree(two / "step-00000001", two / f"step-{step}")
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(two)] == [1, 2, 99_999_999, 100_000_000]
 
 
 def test_files_are_on_the_disk_before_they_are_listed(tmp_path, alone, monkeypatch):
@@ -203,14 +412,82 @@ def test_files_are_on_the_disk_before_they_are_listed(tmp_path, alone, monkeypat
     assert {path.stat().st_ino for path in (*listed, saved / checkpoint.MANIFEST, saved)} <= before_named
 
 
-def test_a_damaged_later_checkpoint_takes_no_place(tmp_path, alone):
+def test_a_damaged_later_checkpoint_takes_no_place(two, alone):
     """The newest is damaged, the run goes on from the one before and stops early: what it saves must be what stays."""
-    folder = tmp_path / "checkpoints"
-    for step in (1, 4):
-        checkpoint.save(folder, *alone, {"step": step}, keep=2)
-    (folder / "step-00000004" / checkpoint.TABLE).write_bytes(b"")
-    checkpoint.save(folder, *alone, {"step": 2}, keep=1)
-    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    shutil.move(two / "step-00000002", two / "step-00000004")
+    damaged = [two / "step-00000004"]
+    checkpoint.save(two, *alone, {"step": 2}, keep=1, damaged=damaged)
+    assert [path.name for path in two.iterdir()] == ["step-00000002"]
+
+
+def test_a_later_checkpoint_that_nobody_proved_damaged_stays(two, alone, capfd):
+    shutil.move(two / "step-00000002", two / "step-00000009")
+    for step in (3, 4):
+        checkpoint.save(two, *alone, {"step": step}, keep=1)
+        assert sorted(path.name for path in two.iterdir()) == [f"step-0000000{step}", "step-00000009"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert (
+        line
+        == f"warning: {two}/step-00000009: is later than step 3 and not of this run; it stays, and --resume would go on from it"
+    )
+
+
+def test_one_of_the_same_step_is_replaced_only_if_it_was_proved_damaged(two, alone):
+    before = (two / "step-00000002" / checkpoint.STATE).stat().st_mtime_ns
+    with pytest.raises(UserError, match=f"checkpoint {two}/step-00000002: is there already, and not of this run"):
+        checkpoint.save(two, *alone, {"step": 2}, keep=2)
+    assert (two / "step-00000002" / checkpoint.STATE).stat().st_mtime_ns == before
+    checkpoint.save(two, *alone, {"step": 2}, keep=2, damaged=[two / "step-00000002"])
+    assert (two / "step-00000002" / checkpoint.STATE).stat().st_mtime_ns != before
+
+
+def test_a_linked_checkpoint_is_unlinked(two, alone, tmp_path):
+    old = two / "step-00000001"
+    old.rename(tmp_path / "elsewhere")
+    old.symlink_to(tmp_path / "elsewhere")
+    checkpoint.save(two, *alone, {"step": 3}, keep=1)
+    assert [path.name for path in two.iterdir()] == ["step-00000003"]
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 4
+
+
+def test_what_cannot_be_deleted_ends_no_run(two, alone, monkeypatch, capfd):
+    """As NFS does it with files that are still open: they get such a name and stay, and their folder with them."""
+    unlink, left = os.unlink, {}
+
+    def busy(path, *arguments, **options):
+        if str(path).rpartition("/")[2].startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    for step in (1, 2):
+        (two / f"step-0000000{step}" / ".nfs0001").touch()
+    for step in (3, 4, 5):
+        checkpoint.save(two, *alone, {"step": step}, keep=1)
+        left[step] = sorted(path.name for path in two.iterdir())
+    assert left == {step: [".deleted", ".deleted-1", f"step-0000000{step}"] for step in (3, 4, 5)}
+    lines = capfd.readouterr().err.splitlines()
+    expected = "could not be deleted: Device or resource busy; delete it by hand where room is short"
+    assert lines == [f"warning: {two}/step-0000000{step}: {expected}" for step in (1, 2)]
+    monkeypatch.setattr(os, "unlink", unlink)  # the file was closed
+    checkpoint.save(two, *alone, {"step": 6}, keep=1)
+    assert [path.name for path in two.iterdir()] == ["step-00000006"]
+
+
+def test_what_keeps_its_name_ends_no_run_either(two, alone, monkeypatch, capfd):
+    rename = os.rename
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("step-00000001"):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        rename(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    for step in (3, 4):
+        checkpoint.save(two, *alone, {"step": step}, keep=1)
+        assert sorted(path.name for path in two.iterdir()) == ["step-00000001", f"step-0000000{step}"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "step-00000001: could not be deleted: Permission denied" in line
 
 
 def test_of_another_model(tmp_path, alone):

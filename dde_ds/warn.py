@@ -1,0 +1,24 @@
+"""Warnings about what a run can go on without, each said once."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from dde_ds.text import printable, without_passwords
+
+_said: set[str] = set()
+
+
+def warn_once(subject: object, message: str) -> None:
+    """Print ``warning: subject: message`` on the first call for a ``subject`` in this process: a disk that stays full would fill the log."""
+    if str(subject) in _said:
+        return
+    _said.add(str(subject))
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        print(f"warning: {without_passwords(printable(f'{subject}: {message}'))}", file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, in one line, without the name of its file."""
+    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
