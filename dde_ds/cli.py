@@ -150,7 +150,7 @@ def export(args: argparse.Namespace) -> None:
     """A model from a checkpoint, without a GPU."""
     from dde_ds.engine import checkpoint
     from dde_ds.engine.export import export_checkpoint
-    from dde_ds.training.metrics import last_numbers, read_rows
+    from dde_ds.rows import is_metrics, last_numbers, read_rows
 
     source = args.source
     chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
@@ -160,7 +160,7 @@ def export(args: argparse.Namespace) -> None:
         state = checkpoint.read_state(chosen[-1])
         run = config_of(state["config"])
         # Of the run folder, where the checkpoint still lies in one.
-        rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl") if row["step"] <= state["step"]]
+        rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl", is_metrics) if row["step"] <= state["step"]]
         metrics = last_numbers(rows)
         export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)
     except checkpoint.DamagedError as error:

@@ -10,13 +10,13 @@ from dde_ds.text import printable, without_passwords
 _said: set[str] = set()
 
 
-def warn_once(subject: object, message: str) -> None:
-    """Print ``warning: subject: message`` on the first call for a ``subject`` in this process: a disk that stays full would fill the log."""
-    if str(subject) in _said:
+def warn_once(message: str) -> None:
+    """Print ``warning: message`` unless this process has done so: a disk that stays full would fill the log."""
+    if message in _said:
         return
-    _said.add(str(subject))
+    _said.add(message)
     with contextlib.suppress(OSError):  # the log may lie on the disk that is full
-        print(f"warning: {without_passwords(printable(f'{subject}: {message}'))}", file=sys.stderr, flush=True)
+        print(f"warning: {without_passwords(printable(message))}", file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 import yaml
 
 from dde_ds.ranks import end_process
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import read_rows
 from tests.conftest import ROOT
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")

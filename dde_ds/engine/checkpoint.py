@@ -426,7 +426,7 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, dama
     try:
         finished = list_checkpoints(folder)
     except UserError as error:
-        warn_once(folder, f"old checkpoints are not deleted: {error}")
+        warn_once(f"old checkpoints are not deleted: {error}")
         return
     later = [path for path in finished if step_of(path) > step]
     old = [path for path in finished if step_of(path) <= step][:-keep]
@@ -438,10 +438,12 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, dama
         try:
             discard(path)
         except OSError as error:
-            warn_once(path, f"could not be deleted: {reason(error)}; delete it by hand where room is short")
+            warn_once(f"checkpoint {path} could not be deleted: {reason(error)}; delete it by hand where room is short")
     for path in later:
         if path not in damaged:
-            warn_once(path, f"is later than step {step} and not of this run; it stays, and --resume would go on from it")
+            warn_once(
+                f"checkpoint {path} is later than what this run saves, and not of it: it stays, and --resume would go on from it"
+            )
 
 
 def _row(path: Path) -> dict:

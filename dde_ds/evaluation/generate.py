@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dde_ds.errors import UserError
+from dde_ds.files import write_atomically
 from dde_ds.models.unet import LOADING, family
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -97,8 +99,10 @@ class PromptSet:
 
 def save_row(images: Tensor, path: Path) -> None:
     """Images (N,3,H,W) uint8 side by side in one PNG."""
+    data = io.BytesIO()
+    Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()).save(data, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()).save(path)
+    write_atomically(path, data.getvalue())  # what a full disk cut short would be held for drawn
 
 
 def load_pipeline(model: str, revision: str | None = None, **parts: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from dde_ds.config import RunConfig, load_config
 from dde_ds.errors import UserError
 from dde_ds.evaluation.page import data_uri, table
 from dde_ds.evaluation.svg import Line, heatmap, line_chart
+from dde_ds.rows import is_correction, is_metrics, read_rows
 
 # One chart each, of the keys that a run has; whatever stands in no group gets a chart of its own.
 GROUPS = (
@@ -46,14 +47,14 @@ def run_sections(folder: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: a file that is there and cannot be read.
     """
-    rows = _read_rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl", is_metrics)
     run, config_text, trouble = _read_config(folder / "config.yaml")
     sections = [("The run", _summary(folder, run, rows))]
     if rows:
         sections.append(("Training curves", _curves(rows)))
     if maps := _maps(rows):
         sections.append(("By timestep", maps))
-    correction, numbers = _correction(_read_rows(folder / "correction.jsonl"))
+    correction, numbers = _correction(read_rows(folder / "correction.jsonl", is_correction))
     if charts := _credit(folder, run) + correction:
         sections.append(("Credit and correction", f'<div class="grid">{charts}</div>{numbers}'))
     if drawings := _drawings(folder, run):
@@ -162,7 +163,7 @@ def _drawings(folder: Path, run: RunConfig | None) -> str:
         except OSError:
             figures.append(f'<p class="note">{escape(path.name)} is no readable image.</p>')
             continue
-        name = f"step {int(path.stem.removeprefix('step-'))}" if path.stem.removeprefix("step-").isdigit() else path.stem
+        name = f"step {int(path.stem.removeprefix('step-'))}" if re.fullmatch("step-[0-9]{8,}", path.stem) else path.stem
         style = ' class="pixels"' if small else ""
         figures.append(
             f'<figure class="wide"><figcaption>{escape(name)}</figcaption><img{style} alt="{escape(name)}" src="{uri}"></figure>'
@@ -203,20 +204,3 @@ def _read_config(path: Path) -> tuple[RunConfig | None, str, str]:
         return load_config(path), text, ""
     except UserError as error:
         return None, text, f"Not readable by this version: {error}"
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines with a ``step``; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: no row of a run: {line[:80]!r}") from None
-        rows.append(row)
-    return rows

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dde_ds.errors import UserError
-from dde_ds.training.metrics import RowFile
+from dde_ds.rows import RowFile
 
 MEND = (
     "lower optimizer.learning_rate and go on with --resume from the last checkpoint; or, in a new output folder, try precision=fp32 or "

@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+from dde_ds.warn import reason, warn_once
+
 EVERY_SECONDS = 10.0
 
 
@@ -23,5 +25,10 @@ class Heartbeat:
             return
         self._written = now
         staged = self._file.with_name(".heartbeat.partial")
-        staged.write_text(json.dumps({"time": time.time(), "step": step}) + "\n", encoding="utf-8")
-        staged.replace(self._file)  # a reader never finds it empty
+        try:
+            staged.write_text(json.dumps({"time": time.time(), "step": step}) + "\n", encoding="utf-8")
+            staged.replace(self._file)  # a reader never finds it empty
+        except OSError as error:
+            warn_once(
+                f"{self._file} could not be written: {reason(error)}; the run goes on, though a health check may hold it for dead"
+            )

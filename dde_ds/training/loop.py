@@ -10,21 +10,23 @@ from dde_ds.config import RunConfig
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import order_of
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
-from dde_ds.distributed import any_rank, first_says, ranks_of_a_node, start
+from dde_ds.distributed import any_rank, first_does, ranks_of_a_node, start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
 from dde_ds.engine.update import accumulating, update
 from dde_ds.engine.zero import complete_config
+from dde_ds.errors import RankError
 from dde_ds.evaluation.generate import PromptSet, save_row
 from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.files import write_atomically
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.rows import is_metrics, last_numbers, read_rows
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.ledger import open_ledger
 from dde_ds.training.look import Look
-from dde_ds.training.metrics import Averages, Clock, RunLog, last_numbers, read_rows
+from dde_ds.training.metrics import Averages, Clock, RunLog
 from dde_ds.training.planning import Utilisation, chosen_checkpointing
 from dde_ds.training.prepare import build_run_objective, load_engines, open_folder, open_shards
 from dde_ds.training.progress import ProgressLine
@@ -34,6 +36,7 @@ from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest, unless_stopped
 from dde_ds.training.track import open_trackers
 from dde_ds.training.watch import Watch
+from dde_ds.warn import reason, warn_once
 
 DONE, STOPPED = 0, 75
 UNSTARTED = "stopped as asked before a step was made; go on with --resume auto"
@@ -108,7 +111,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             options = (run.samples.seed, run.samples.inference_steps, run.samples.guidance_scale)
             images = unless_stopped(lambda: prompts.draw(policy.module, *options, poll=stop.poll))
             if ranks.is_first and images is not None:
-                save_row(images, drawing(run, step))
+                try:
+                    save_row(images, drawing(run, step))
+                except OSError as error:
+                    warn_once(f"pictures in {folder / 'samples'} could not be saved: {reason(error)}; the run goes on")
                 log.show(step, images)
 
     def save_checkpoint(step: int) -> None:
@@ -127,8 +133,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
             + (f"; resumed after step {first_step}" if first_step else "")
         )
-        row = last_numbers(read_rows(folder / "metrics.jsonl"))
-        look_missing, drawing_missing = first_says(cut_off(run, first_step), ranks)
+        row = last_numbers(read_rows(folder / "metrics.jsonl", is_metrics)) if ranks.is_first else {}
+        look_missing, drawing_missing = first_does(lambda: cut_off(run, first_step))
         if drawing_missing:
             draw_samples(first_step)
         if look and look_missing and (looked := unless_stopped(lambda: look(objective))):
@@ -196,5 +202,10 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                 return STOPPED
     export_policy(policy, run, run.steps, row, folder / "export")
     if ranks.is_first:
-        write_atomically(folder / "DONE", f"{run.steps} steps\n".encode())
+        try:
+            write_atomically(folder / "DONE", f"{run.steps} steps\n".encode())
+        except OSError as error:
+            raise RankError(
+                f"{folder / 'DONE'} could not be written: {reason(error)}; the model is in {folder / 'export'}: mend it, then --resume writes both anew"
+            ) from None
     return DONE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
 from dde_ds.objective.objective import BY_TIMESTEP, Objective, ObjectiveOutput
+from dde_ds.rows import RowFile
 from dde_ds.training.track import send_images, send_row
+from dde_ds.warn import reason, warn_once
 
 
 class Averages:
@@ -118,7 +119,8 @@ class RunLog:
     def write(self, step: int, position: int, row: dict[str, float], objective: Objective | None = None) -> None:
         """Without ``objective`` its table gets no row."""
         self._metrics.write({"step": step, "position": position, **row})
-        send_row(self._trackers, step, row)
+        with _going_on():
+            send_row(self._trackers, step, row)
         if objective and objective.correction_weight:
             steps = objective.schedule.timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))
@@ -127,32 +129,13 @@ class RunLog:
 
     def show(self, step: int, images: Tensor) -> None:
         """Send sample images, (N,3,H,W) uint8, to the trackers."""
-        send_images(self._trackers, step, images)
+        with _going_on():
+            send_images(self._trackers, step, images)
 
 
-class RowFile:
-    """A file of JSON lines, one a step; on resume it drops those of steps that will be run again."""
-
-    def __init__(self, path: Path, resume_step: int):
-        kept = [row for row in read_rows(path) if row["step"] <= resume_step]
-        staged = path.with_name(f".{path.name}.partial")
-        staged.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        staged.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-
-def last_numbers(rows: list[dict]) -> dict:
-    """What is known of the last step: a look at the held-out pairs that had been cut off has a row of its own."""
-    return {key: value for row in rows if row["step"] == rows[-1]["step"] for key, value in row.items()}
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of such a file; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+@contextmanager
+def _going_on():
+    try:
+        yield
+    except Exception as error:  # each tracker has its own kinds of error: no room, no network
+        warn_once(f"log.trackers: one refused what was sent to it: {type(error).__name__}: {reason(error)}; the run goes on")

@@ -19,7 +19,7 @@ from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, configured_objective
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import is_correction, read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
 
 
@@ -42,7 +42,7 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     if not objective.needs_reference:
         raise UserError(f"--run {folder}: {objective.name} compares with no reference and records no table")
     checkpoint.load_table(checkpoints[-1], objective)
-    return objective, read_rows(folder / "correction.jsonl")
+    return objective, read_rows(folder / "correction.jsonl", is_correction)
 
 
 def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:

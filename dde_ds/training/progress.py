@@ -8,6 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dde_ds.warn import reason, warn_once
+
 PLAIN_SECONDS = 10.0
 
 
@@ -61,7 +63,10 @@ class ProgressLine:
         """One line that stays."""
         if not self._visible:
             return
-        if self._live:
-            self._live.console.print(message, markup=False, highlight=False)
-        else:
-            print(message, flush=True, file=sys.stdout)
+        try:
+            if self._live:
+                self._live.console.print(message, markup=False, highlight=False)
+            else:
+                print(message, flush=True, file=sys.stdout)
+        except OSError as error:  # the log's disk is full, or whoever read it is gone
+            warn_once(f"standard output could not be written: {reason(error)}; the run goes on")

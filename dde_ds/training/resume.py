@@ -17,7 +17,7 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import is_metrics, read_rows
 
 
 class Origin(NamedTuple):
@@ -90,7 +90,7 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
 def cut_off(run: RunConfig, step: int) -> tuple[bool, bool]:
     """Whether ``step``'s look at the held-out pairs and its drawing are due and missing: a request to stop cuts them off."""
     look_due, drawing_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
-    rows = read_rows(Path(run.output) / "metrics.jsonl") if run.evaluation.path and step and look_due else []
+    rows = read_rows(Path(run.output) / "metrics.jsonl", is_metrics) if run.evaluation.path and step and look_due else []
     looked = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
     drawn = not run.samples.prompts or not drawing_due or (step > 0 and drawing(run, step).exists())
     return not looked, not drawn

@@ -28,7 +28,7 @@ from dde_ds.evaluation.heldout import error_drift, latent_spread
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import read_rows
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import list_checkpoints
 from dde_ds.evaluation.heldout import error_drift
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import read_rows
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
 from tests.pipelines import save_sd

@@ -428,7 +428,7 @@ def test_a_later_checkpoint_that_nobody_proved_damaged_stays(two, alone, capfd):
     (line,) = capfd.readouterr().err.splitlines()
     assert (
         line
-        == f"warning: {two}/step-00000009: is later than step 3 and not of this run; it stays, and --resume would go on from it"
+        == f"warning: checkpoint {two}/step-00000009 is later than what this run saves, and not of it: it stays, and --resume would go on from it"
     )
 
 
@@ -468,7 +468,7 @@ def test_what_cannot_be_deleted_ends_no_run(two, alone, monkeypatch, capfd):
     assert left == {step: [".deleted", ".deleted-1", f"step-0000000{step}"] for step in (3, 4, 5)}
     lines = capfd.readouterr().err.splitlines()
     expected = "could not be deleted: Device or resource busy; delete it by hand where room is short"
-    assert lines == [f"warning: {two}/step-0000000{step}: {expected}" for step in (1, 2)]
+    assert lines == [f"warning: checkpoint {two}/step-0000000{step} {expected}" for step in (1, 2)]
     monkeypatch.setattr(os, "unlink", unlink)  # the file was closed
     checkpoint.save(two, *alone, {"step": 6}, keep=1)
     assert [path.name for path in two.iterdir()] == ["step-00000006"]
@@ -487,7 +487,7 @@ def test_what_keeps_its_name_ends_no_run_either(two, alone, monkeypatch, capfd):
         checkpoint.save(two, *alone, {"step": step}, keep=1)
         assert sorted(path.name for path in two.iterdir()) == ["step-00000001", f"step-0000000{step}"]
     (line,) = capfd.readouterr().err.splitlines()
-    assert "step-00000001: could not be deleted: Permission denied" in line
+    assert "step-00000001 could not be deleted: Permission denied" in line
 
 
 def test_of_another_model(tmp_path, alone):

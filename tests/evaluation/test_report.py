@@ -227,12 +227,18 @@ def test_what_is_no_source(tmp_path, capsys, content, named):
     assert not (folder / "report.html").exists()
 
 
-def test_a_damaged_row_is_named(run_folder, tmp_path, capsys):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"loss": 1}\n')
-    assert main(["report", str(folder)]) == 1
-    assert f"{folder}/metrics.jsonl, line 2: no row of a run" in capsys.readouterr().err
+def test_damaged_rows_are_left_out(run_folder, tmp_path, capsys):
+    """The page is that of the whole rows, and one line says how many are missing."""
+    whole = shutil.copytree(run_folder, tmp_path / "run")
+    pages = []
+    for junk in (b"", b'\0\0\0\n{"loss": 1}\n{"step": 1, "timesteps": 3, "loss": "a"}\n'):
+        for name in ("metrics.jsonl", "correction.jsonl"):
+            (whole / name).write_bytes(junk + (whole / name).read_bytes())
+        assert main(["report", str(whole)]) == 0
+        pages.append((whole / "report.html").read_text())
+    assert pages[0] == pages[1]
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert lines == [f"warning: {whole}/{name}.jsonl: 3 damaged lines are left out" for name in ("correction", "metrics")]
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,7 +10,7 @@ import pytest
 
 from dde_ds import load_config
 from dde_ds.engine import checkpoint
-from dde_ds.training.metrics import read_rows
+from dde_ds.rows import read_rows
 from tests.conftest import DEMO, shard
 from tests.faults.legs import Leg, run_legs
 from tests.launching import rows, shipped, write_config

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 import torch
 
 from dde_ds import build_objective
 from dde_ds.distributed import start
-from dde_ds.training.metrics import Averages, Clock, RowFile, RunLog, read_rows
+from dde_ds.rows import RowFile, is_correction, is_metrics, read_rows
+from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.metrics import Averages, Clock, RunLog
+from dde_ds.training.progress import ProgressLine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +80,127 @@ def test_a_resumed_file_has_each_step_once(tmp_path):
     file = RowFile(path, resume_step=2)
     file.write({"step": 3})
     assert read_rows(path) == [{"step": 1, "old": True}, {"step": 2, "old": True}, {"step": 3}]
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path, capfd):
+    """Blank, NULs, torn in the middle, half a character, deep, no row; the last was cut short by a kill and counts as none."""
+    path, whole = (
+        tmp_path / "metrics.jsonl",
+        [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, {"step": 5, "loss": float("inf")}],
+    )
+    bad = [
+        b"",
+        b"\0" * 40,
+        b'{"step": 3, "lo{"step": 3}',
+        b'{"step": 3, "a": "\xc3"}',
+        b"[" * 100_000,
+        b"[3]",
+        b"3",
+        b'{"step": "3"}',
+    ]
+    bad += [b'{"step": true}', b'{"loss": 1}', b'{"step": 3, "loss": "0.5"}', b'{"step": 1' + b"0" * 400 + b"}"]
+    lines = [json.dumps(row).encode() for row in whole]
+    data = b"\n".join([lines[0], *bad[:6], lines[1], *bad[6:], lines[2], b'{"step": 6, "lo'])
+    path.write_bytes(data)
+    for _ in range(2):
+        assert read_rows(path, is_metrics) == whole
+    assert path.read_bytes() == data
+    RowFile(tmp_path / "metrics.jsonl", 2).write({"step": 3, "loss": 0.125})
+    assert read_rows(path, is_metrics) == [*whole[:2], {"step": 3, "loss": 0.125}]
+    lines = capfd.readouterr().err.splitlines()
+    # For the writer the text among the numbers is a row as any other.
+    assert lines == [f"warning: {path}: {count} damaged lines are left out" for count in (12, 11)]
+
+
+def test_a_correction_without_its_timesteps_is_no_row(tmp_path, capfd):
+    whole = {"step": 2, "timesteps": [0, 50], "correction": [0.5, -1]}
+    bad = [{"timesteps": [0]}, {"correction": None}, {"correction": [1, "2"]}]
+    path = tmp_path / "correction.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"step": 1}, whole, *(whole | change for change in bad)]))
+    assert read_rows(path, is_correction) == [whole]
+    assert capfd.readouterr().err == f"warning: {path}: 4 damaged lines are left out\n"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs privileges")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk, left):
+    filler = disk / "filler"
+    filler.write_bytes(b"")
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+
+
+def test_rows_wait_where_the_disk_is_full(disk, capfd):
+    """Some fit, one is cut in its middle, the others come when there is room: none is lost and none is there twice."""
+    path = disk / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "old": True}) + "\n" + json.dumps({"step": 2}) + "\n")
+    file, rows = RowFile(path, 1), [{"step": step, "text": "x" * 100} for step in range(2, 100)]
+    fill(disk, 0)
+    for row in rows:
+        file.write(row)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [f"warning: {path} could not be written: No space left on device; the run goes on, and its rows wait in memory"]
+    assert 4000 < path.stat().st_size < 4200  # the page that it had
+    (disk / "filler").unlink()
+    file.write({"step": 100})
+    assert read_rows(path) == [{"step": 1, "old": True}, *rows, {"step": 100}]
+
+
+def test_a_file_that_cannot_be_begun_is_begun_later(disk, capfd):
+    """Full when the run is resumed: what is there stays as it is until it can be written anew."""
+    path, old = disk / "metrics.jsonl", [{"step": step, "text": "x" * 1000} for step in range(1, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    before = path.read_bytes()
+    fill(disk, 0)
+    file = RowFile(path, 5)
+    file.write({"step": 6})
+    assert path.read_bytes() == before
+    assert {item.name for item in disk.iterdir()} == {"metrics.jsonl", "filler"}
+    (disk / "filler").unlink()
+    file.write({"step": 7})
+    assert read_rows(path) == [*old[:5], {"step": 6}, {"step": 7}]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_what_cannot_be_read_is_not_written_over(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    RowFile(path, 5).write({"step": 6})
+    assert path.is_fifo()
+    assert read_rows(path) == []
+    assert [line.partition(": ")[2].partition(" could")[0] for line in capfd.readouterr().err.splitlines()] == [str(path)] * 2
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_no_run(disk, monkeypatch, capfd):
+    monkeypatch.setattr("dde_ds.training.heartbeat.EVERY_SECONDS", 0)
+    heart = Heartbeat(disk)
+    fill(disk, 0)
+    heart.beat(1)
+    heart.beat(2)
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    (disk / "filler").unlink()
+    heart.beat(3)
+    assert json.loads((disk / "heartbeat").read_text())["step"] == 3
+
+
+def test_output_that_cannot_be_written_ends_no_run(monkeypatch, capfd):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        monkeypatch.setattr("sys.stdout", full)
+        progress = ProgressLine(0, 2, visible=True)
+        progress.say("one")
+        progress.say("two")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    expected = "warning: standard output could not be written: No space left on device; the run goes on\n"
+    assert capfd.readouterr().err == expected
 
 
 def test_the_correction_is_logged(schedule, tmp_path):
