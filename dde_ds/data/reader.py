@@ -12,8 +12,10 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -23,9 +25,16 @@ from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
+from dde_ds.warn import reason
 
 AHEAD = 4
 """Micro-batches whose bytes are asked of a local disk before their turn, whatever the loader's processes are at: the pages are theirs in common."""
+
+MENDS = {
+    "SIGKILL": ", most likely by the system for want of memory: lower data.workers, or give the job more memory",
+    "SIGBUS": ", most likely for want of room in /dev/shm: give the container more (docker run --shm-size), or lower data.workers",
+}
+"""What to do where a worker was killed by a signal."""
 
 REPORT = "report"
 """Key under which a worker hands over its :class:`Report` beside the tensors."""
@@ -195,7 +204,8 @@ def micro_batches(
     """This rank's micro-batches, in order. ``totals`` takes account of what was read and replaced.
 
     Raises:
-        RankError: a sample that cannot be used, or one more than may be replaced; nothing is skipped.
+        RankError: a sample that cannot be used, or one more than may be replaced; nothing is skipped. Or a worker that could not be
+            started, or was killed.
     """
     totals = ReadingTotals() if totals is None else totals
     loader = DataLoader(
@@ -207,11 +217,43 @@ def micro_batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    for batch in loader:
+    for batch in _from_workers(loader, workers):
         if isinstance(batch, UserError):
             raise RankError(str(batch))
         totals.add(batch.pop(REPORT), dataset)
         yield batch
+
+
+def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
+    """The loader's batches. A worker that was killed is told in one line, by whoever asks for the next batch."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise RankError(f"data.workers is {workers}: one could not be started: {reason(error)}; lower it") from None
+    if in_main_thread:
+        # PyTorch's own handler would raise wherever the main thread stands, in the middle of a step or of a save.
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if why := _death(batches):
+                raise RankError(f"data.workers is {workers}: {why}") from None
+            raise
+        yield batch
+
+
+def _death(batches: Iterator[Any]) -> str | None:
+    """How one of the loader's workers was killed, and what to do; None where all live, or ended by themselves."""
+    killed = [-worker.exitcode for worker in getattr(batches, "_workers", ()) if (worker.exitcode or 0) < 0]
+    if not killed:
+        return None
+    name = signal.Signals(killed[0]).name
+    return f"a worker was killed by {name}" + MENDS.get(name, "") + "; then go on with --resume"
 
 
 def _as_is(batch):
