@@ -98,6 +98,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     if ledger:
         batches = ledger.fill(batches)
     accumulation = run.batch.accumulation(ranks.world)
+    averages.restore(state.get("averages", {}), accumulation, device)
     prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype) if run.samples.prompts else None
     log = RunLog(folder, first_step, open_trackers(run, first_step)) if ranks.is_first else None
     heartbeat = Heartbeat(folder) if ranks.is_first else None
@@ -121,7 +122,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         started = time.perf_counter()
         if ledger:
             ledger.write(ranks)
-        state, keep = state_at(run, shards, step) | {"skipped": guards.counts()}, run.checkpoint
+        beside = {"skipped": guards.counts(), "averages": averages.state(accumulation)}
+        state, keep = state_at(run, shards, step) | beside, run.checkpoint
         path, size = checkpoint.save(folder / "checkpoints", policy, objective, state, keep.keep, keep.keep_every, damaged)
         progress.say(f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
@@ -54,12 +55,8 @@ class Averages:
         self.commit()
         if not self._count:
             return {}
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[name] for name in names]) / self._count
-        buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
-        means = mean_over_ranks(torch.cat([values, buckets.flatten()])).tolist()
-        row = dict(zip(names, means[: len(names)], strict=True))
-        sums = torch.tensor(means[len(names) :], dtype=torch.float64).view(len(BY_TIMESTEP), -1).T.tolist()
+        row, by_timestep = self._means()
+        sums = by_timestep.T.tolist()
         width = len(str(timesteps - 1))
         for i, (accuracy, margin, drift, reference, pairs) in enumerate(sums):
             if pairs:
@@ -69,6 +66,37 @@ class Averages:
                 row[f"drift_by_t/{span}"] = drift / max(reference, 1e-12)
         self._sums, self._by_timestep, self._count = {}, None, 0
         return row
+
+    def state(self, accumulation: int) -> dict:
+        """What a checkpoint keeps, so that a resumed run's first row averages over the steps before it as well. Collective.
+
+        Args:
+            accumulation: micro-batches of a step on this rank, which may be others after a resume, as may the ranks.
+        """
+        if not self._count:
+            return {}
+        means, by_timestep = self._means()
+        pairs = by_timestep * dist.get_world_size()
+        return {"steps": self._count // accumulation, "means": means, "by_timestep": pairs.tolist()}
+
+    def restore(self, state: dict, accumulation: int, device: torch.device) -> None:
+        """Go on from :meth:`state` of a checkpoint: as if this rank had seen its share of those steps."""
+        if not state:
+            return
+        self._count = state["steps"] * accumulation
+        sums = torch.tensor(list(state["means"].values()), dtype=torch.float64, device=device) * self._count
+        self._sums = dict(zip(state["means"], sums, strict=True))
+        by_timestep = torch.tensor(state["by_timestep"], dtype=torch.float64, device=device) / dist.get_world_size()
+        self._by_timestep = by_timestep if by_timestep.numel() else None
+
+    def _means(self) -> tuple[dict[str, float], Tensor]:
+        """Means by name, and the sums by timestep, (numbers, tenths) float64, as the mean over ranks. Collective."""
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] for name in names]) / self._count
+        buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
+        means = mean_over_ranks(torch.cat([values, buckets.flatten()])).tolist()
+        by_timestep = torch.tensor(means[len(names) :], dtype=torch.float64).view(len(BY_TIMESTEP), -1)
+        return dict(zip(names, means[: len(names)], strict=True)), by_timestep
 
 
 class Clock:

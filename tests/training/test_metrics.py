@@ -15,6 +15,7 @@ from dde_ds.rows import RowFile, is_correction, is_metrics, read_rows
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.metrics import Averages, Clock, RunLog
 from dde_ds.training.progress import ProgressLine
+from tests.launching import spawn
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +59,49 @@ def test_averages_by_timestep(schedule):
     assert averages.read(1000)["rewards/margins"] == pytest.approx(z[:4].mean().item(), rel=1e-4)
 
 
+def seen(outs, averages=None):
+    averages = averages or Averages()
+    for out in outs:
+        averages.add(out)
+        averages.commit()
+    return averages
+
+
+def average_in_two_ranks(rank, outs, folder):
+    """A step of two micro-batches, one on each rank; then the state."""
+    start()
+    (folder / str(rank)).write_text(json.dumps(seen([outs[rank]]).state(1)))
+
+
+def test_averages_go_on_on_another_number_of_ranks(schedule, tmp_path):
+    """One step by two ranks, two by one rank in two micro-batches each: the row is that of three steps by one rank."""
+    objective = build_objective("dde", schedule, beta=50.0)
+    timesteps = [torch.tensor(pair) for pair in ([0, 99], [100, 999], [50, 980], [450, 999], [500, 20], [30, 40])]
+    outs = [outputs(objective, t, seed) for seed, t in enumerate(timesteps)]
+    expected = seen(outs).read(1000)
+    # To another process go only tensors that are worth no gradient.
+    plain = [type(out)(out.loss.detach(), out.logits.detach(), out.metrics, out.by_timestep) for out in outs[:2]]
+    spawn(average_in_two_ranks, 2, plain, tmp_path)
+    states = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert states[0] == states[1]
+    assert states[0]["steps"] == 1
+    averages = Averages()
+    averages.restore(states[0], 2, torch.device("cpu"))
+    found = seen(outs[2:], averages).read(1000)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found["loss"] != pytest.approx(seen(outs[2:]).read(1000)["loss"], rel=1e-3)
+    assert averages.state(2) == {}
+
+
 def test_sft_has_no_buckets(schedule):
     averages = Averages()
     averages.add(outputs(build_objective("sft", schedule), torch.tensor([1, 2]), 0))
+    averages.commit()
+    state, resumed = averages.state(1), Averages()
+    resumed.restore(state, 1, torch.device("cpu"))
+    assert resumed.read(1000) == averages.read(1000)
+    averages.restore(state, 1, torch.device("cpu"))
     assert set(averages.read(1000)) == {"loss", "error/policy_chosen", "error/policy_rejected"}
 
 
