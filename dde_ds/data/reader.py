@@ -240,7 +240,7 @@ def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError):
             if why := _death(batches):
                 raise RankError(f"data.workers is {workers}: {why}") from None
             raise

@@ -204,10 +204,20 @@ def train(run: RunConfig, resume: str | None = None) -> int:
                 return STOPPED
     export_policy(policy, run, run.steps, row, folder / "export")
     if ranks.is_first:
-        try:
-            write_atomically(folder / "DONE", f"{run.steps} steps\n".encode())
-        except OSError as error:
-            raise RankError(
-                f"{folder / 'DONE'} could not be written: {reason(error)}; the model is in {folder / 'export'}: mend it, then --resume writes both anew"
-            ) from None
+        write_done(folder, run.steps)
     return DONE
+
+
+def write_done(folder: Path, steps: int) -> None:
+    """Write the proof that a run has ended.
+
+    Raises:
+        RankError: it cannot be written.
+    """
+    try:
+        write_atomically(folder / "DONE", f"{steps} steps\n".encode())
+    except OSError as error:
+        raise RankError(
+            f"{folder / 'DONE'} could not be written: {reason(error)}; the model is in {folder / 'export'}: mend it, then --resume "
+            "writes both anew"
+        ) from None

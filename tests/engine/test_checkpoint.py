@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from dde_ds import NoiseSchedule, UserError, build_objective
+from dde_ds.cli import main
 from dde_ds.engine import checkpoint, state
 from dde_ds.engine.ema import update_ema
 from tests.launching import spawn
@@ -337,6 +338,16 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(two):
     two.write_text("in the way")
     with pytest.raises(UserError, match=f"checkpoints in {two}: could not be read: Not a directory; nothing was deleted"):
         checkpoint.list_checkpoints(two)
+
+
+def test_a_damaged_checkpoint_is_not_exported(two, tmp_path, capfd):
+    """The newest, beside a copy of it that is none."""
+    shutil.copytree(two / "step-00000002", two / "step-00000002.bak")
+    relabel(two / "step-00000002")
+    assert main(["export", str(tmp_path), "--output", str(tmp_path / "exported")]) == 1
+    error = f"error: checkpoint {two}/step-00000002: damaged: state.json is of step 7; export an older one\n"
+    assert capfd.readouterr().err == error
+    assert not (tmp_path / "exported").exists()
 
 
 def find_in_two_ranks(rank, folder, outcomes):

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dde_ds import build_objective
+from dde_ds import UserError, build_objective
 from dde_ds.distributed import start
+from dde_ds.evaluation.generate import save_row
 from dde_ds.rows import RowFile, is_correction, is_metrics, read_rows
 from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.loop import write_done
 from dde_ds.training.metrics import Averages, Clock, RunLog
 from dde_ds.training.progress import ProgressLine
 from tests.launching import spawn
@@ -229,6 +234,41 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_run(disk, monkeypatch, capfd
     (disk / "filler").unlink()
     heart.beat(3)
     assert json.loads((disk / "heartbeat").read_text())["step"] == 3
+
+
+def test_without_the_proof_a_run_has_not_ended(disk):
+    fill(disk, 0)
+    with pytest.raises(
+        UserError, match=rf"{disk}/DONE could not be written: No space left on device; the model is in {disk}/export: mend"
+    ):
+        write_done(disk, 4)
+    assert {item.name for item in disk.iterdir()} == {"filler"}
+
+
+def test_pictures_are_whole_or_absent(disk):
+    """One that a full disk cut short would be held for drawn by the next resume."""
+    fill(disk, 8192)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(OSError, match="No space left"):
+        save_row(images, disk / "samples" / "step-00000004.png")
+    assert list((disk / "samples").iterdir()) == []
+    (disk / "filler").unlink()
+    save_row(images, disk / "samples" / "step-00000004.png")
+    drawn = np.asarray(Image.open(disk / "samples" / "step-00000004.png"))
+    assert (drawn == torch.cat(list(images), 2).permute(1, 2, 0).numpy()).all()
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path, capfd):
+    class Full:
+        def log(self, row, step):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = RunLog(tmp_path, 0, [Full()])
+    for step in (1, 2):
+        log.write(step, 8 * step, {"loss": 0.5})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "warning: log.trackers: one refused what was sent to it: OSError: No space left on device; the run goes on"
 
 
 def test_output_that_cannot_be_written_ends_no_run(monkeypatch, capfd):
