@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 from dde_ds.errors import UserError
+from dde_ds.untrusted import read_regular
 
 BUCKETS = 256
 
@@ -30,8 +32,8 @@ class Cache:
     def get(self, key: str) -> bytes | None:
         path = self._path(key)
         try:
-            data = path.read_bytes()
-        except OSError:
+            data = read_regular(path, self.limit // BUCKETS)
+        except (OSError, ValueError):  # none, or nothing that we put there
             return None
         with contextlib.suppress(OSError):  # removed meanwhile, or not ours to touch
             os.utime(path)
@@ -43,11 +45,17 @@ class Cache:
         if len(data) > share:
             return
         path = self._path(key)
-        staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        # A name that nobody can have put a link under, and that no process of another container with this one's number has too.
+        staged = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
             self._make_room(path.parent, share - len(data))
-            staged.write_bytes(data)
+            handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             staged.replace(path)
         except OSError:
             with contextlib.suppress(OSError):

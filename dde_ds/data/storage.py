@@ -17,11 +17,14 @@ from typing import Any
 
 from dde_ds.data.cache import Cache
 from dde_ds.errors import UserError
+from dde_ds.untrusted import open_regular, read_regular
 
 # No `pipe:`, no `::` chains: a path in a configuration reads bytes and does nothing else.
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
 # Files that a process keeps open.
 OPEN_FILES = 64
+WHOLE_BYTES = 32 * 2**20
+"""Limit of a file that is read whole without knowing its size: ``manifest.json``. One of 50,000 shards takes 14 MB."""
 # Answers of a web server that another try would not change.
 FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 
@@ -52,11 +55,11 @@ class LocalFolder:
         return path.stat().st_size if path.is_file() else None
 
     def fetch(self, name: str, offset: int, length: int | None, is_whole: Callable[[bytes], bool], key: str | None = None) -> bytes:
-        """``length`` bytes from ``offset`` (None: all) for which ``is_whole`` holds.
+        """Return ``length`` bytes from ``offset`` (None: all, at most ``WHOLE_BYTES``) for which ``is_whole`` holds.
 
         Raises:
-            DamagedData: the file is missing, too short, or its bytes fail the check. The message does not name it: the caller
-                knows what it was reading.
+            DamagedData: the file is missing, no regular file, too short or too long, or its bytes fail the check. The message does not
+                name it: the caller knows what it was reading.
             UserError: it cannot be read.
         """
         try:
@@ -65,6 +68,8 @@ class LocalFolder:
             raise DamagedData("the file is missing") from None
         except OSError as error:
             raise UserError(f"{self.where(name)}: not readable: {error.strerror}") from None
+        except ValueError as error:  # a pipe or a device, or more than may be read whole
+            raise DamagedData(str(error)) from None
         if (length is not None and len(data) != length) or not is_whole(data):
             raise DamagedData("checksum differs, the file was damaged")
         self.counters["bytes"] += len(data)
@@ -72,19 +77,21 @@ class LocalFolder:
 
     def announce(self, name: str, offset: int, length: int) -> None:
         """Tell the kernel that a range will be fetched soon. Never fails: fetching says what is wrong."""
-        with contextlib.suppress(OSError, AttributeError):  # no posix_fadvise on macOS
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no posix_fadvise on macOS
             os.posix_fadvise(self._handle(name), offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read(self, name: str, offset: int, length: int | None) -> bytes:
         if length is None:
-            return (self.folder / name).read_bytes()
-        return os.pread(self._handle(name), length, offset)
+            return read_regular(self.folder / name, WHOLE_BYTES)
+        handle = self._handle(name)
+        # Memory for no more than the file has: the length comes from an index that anybody may have written.
+        return os.pread(handle, max(0, min(length, os.fstat(handle).st_size - offset)), offset)
 
     def _handle(self, name: str) -> int:
         if self._owner != os.getpid():
             self._owner, self._open = os.getpid(), OrderedDict()
         if name not in self._open:
-            self._open[name] = (self.folder / name).open("rb")
+            self._open[name] = open_regular(self.folder / name)
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(name)
@@ -136,29 +143,35 @@ class RemoteFolder:
             except FileNotFoundError:
                 raise DamagedData("the file is missing") from None
             except Exception as error:  # every driver has exceptions of its own
-                problem, damaged = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": "), False
+                problem, damaged = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": "), False
                 if isinstance(error, (PermissionError, ImportError)) or getattr(error, "status", None) in FINAL_STATUS:
                     raise UserError(f"{self.where(name)}: not readable: {problem}") from None
                 continue
             self.counters["bytes"] += len(data)
-            short = length is not None and len(data) != length
-            if not short and is_whole(data):
+            if length is None and len(data) > WHOLE_BYTES:
+                raise DamagedData(f"larger than {WHOLE_BYTES:,} bytes")
+            other = length is not None and len(data) != length
+            if not other and is_whole(data):
                 if self.cache and key:
                     self.cache.put(key, data)
                 return data
+            came = "more" if other and len(data) > length else len(data)
+            problem = f"{came} bytes came for {length} asked" if other else "checksum differs, the file was damaged"
             damaged = True
-            problem = f"{len(data)} bytes came for {length} asked" if short else "checksum differs, the file was damaged"
         if damaged:
             raise DamagedData(f"{problem} ({self.attempts} attempts)")
         raise UserError(f"{self.where(name)}: not readable after {self.attempts} attempts: {problem}")
 
     def _get(self, name: str, offset: int, length: int | None) -> bytes:
         fs = self._filesystem()
-        start, end = (None, None) if length is None else (offset, offset + length)
+        # Whole files by a range too, of one byte more than they may have: nobody is asked for more than memory is meant for.
+        start, end = offset, offset + (WHOLE_BYTES + 1 if length is None else length)
         path = f"{self._root}/{name}"
         if getattr(fs, "async_impl", False):
             from fsspec.asyn import sync
 
+            if "http" in fs.protocol:
+                return sync(fs.loop, _http_range, fs, path, start, end, timeout=self.timeout)
             return sync(fs.loop, fs._cat_file, path, start=start, end=end, timeout=self.timeout)
         return fs.cat_file(path, start=start, end=end)
 
@@ -168,6 +181,21 @@ class RemoteFolder:
             self._fs, self._root = filesystem(self.url)
             self._owner = os.getpid()
         return self._fs
+
+
+async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
+    """Return the bytes [start, end) as fsspec's own ``_cat_file`` does, or one more: a server that sends more is not listened to further."""
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), headers={"Range": f"bytes={start}-{end - 1}"}) as answer:
+        fs._raise_not_found_for_status(answer, url)
+        if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+            raise ValueError(f"the server sends it compressed ({encoding[:20]}) though asked not to")
+        data = bytearray()
+        async for chunk in answer.content.iter_any():
+            data += chunk
+            if len(data) > end - start:
+                break
+        return bytes(data[: end - start + 1])
 
 
 def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
@@ -184,7 +212,10 @@ def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        fs, root = url_to_fs(url, skip_instance_cache=True)
+        # A compressed answer may unpack to any size, and a range of it is not the range that was asked for.
+        plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
+        options = {"client_kwargs": plain} if scheme in ("http", "https") else {}
+        fs, root = url_to_fs(url, skip_instance_cache=True, **options)
         return fs, root.rstrip("/")
     except ImportError as error:
         raise UserError(f"{key} {url}: {error}; `pip install -e '.[remote]'` has drivers for http and s3") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
 import os
@@ -9,12 +10,15 @@ import random
 import shutil
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from dde_ds import UserError
+from dde_ds.data import cache as caching
+from dde_ds.data import storage
 from dde_ds.data.cache import BUCKETS, Cache
 from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
@@ -26,6 +30,9 @@ from tests.data.test_damage import break_pair, everything, same
 from tests.data.tiny import write_tiny
 
 INIT = RemoteFolder.__init__
+BOMB = gzip.compress(bytes(100 * 2**20))
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 SLOW = 1.3
 """Seconds that a slow answer takes."""
 
@@ -41,7 +48,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.requests = folder, [], []
-        self.ranges = True
+        self.ranges, self.sent = True, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -65,6 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Range"), fault))
         if isinstance(fault, int):
             return self.answer(fault, b"")
+        if fault in ("endless", "bomb"):
+            return self.flood(compressed=fault == "bomb")
         if not path.is_file():
             return self.answer(404, b"")
         data, status = path.read_bytes(), 200
@@ -87,6 +96,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2] if cut else data)
         if cut:
             self.close_connection = True
+
+    def flood(self, compressed: bool) -> None:
+        """Far more than was asked for: plainly, or packed a thousandfold."""
+        self.send_response(200)
+        if compressed:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.close_connection = True
+        for _ in range(1 if compressed else 100):
+            self.wfile.write(BOMB if compressed else bytes(2**20))
+            self.server.sent += len(BOMB) if compressed else 2**20
 
     def log_message(self, *_):
         pass
@@ -187,6 +207,28 @@ def test_faults_that_stay(folder, server):
         ShardSet(f"{server.url}/set")
 
 
+@pytest.mark.parametrize("fault", ["endless", "bomb"])
+def test_no_more_is_taken_than_was_asked_for(folder, server, monkeypatch, fault):
+    """A hundred megabytes for a manifest, and for a pair of a kilobyte: neither memory nor the line is given to them."""
+    monkeypatch.setattr(storage, "WHOLE_BYTES", 2**20)
+    tracemalloc.start()
+    try:
+        server.faults = [fault] * 5
+        named = "server sends it compressed .gzip." if fault == "bomb" else "manifest.json: larger than 1,048,576 bytes"
+        with pytest.raises(UserError, match=named):
+            ShardSet(f"{server.url}/set")
+        server.faults = []
+        shards = ShardSet(f"{server.url}/set")
+        shards.read(0, 0)
+        server.faults = [fault] * 5
+        with pytest.raises(UserError, match="compressed .gzip." if fault == "bomb" else r"more bytes came for \d+ asked"):
+            shards.read(0, 1)
+        assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert server.sent < 60 * 2**20, "of six hundred"
+
+
 def dataset(path: str, cache: Path | None = None, max_bad: int = 0) -> PairDataset:
     shards = open_sources([(path, 1.0)], str(cache) if cache else None, 0.01, strict=not max_bad)
     return PairDataset(shards, order_of(shards, 3, 2), Draws(3, torch.ones(10), caption_dropout=0.2), max_bad)
@@ -267,6 +309,29 @@ def test_cache_on_a_full_or_read_only_disk(tmp_path):
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("in the way")
     cache.put("key", b"value")
+    assert cache.get("key") is None
+
+
+def test_cache_follows_no_link_and_waits_for_no_pipe(tmp_path, monkeypatch):
+    """In a folder that others write to as well."""
+    cache = Cache(tmp_path / "cache", BUCKETS * 4000)
+    cache.put("key", b"value")
+    (entry,) = (path for path in cache.folder.rglob("*") if path.is_file())
+    assert entry.stat().st_mode & 0o777 == 0o666 & ~UMASK, "other users of the node read it too"
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    monkeypatch.setattr(caching.secrets, "token_hex", lambda _: "guessed")
+    link = entry.with_name(f"{entry.name}.guessed.partial")
+    link.symlink_to(victim)
+    cache.put("key", b"other value")
+    assert victim.read_bytes() == b"precious"
+    assert cache.get("key") == b"value"
+    assert link.is_symlink(), "it is not ours to remove"
+    entry.unlink()
+    os.mkfifo(entry)
+    assert cache.get("key") is None
+    entry.unlink()
+    entry.symlink_to("/dev/zero")
     assert cache.get("key") is None
 
 
