@@ -121,7 +121,7 @@ def bench_read(args: argparse.Namespace, temporary: Path) -> str:
     return (
         f"{sum(shards.counts)} pairs of {megabytes:.2f} MB of latents in {len(shards.counts)} shards, micro-batches of {BATCH}. "
         f"{args.repeats} epochs each, in turns: medians, of the rates and of the ratios of neighbours. "
-        "Ours checks each pair's crc32, members, shapes and finite values; webdataset (raw bytes, safetensors) checks nothing. "
+        "Ours checks each pair's SHA-256, members, shapes and finite values; webdataset (raw bytes, safetensors) checks nothing. "
         "Cold: the files' pages dropped by posix_fadvise; what lies below the machine may still cache.\n\n" + table(head, rows)
     )
 

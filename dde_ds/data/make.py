@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dde_ds.data.manifest import PROMPTS_PER_FILE
+from dde_ds.data.manifest import FORMAT, MOST_FILES, PROMPTS_PER_FILE
 from dde_ds.data.pairs import PairRow, PairSource, Survey
-from dde_ds.data.writer import Sample, finished_shard, write_manifest, write_shard
+from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.encode import Encoder, Prepared, prepare_image, time_ids
+from dde_ds.untrusted import read_json
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.
 LOOKAHEAD = 2
@@ -54,6 +55,7 @@ class Recipe:
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
         """What makes these shards these shards, for the manifest."""
         return {
+            "format": FORMAT,
             "model": self.model,
             "weights": encoder.weights,
             "vae_dtype": str(encoder.vae_dtype),
@@ -101,12 +103,17 @@ def make_shards(
     survey = source.survey()
     if not len(survey.rows):
         raise UserError(f"--input: no decided pair ({dict(survey.counts)}): label_0 must be 1 or 0 in some rows")
+    captions = ["", *(caption for caption in survey.captions if caption)]
+    prompts_files, shards = -(-len(captions) // PROMPTS_PER_FILE), -(-len(survey.rows) // recipe.pairs_per_shard)
+    if prompts_files + shards > MOST_FILES:
+        raise UserError(f"--pairs-per-shard {recipe.pairs_per_shard}: makes {shards} shards, more than a manifest holds; raise it")
     settings = recipe.settings(encoder, source)
     digest = _claim(output, settings)
-    captions = ["", *(caption for caption in survey.captions if caption)]
     shapes = {name: list(value.shape[1:]) for name, value in encoder.prompts([""]).items()}
+    parts = (("prompts-", prompts_files), ("", shards))
+    remove_partials(output, {f"{kind}{number:05d}" for kind, count in parts for number in _own(count, rank, world)})
 
-    for number in _own(-(-len(captions) // PROMPTS_PER_FILE), rank, world):
+    for number in _own(prompts_files, rank, world):
         name = f"prompts-{number:05d}"
         if finished_shard(output, name, digest) is None:
             low = number * PROMPTS_PER_FILE
@@ -200,7 +207,7 @@ def _claim(output: Path, settings: dict) -> str:
             raise UserError(f"--output {output}: is not empty and holds no shards of ours; choose another folder")
         write_atomically(path, data)
     try:
-        before = json.loads(path.read_bytes())
+        before = read_json(path)
         differing = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
     except (ValueError, TypeError):
         raise UserError(f"--output {output}: its settings.json is damaged; delete the folder") from None

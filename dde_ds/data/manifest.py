@@ -7,15 +7,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import zlib
 
 import torch
 
+from dde_ds.data.storage import WHOLE_BYTES
 from dde_ds.errors import UserError
+from dde_ds.untrusted import parse_json
 
-FORMAT = "dde_ds shards 2"
+FORMAT = "dde_ds shards 3"
+CHECKSUMS = {
+    FORMAT: lambda data: hashlib.sha256(data).digest(),
+    "dde_ds shards 2": lambda data: zlib.crc32(data).to_bytes(4, "big"),
+}
+"""By the formats that are read, what an index holds of each sample's run of bytes. CRC32 finds damage; it can be forged."""
 PROMPTS_PER_FILE = 1024
 NAMES = re.compile(r"(prompts-)?[0-9]{5,9}")
+
+# Limits of what is believed, far above what is made: memory is set aside by these numbers before any byte is there to prove them.
+MOST_FILES = 50_000
+MOST_SAMPLES = 2**19
+"""Of one file."""
+INDEX_BYTES = 128 * 2**20
+DESCRIPTION_BYTES = 4 * 2**20
+"""Of a sample's .json: caption, source, uids."""
+TENSOR_BYTES = 256 * 2**20
+"""Of a sample's tensors."""
+MEMBER_BYTES = 2**16
+"""Of what else a sample takes in a tar: the headers of its two members, what fills their last blocks, the header of safetensors."""
+LARGEST_SAMPLE = TENSOR_BYTES + DESCRIPTION_BYTES + MEMBER_BYTES
 
 
 def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -36,8 +58,17 @@ def prompt_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dty
     return {name: (tuple(shape), torch.float16) for name, shape in manifest["prompts"]["tensors"].items()}
 
 
+def largest_sample(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return how many bytes a sample of these tensors may take in its tar."""
+    return tensor_bytes(tensors) + DESCRIPTION_BYTES + MEMBER_BYTES
+
+
+def tensor_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+
+
 def manifest_digest(manifest: dict) -> str:
-    """SHA-256 of the manifest without its own ``digest``."""
+    """SHA-256 of a manifest, or an index, without its own ``digest``."""
     plain = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -45,9 +76,11 @@ def manifest_digest(manifest: dict) -> str:
 def is_whole_manifest(data: bytes) -> bool:
     """Whether these bytes end as they began: JSON that is no manifest of ours, or one whose digest is right."""
     try:
-        manifest = json.loads(data)
-        return not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest["digest"] == manifest_digest(manifest)
-    except (ValueError, KeyError, RecursionError):
+        manifest = parse_json(data, WHOLE_BYTES)
+        if not isinstance(manifest, dict) or manifest.get("format") not in CHECKSUMS:
+            return True
+        return manifest["digest"] == manifest_digest(manifest)
+    except (ValueError, KeyError, TypeError):
         return False
 
 
@@ -58,14 +91,15 @@ def read_manifest(data: bytes, where: str) -> dict:
         UserError: not a manifest, one of another format, a damaged one, or one that promises what cannot be.
     """
     try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(data, WHOLE_BYTES)
+    except ValueError as error:
         raise UserError(f"{where}: not readable: {error}") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{where}: not a manifest of shards")
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest.get("format"), str) or manifest["format"] not in CHECKSUMS:
+        known = " and ".join(map(repr, sorted(CHECKSUMS)))
         raise UserError(
-            f"{where}: format is {manifest.get('format')!r}, this version reads {FORMAT!r}: shard the pairs again into another folder"
+            f"{where}: format is {manifest.get('format')!r}, this version reads {known}: shard the pairs again into another folder"
         )
     if manifest.get("digest") != manifest_digest(manifest):
         raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
@@ -96,12 +130,20 @@ def _problem_of(manifest: dict) -> str | None:
         map(_is_shape, prompts["tensors"].values())
     ):
         return f"prompts.tensors are {prompts['tensors']!r}"
+    for what, tensors in (("pair", pair_tensors(manifest)), ("prompt", prompt_tensors(manifest))):
+        if tensor_bytes(tensors) > TENSOR_BYTES:
+            return f"a {what}'s tensors take {tensor_bytes(tensors)} bytes: at most {TENSOR_BYTES} are read"
     for file in [*manifest["shards"], *prompts["files"]]:
         if not NAMES.fullmatch(file["name"]):
             return f"a shard is called {file['name']!r}: expected digits only"
         counts = (file["samples"], file["bytes"], file["index"]["bytes"])
         if not all(type(count) is int and 0 <= count < 1 << 53 for count in counts):
             return f"shard {file['name']} has counts {counts!r}"
+        if file["samples"] > MOST_SAMPLES or file["index"]["bytes"] > INDEX_BYTES:
+            return (
+                f"shard {file['name']} has {file['samples']} samples and an index of {file['index']['bytes']} bytes: "
+                f"at most {MOST_SAMPLES} and {INDEX_BYTES} are read"
+            )
         if not all(isinstance(digest, str) and len(digest) == 64 for digest in (file["sha256"], file["index"]["sha256"])):
             return f"shard {file['name']} has no sha256"
     if type(manifest["samples"]) is not int or not 0 < manifest["samples"] == sum(file["samples"] for file in manifest["shards"]):

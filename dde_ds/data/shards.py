@@ -2,7 +2,8 @@
 
     shards/
       00000.tar          per pair KEY.json and KEY.safetensors; a WebDataset that any reader of those can read
-      00000.json         commit mark and index: bytes, sha256, and [number, offset, bytes, crc32] of every pair's run in the tar
+      00000.json         commit mark and index: bytes and sha256 of the tar, [number, offset, bytes] of every pair's run in it, the
+                         SHA-256 of each run (``digests``, one hexadecimal text) and of the index itself (``digest``)
       prompts-00000.tar  the same for text embeddings, each distinct prompt once; prompt 0 is the empty one
       prompts-00000.json
       errors.jsonl       rows that were left out, and why
@@ -13,19 +14,24 @@ A pair's tensors: ``latents`` (2,C,H,W) float16, winner then loser, already scal
 int64; for SDXL ``time_ids`` (2,6) float32; where they were asked for, ``latents_flipped`` of the mirrored images and ``logvar``
 of the VAE's posterior, scaled too, both of the latents' shape. A prompt's: ``prompt_embeds`` (S,D) and for SDXL ``pooled`` (P,), float16.
 
-The manifest vouches for the indexes, an index for every byte of its tar's pairs: what comes back is what was written, or an
-error. Reading runs no code: runs of bytes are taken by offset, must hold exactly those two members, and are never unpickled.
+What is vouched for: the manifest holds the SHA-256 of each index, an index that of each pair's run of bytes. Both are compared
+whenever something is read, so what comes back is what the manifest's author wrote, or an error. Who that was, no checksum says: a run
+remembers the manifest's digest, and refuses to go on with another. What lies behind a tar's last pair is looked at by ``verify`` alone.
+Sets of the format before (``dde_ds shards 2``, whose members are [number, offset, bytes, crc32]) are read too. Of their pairs only the
+CRC32 is compared, which finds damage and can be forged; ``verify`` compares the SHA-256 of their tars.
+
+Reading runs no code: runs of bytes are taken by offset, must hold exactly those two members, and are never unpickled. Nor does it wait
+for a pipe, or set memory aside for sizes that the manifest's shapes do not fill.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
-import zlib
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -34,13 +40,39 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dde_ds.data.cache import Cache
-from dde_ds.data.manifest import PROMPTS_PER_FILE, is_whole_manifest, pair_tensors, prompt_tensors, read_manifest
+from dde_ds.data.manifest import (
+    CHECKSUMS,
+    DESCRIPTION_BYTES,
+    FORMAT,
+    INDEX_BYTES,
+    PROMPTS_PER_FILE,
+    is_whole_manifest,
+    largest_sample,
+    pair_tensors,
+    prompt_tensors,
+    read_manifest,
+)
 from dde_ds.data.storage import DamagedData, open_storage
 from dde_ds.errors import UserError
+from dde_ds.untrusted import parse_json
 
-# Indexes that a process keeps, as arrays: 32 bytes a sample.
-OPEN_INDEXES = 2048
+# Indexes that a process keeps, 56 bytes a sample.
+OPEN_INDEXES = 1024
 REMAKE = "delete it and its .json and run tools/shard_pickapic.py again: only that shard is made"
+REMAKE_OLDER = "make it again with the version that made the set, or shard the pairs again into another folder"
+
+
+class Index(NamedTuple):
+    """Where a tar's samples lie, and what their bytes must sum to."""
+
+    members: np.ndarray
+    """Rows [number, offset, bytes] (N,3) int64."""
+    checksums: bytes
+    """One after another, of equal length: of each sample's run of bytes."""
+
+    def checksum(self, row: int) -> bytes:
+        width = len(self.checksums) // len(self.members)
+        return self.checksums[row * width : (row + 1) * width]
 
 
 class ShardSet:
@@ -73,15 +105,16 @@ class ShardSet:
         except DamagedData as error:
             raise UserError(f"data.path {folder}: manifest.json: {error}; is this a folder of shards?") from None
         self.manifest = read_manifest(raw, self.storage.where("manifest.json"))
+        self._mend = REMAKE if self.manifest["format"] == FORMAT else REMAKE_OLDER
         self.digest = hashlib.sha256(raw).hexdigest()
-        """Of the manifest, and so of every byte of the set."""
+        """Of the manifest, and so, through the indexes, of every pair and prompt of the set."""
         self.latent_shape: tuple[int, int, int] = tuple(self.manifest["latents"]["shape"])
         """(C,H,W) of one latent."""
         self.counts: list[int] = [row["samples"] for row in self.manifest["shards"]]
         """Samples of each shard."""
         if check_sizes and not self.storage.is_remote:
             self._check_sizes()
-        self._indexes: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._indexes: OrderedDict[str, Index] = OrderedDict()
         self._empty_prompt: dict[str, Tensor] | None = None
 
     def __getstate__(self) -> dict:
@@ -112,7 +145,7 @@ class ShardSet:
             return
         file = self.manifest["shards"][shard]
         with contextlib.suppress(UserError):
-            _, offset, size, _ = self.index(file)[row].tolist()
+            _, offset, size = self.index(file).members[row].tolist()
             self.storage.announce(f"{file['name']}.tar", offset, size)
 
     def describe(self, shard: int, row: int) -> dict:
@@ -120,7 +153,7 @@ class ShardSet:
         file = self.manifest["shards"][shard]
         number, description, _ = self._sample(file, row)
         try:
-            found = json.loads(description)
+            found = parse_json(description, DESCRIPTION_BYTES)
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -152,14 +185,15 @@ class ShardSet:
 
     def _sample(self, file: dict, row: int) -> tuple[int, bytes, dict[str, Tensor]]:
         """Number, description and tensors of the ``row``-th sample of a file."""
-        number, offset, size, crc32 = self.index(file)[row].tolist()
-        where = self._where(file, number)
+        index, checksum = self.index(file), CHECKSUMS[self.manifest["format"]]
+        number, offset, size = index.members[row].tolist()
+        where, expected = self._where(file, number), index.checksum(row)
         try:
             data = self.storage.fetch(
-                f"{file['name']}.tar", offset, size, lambda data: zlib.crc32(data) == crc32, f"{file['sha256']} {offset} {size}"
+                f"{file['name']}.tar", offset, size, lambda data: checksum(data) == expected, f"{file['sha256']} {offset} {size}"
             )
         except DamagedData as error:
-            raise DamagedData(f"{where}: {error}: {REMAKE}") from None
+            raise DamagedData(f"{where}: {error}: {self._mend}") from None
         description, payload = unpack(data, number, where)
         try:
             return number, description, safetensors.torch.load(payload)
@@ -167,8 +201,13 @@ class ShardSet:
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise DamagedData(f"{where}: not safetensors: {error}") from None
 
-    def index(self, file: dict) -> np.ndarray:
-        """Rows [number, offset, bytes, crc32] of a file's samples."""
+    def index(self, file: dict) -> Index:
+        """Return the index of one of the manifest's files.
+
+        Raises:
+            DamagedData: it is not the one that the manifest names, or no index.
+            UserError: it cannot be read.
+        """
         name = file["name"]
         if name not in self._indexes:
             self._indexes[name] = self._read_index(file)
@@ -177,26 +216,31 @@ class ShardSet:
         self._indexes.move_to_end(name)
         return self._indexes[name]
 
-    def _read_index(self, file: dict) -> np.ndarray:
+    def _read_index(self, file: dict) -> Index:
         name, size, sha256 = f"{file['name']}.json", file["index"]["bytes"], file["index"]["sha256"]
         where = f"shard index {self.storage.where(name)}"
         try:
             data = self.storage.fetch(name, 0, size, lambda data: hashlib.sha256(data).hexdigest() == sha256, sha256)
         except DamagedData as error:
-            raise DamagedData(f"{where}: does not belong to manifest.json: {error}: {REMAKE}") from None
+            raise DamagedData(f"{where}: does not belong to manifest.json: {error}: {self._mend}") from None
         try:
-            found = json.loads(data)
-            members = np.array(found["members"]) if found["members"] else np.empty((0, 4), dtype=np.int64)
-            if found["sha256"] != file["sha256"] or members.shape != (file["samples"], 4) or members.dtype != np.int64:
+            found = parse_json(data, INDEX_BYTES)
+            members, checksums = _numbers(found, self.manifest["format"])
+            if found["sha256"] != file["sha256"] or len(members) != file["samples"]:
                 raise ValueError
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise DamagedData(f"{where}: is not an index of {file['samples']} samples: {REMAKE}") from None
+        except (ValueError, KeyError, TypeError, OverflowError):
+            raise DamagedData(f"{where}: is not an index of {file['samples']} samples: {self._mend}") from None
+        largest = largest_sample((prompt_tensors if name.startswith("prompts-") else pair_tensors)(self.manifest))
+        if (members[:, 2] > largest).any():
+            raise DamagedData(
+                f"{where}: a sample has {members[:, 2].max()} bytes, manifest.json says at most {largest}: {self._mend}"
+            )
         # One run after another from the start of the tar, in the order of their numbers: nothing else has room between them.
         ends = np.cumsum(members[:, 2])
         ordered = (np.diff(members[:, 0]) > 0).all() and (members[:, 0] >= 0).all() and (members[:, 2] > 0).all()
         if not ordered or not (members[:, 1] == ends - members[:, 2]).all() or (len(ends) and ends[-1] > file["bytes"]):
-            raise DamagedData(f"{where}: its samples are not one after another in the order of their keys: {REMAKE}")
-        return members
+            raise DamagedData(f"{where}: its samples are not one after another in the order of their keys: {self._mend}")
+        return Index(members, checksums)
 
     def _where(self, file: dict, number: int) -> str:
         return f"shard {self.storage.where(file['name'] + '.tar')}, sample {number:09d}"
@@ -206,8 +250,25 @@ class ShardSet:
             for name, expected in ((f"{file['name']}.tar", file["bytes"]), (f"{file['name']}.json", file["index"]["bytes"])):
                 size = self.storage.size(name)
                 if size != expected:
-                    found = "is missing" if size is None else f"has {size} bytes"
-                    raise UserError(f"shard {self.storage.where(name)} {found}, manifest.json says {expected} bytes: {REMAKE}")
+                    found = "is missing, or no regular file" if size is None else f"has {size} bytes"
+                    raise UserError(f"shard {self.storage.where(name)} {found}, manifest.json says {expected} bytes: {self._mend}")
+
+
+def _numbers(index: dict, form: str) -> tuple[np.ndarray, bytes]:
+    """Members and checksums of an index of the format ``form``. ValueError, KeyError, TypeError or OverflowError where it is none."""
+    rows, columns = index["members"], 3 if form == FORMAT else 4
+    # Looked at before numpy does: an array of texts would be as wide as its longest.
+    if not all(isinstance(row, list) and len(row) == columns and all(type(value) is int for value in row) for row in rows):
+        raise ValueError
+    members = np.array(rows, dtype=np.int64).reshape(-1, columns)
+    if form != FORMAT:
+        if ((members[:, 3] < 0) | (members[:, 3] >= 2**32)).any():
+            raise ValueError
+        return members[:, :3].copy(), members[:, 3].astype(">u4").tobytes()
+    checksums = bytes.fromhex(index["digests"])
+    if len(checksums) != 32 * len(members):
+        raise ValueError
+    return members, checksums
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: dict, where: str) -> None:
@@ -238,14 +299,8 @@ def unpack(data: bytes, number: int, where: str) -> tuple[bytes, bytes]:
         DamagedData: any other member, name, type or order.
     """
     found, offset = [], 0
-    for name in (f"{number:09d}.json", f"{number:09d}.safetensors"):
-        header = data[offset : offset + 512]
-        own = header[:100].rstrip(b"\0").decode("utf-8", "replace")
-        # A plain member (type 0) of exactly this name: not a link, not a device, not another path.
-        if len(header) < 512 or own != name or header[156:157] not in (b"0", b"\0") or header[345:500].strip(b"\0"):
-            raise DamagedData(f"{where}: expected the tar member {name}, found {own[:80]!r}")
-        digits = header[124:136].strip(b" \0")
-        size = int(digits, 8) if re.fullmatch(rb"[0-7]{1,11}", digits) else len(data)
+    for name in member_names(number):
+        size = member_size(data[offset : offset + 512], name, where)
         start, offset = offset + 512, offset + 512 + -(-size // 512) * 512
         if offset > len(data):
             raise DamagedData(f"{where}: tar member {name} is longer than the index says")
@@ -253,3 +308,23 @@ def unpack(data: bytes, number: int, where: str) -> tuple[bytes, bytes]:
     if offset != len(data):
         raise DamagedData(f"{where}: holds more than its .json and its .safetensors")
     return found[0], found[1]
+
+
+def member_names(number: int) -> tuple[str, str]:
+    return f"{number:09d}.json", f"{number:09d}.safetensors"
+
+
+def member_size(header: bytes, name: str, where: str) -> int:
+    """Return the bytes of a tar member from its header of 512 bytes.
+
+    Raises:
+        DamagedData: the header of any other member, or one whose size is no plain octal number, negative ones among them.
+    """
+    own = header[:100].rstrip(b"\0").decode("utf-8", "replace")
+    # A plain member (type 0) of exactly this name: not a link, not a device, not another path.
+    if len(header) < 512 or own != name or header[156:157] not in (b"0", b"\0") or header[345:500].strip(b"\0"):
+        raise DamagedData(f"{where}: expected the tar member {name}, found {own[:80]!r}")
+    digits = header[124:136].strip(b" \0")
+    if not re.fullmatch(rb"[0-7]{1,11}", digits):
+        raise DamagedData(f"{where}: tar member {name} has no size that can be")
+    return int(digits, 8)

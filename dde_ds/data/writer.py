@@ -9,8 +9,7 @@ import hashlib
 import io
 import json
 import os
-import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,11 @@ import safetensors.torch
 import webdataset
 from torch import Tensor
 
-from dde_ds.data.manifest import FORMAT, manifest_digest
-from dde_ds.files import put_in_place, sha256_of, staged_path, write_atomically
+from dde_ds.data.manifest import CHECKSUMS, DESCRIPTION_BYTES, FORMAT, INDEX_BYTES, LARGEST_SAMPLE, manifest_digest
+from dde_ds.data.shards import unpack
+from dde_ds.errors import UserError
+from dde_ds.files import put_in_place, staged_path, write_atomically
+from dde_ds.untrusted import open_regular, parse_json, read_regular
 
 # One timestamp for every member, so that the same pairs give the same bytes.
 MTIME = 0  # whole: a float would add an extended header of 1 kB to every member
@@ -39,10 +41,11 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
 
     ``errors`` lists the rows left out. It may be filled by whatever makes ``samples``: it is read after the last of them.
     An empty shard is legal: it stands for a row range in which nothing could be kept.
+
+    Raises:
+        UserError: a description longer than readers take.
     """
     path = folder / f"{name}.tar"
-    for left in folder.glob(f".{name}.tar.*.partial"):  # by a process that was killed in this shard
-        left.unlink(missing_ok=True)
     staged = staged_path(path)
     numbers, ends = [], []
     with staged.open("wb") as file:
@@ -51,6 +54,10 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
             for sample in samples:
                 payload = safetensors.torch.save(sample.tensors)
                 description = json.dumps(sample.description, ensure_ascii=False, sort_keys=True).encode()
+                if len(description) > DESCRIPTION_BYTES:
+                    raise UserError(
+                        f"sample {sample.number}: caption and source take {len(description)} bytes, at most {DESCRIPTION_BYTES}"
+                    )
                 tar.write({"__key__": f"{sample.number:09d}", "json": description, "safetensors": payload})
                 numbers.append(sample.number)
                 ends.append(tar.tarstream.offset)
@@ -58,31 +65,46 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
         os.fsync(file.fileno())
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     with staged.open("rb") as file:
-        sums, sha256 = _checksums(file, sizes)
-    members = [list(row) for row in zip(numbers, [0, *ends][:-1], sizes, sums, strict=True)] if numbers else []
-    row = {"name": name, "samples": len(members), "bytes": staged.stat().st_size, "sha256": sha256}
+        document = _document(file, name, numbers, sizes, settings_digest, errors)
     put_in_place(staged, path)
-    index = (json.dumps({**row, "settings": settings_digest, "errors": errors, "members": members}) + "\n").encode()
+    index = _index_bytes(document)
     write_atomically(folder / f"{name}.json", index)
-    return _row(row, index)
+    return _row(document, index)
 
 
 def finished_shard(folder: Path, name: str, settings_digest: str, verify: bool = True) -> tuple[dict, list[dict]] | None:
-    """The manifest's row and the errors of a shard that is whole and was made with these settings, otherwise None.
+    """Return the manifest's row and the errors of a shard that is whole and was made with these settings, otherwise None.
 
-    ``verify=False`` takes the tar's size for its checksum: for shards that another rank has just made and verified.
+    Whole is an index that would be written of this tar again, byte by byte; its own digest answers for ``errors``, which the tar
+    does not hold. ``verify=False`` takes the tar's size for its contents: for shards that another rank has just made and verified.
     """
     tar, path = folder / f"{name}.tar", folder / f"{name}.json"
     try:
-        index = path.read_bytes()
-        found = json.loads(index)
-        row = {key: found[key] for key in ("name", "samples", "bytes", "sha256")}
-        whole = tar.stat().st_size == row["bytes"] and (not verify or sha256_of(tar) == row["sha256"])
-        if whole and found["settings"] == settings_digest and row["name"] == name:
-            return _row(row, index), found["errors"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        index = read_regular(path, INDEX_BYTES)
+        found = parse_json(index, INDEX_BYTES)
+        if found["digest"] != manifest_digest(found) or found["settings"] != settings_digest or index != _index_bytes(found):
+            return None
+        with open_regular(tar) as file:
+            if os.fstat(file.fileno()).st_size != found["bytes"] or found["name"] != name:
+                return None
+            if verify:
+                numbers, _, sizes = zip(*found["members"], strict=True) if found["members"] else ((), (), ())
+                if any(not 0 < size <= LARGEST_SAMPLE for size in sizes):
+                    return None
+                again = _document(file, name, numbers, sizes, settings_digest, found["errors"])
+                if index != _index_bytes(again):
+                    return None
+        return _row(found, index), found["errors"]
+    # Missing, no regular file, no JSON, or JSON of another form.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def remove_partials(folder: Path, names: Container[str]) -> None:
+    """Remove what killed processes left of these shards. For all at once: to look for those of each lists the whole folder each time."""
+    for path in folder.iterdir():
+        if path.suffix == ".partial" and path.name[1:].partition(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -95,17 +117,34 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _row(row: dict, index: bytes) -> dict:
+def _row(document: dict, index: bytes) -> dict:
+    row = {key: document[key] for key in ("name", "samples", "bytes", "sha256")}
     return {**row, "index": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}}
 
 
-def _checksums(file: io.BufferedReader, sizes: list[int]) -> tuple[list[int], str]:
-    """crc32 of each of the consecutive ranges, and SHA-256 of the whole, in one pass."""
-    digest, sums = hashlib.sha256(), []
-    for size in sizes:
+def _document(
+    file: io.BufferedReader, name: str, numbers: Sequence[int], sizes: Sequence[int], settings_digest: str, errors: list[dict]
+) -> dict:
+    """Return the index of an opened tar whose samples have these numbers and lie in consecutive runs of these sizes. Reads it once.
+
+    Raises:
+        ValueError: a run is not that of its sample.
+    """
+    whole, digests, members, offset = hashlib.sha256(), [], [], 0
+    for number, size in zip(numbers, sizes, strict=True):
         data = file.read(size)
-        digest.update(data)
-        sums.append(zlib.crc32(data))
-    while data := file.read(1 << 20):
-        digest.update(data)
-    return sums, digest.hexdigest()
+        unpack(data, number, f"sample {number}")
+        whole.update(data)
+        digests.append(CHECKSUMS[FORMAT](data).hex())
+        members.append([number, offset, size])
+        offset += size
+    while data := file.read(2**20):
+        whole.update(data)
+        offset += len(data)
+    row = {"name": name, "samples": len(members), "bytes": offset, "sha256": whole.hexdigest()}
+    document = {**row, "settings": settings_digest, "errors": errors, "members": members, "digests": "".join(digests)}
+    return {**document, "digest": manifest_digest(document)}
+
+
+def _index_bytes(document: dict) -> bytes:
+    return (json.dumps(document) + "\n").encode()

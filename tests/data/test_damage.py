@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
+import signal
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +30,9 @@ from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_bat
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData
 from dde_ds.data.verify import verify
-from dde_ds.data.writer import write_manifest
+from dde_ds.data.writer import finished_shard, write_manifest, write_shard
 from dde_ds.files import sha256_of
-from tests.data.tiny import write_tiny
+from tests.data.tiny import SETTINGS, as_format_2, pair, sign, write_tiny
 
 MUTATIONS = 10_000
 COUNTS = (3, 3, 2)
@@ -142,8 +147,6 @@ def test_hostile_manifests_and_indexes(tmp_path):
 
 def vouch(manifest: dict, shard: int, index: bytes, **row) -> dict:
     """The manifest with a shard's index replaced by another, as its author would have written it."""
-    import hashlib
-
     changed = json.loads(json.dumps(manifest))
     changed["shards"][shard].update(row)
     changed["shards"][shard]["index"] = {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
@@ -170,16 +173,17 @@ def replace_tar(folder: Path, shard: int, members: list[tuple[str, bytes]], runs
                 change(info)
             tar.addfile(info, io.BytesIO(data))
     data = stream.getvalue()
-    rows, offset, taken = [], 0, iter(members)
+    rows, digests, offset, taken = [], "", 0, iter(members)
     for number, run in enumerate(runs):
         size = sum(512 + -(-len(next(taken)[1]) // 512) * 512 for _ in range(run))
-        rows.append([3 + number, offset, size, zlib.crc32(data[offset : offset + size])])
+        rows.append([3 + number, offset, size])
+        digests += hashlib.sha256(data[offset : offset + size]).hexdigest()
         offset += size
     name = f"{shard:05d}"
     (folder / f"{name}.tar").write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     row = {"name": name, "samples": len(rows), "bytes": len(data), "sha256": sha256_of(folder / f"{name}.tar")}
-    index = json.dumps({**row, "settings": "digest", "errors": [], "members": rows}).encode()
+    index = json.dumps({**row, "settings": "digest", "errors": [], "members": rows, "digests": digests}).encode()
     (folder / f"{name}.json").write_bytes(index)
     write_manifest(folder, vouch(manifest, shard, index, **row))
 
@@ -271,7 +275,7 @@ def test_another_format_is_refused(tmp_path):
     folder = write_tiny(tmp_path / "shards")
     manifest = json.loads((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": "dde_ds shards 1"}))
-    with pytest.raises(UserError, match="format is 'dde_ds shards 1', this version reads 'dde_ds shards 2'"):
+    with pytest.raises(UserError, match="format is 'dde_ds shards 1', this version reads 'dde_ds shards 2' and 'dde_ds shards 3'"):
         ShardSet(folder)
 
 
@@ -285,7 +289,7 @@ def dataset(folder: Path, max_bad: int, **draws) -> PairDataset:
 
 def break_pair(folder: Path, shard: int, row: int) -> None:
     path = folder / f"{shard:05d}.tar"
-    _, offset, size, _ = json.loads((folder / f"{shard:05d}.json").read_bytes())["members"][row]
+    _, offset, size = json.loads((folder / f"{shard:05d}.json").read_bytes())["members"][row]
     data = bytearray(path.read_bytes())
     data[offset + size - 500] ^= 16
     path.write_bytes(data)
@@ -369,3 +373,213 @@ def test_verify_finds_each(tmp_path):
     shutil.copy(folder / "00001.json", folder / "00000.json")
     found = {problem.file for problem in verify(folder)}
     assert found == {"00000.json", "00001.tar", "00002.tar"}
+
+
+# Checksums
+
+
+def forge(data: bytes, at: int, crc32: int) -> bytes:
+    """The same bytes but the four at ``at``, chosen so that their CRC32 is this one: it is linear in each bit."""
+    base = zlib.crc32(data)
+    effects = []
+    for bit in range(32):
+        changed = bytearray(data)
+        changed[at + bit // 8] ^= 1 << bit % 8
+        effects.append((zlib.crc32(changed) ^ base, 1 << bit))
+    wanted, chosen = base ^ crc32, 0
+    for column in range(31, -1, -1):
+        pivot = next(i for i, (effect, _) in enumerate(effects) if effect >> column & 1)
+        effect, bits = effects.pop(pivot)
+        effects = [(e ^ effect, b ^ bits) if e >> column & 1 else (e, b) for e, b in effects]
+        if wanted >> column & 1:
+            wanted, chosen = wanted ^ effect, chosen ^ bits
+    forged = bytearray(data)
+    forged[at : at + 4] = (int.from_bytes(data[at : at + 4], "little") ^ chosen).to_bytes(4, "little")
+    assert zlib.crc32(forged) == crc32
+    return bytes(forged)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_forged_pair(tmp_path, older):
+    """Other latents, with bytes behind them that give the CRC32 of the true ones."""
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    _, offset, size = json.loads((folder / "00001.json").read_bytes())["members"][1]
+    if older:
+        as_format_2(folder)
+    tar = bytearray((folder / "00001.tar").read_bytes())
+    run = bytes(tar[offset : offset + size])
+    true = pair(4, 0.0, 3, SETTINGS).tensors
+    payload = safetensors.torch.save(true)
+    start = run.index(payload)
+    changed = bytearray(run)
+    changed[start : start + len(payload)] = safetensors.torch.save(true | {"latents": torch.full((2, 1, 2, 2), 99.0).half()})
+    tar[offset : offset + size] = forge(bytes(changed), size - 4, zlib.crc32(run))
+    (folder / "00001.tar").write_bytes(tar)
+    if older:  # which is why sets made today hold a SHA-256
+        assert ShardSet(folder).read(1, 1)["latents"].unique().item() == 99
+    else:
+        with pytest.raises(DamagedData, match=r"00001\.tar, sample 000000004: checksum differs"):
+            ShardSet(folder).read(1, 1)
+    assert [problem.file for problem in verify(folder)] == ["00001.tar"]
+
+
+def test_sets_of_the_format_before_are_read(tmp_path):
+    expected = everything(write_tiny(tmp_path / "now", COUNTS), True)
+    folder = as_format_2(write_tiny(tmp_path / "before", COUNTS))
+    assert same(everything(folder, True), expected)
+    assert verify(folder) == []
+    found, _ = trained_on(dataset(folder, 0), 1, 4, 2)
+    assert found == trained_on(dataset(tmp_path / "now", 0), 1, 4, 0)[0]
+    break_pair(tmp_path / "now", 1, 0)
+    shutil.copy(tmp_path / "now" / "00001.tar", folder)
+    with pytest.raises(DamagedData, match=r"00001\.tar, sample 000000003: checksum differs.* with the version that made the set"):
+        ShardSet(folder).read(1, 0)
+    index = json.loads((folder / "00000.json").read_bytes())
+    index["members"][0][3] = -1
+    data = json.dumps(index).encode()
+    (folder / "00000.json").write_bytes(data)
+    sign(folder, vouch(json.loads((folder / "manifest.json").read_bytes()), 0, data))
+    with pytest.raises(DamagedData, match="is not an index of 3 samples"):
+        ShardSet(folder).read(0, 0)
+
+
+def test_a_damaged_index_is_not_taken_for_whole(tmp_path):
+    """Neither by its own digest nor, signed anew, beside its tar: the next run of the sharding tool makes that shard again."""
+    samples = [pair(k, 0.0, 3, SETTINGS) for k in range(4)]
+    errors = [{"row": 7, "source": "tiny:7", "image": "winner", "reason": "undecodable image: broken"}]
+    row = write_shard(tmp_path, "00000", samples, "digest", errors)
+    assert finished_shard(tmp_path, "00000", "digest") == (row, errors)
+    index, tar = (tmp_path / "00000.json").read_bytes(), (tmp_path / "00000.tar").read_bytes()
+    rng, refused = random.Random(0), 0
+    for number in range(2000):
+        data = mutate(index, rng, tar)
+        (tmp_path / "00000.json").write_bytes(data)
+        for check in (True, False):
+            found = finished_shard(tmp_path, "00000", "digest", verify=check)
+            assert found is None or data == index, f"mutation {number}: {data!r}"
+        refused += found is None
+    assert refused > 1900
+    document = json.loads(index)
+    for path in leaves(document):
+        for value in HOSTILE if path else ():
+            changed = json.loads(index)
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            if inner[path[-1]] == value:
+                continue
+            inner[path[-1]] = value
+            if path[0] != "digest":
+                changed["digest"] = manifest_digest(changed)
+            (tmp_path / "00000.json").write_bytes((json.dumps(changed) + "\n").encode())
+            # What was left out, no tar says: the index alone does, and whoever signs it anew is its author.
+            if path[0] != "errors":
+                assert finished_shard(tmp_path, "00000", "digest") is None, (path, value)
+
+
+# Files that are none, and sizes that cannot be
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Whatever waits for ever is ended."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["manifest.json", "00001.json", "00001.tar", "prompts-00000.json", "prompts-00000.tar"])
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path, name, kind):
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    (folder / name).unlink()
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    with at_most(20):
+        for check_sizes in (True, False):
+            with pytest.raises(UserError, match=r"no manifest\.json|not a regular file|no regular file"):
+                everything(folder, check_sizes)
+        if name != "manifest.json":
+            assert [problem.file for problem in verify(folder)] == [name]
+            stem, settings = name.partition(".")[0], "digest"
+            assert finished_shard(folder, stem, settings) is None
+
+
+def test_a_member_of_negative_size(tmp_path):
+    """On which some versions of tarfile go round for ever."""
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    replace_tar(folder, 1, [*good(3), *good(4), *good(5)], [2, 2, 2])
+    data = bytearray((folder / "00001.tar").read_bytes())
+    data[124:136] = (-512).to_bytes(12, "big", signed=True)
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    (folder / "00001.tar").write_bytes(data)
+    with at_most(20):
+        for quick in (True, False):
+            (problem,) = verify(folder, quick)
+            assert (problem.file, problem.what) == (
+                "00001.tar",
+                "sample 000000003: tar member 000000003.json has no size that can be",
+            )
+
+
+def test_members_behind_the_last_pair(tmp_path):
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    replace_tar(folder, 1, [*good(3), *good(4), *good(5), ("stowaway", b"x")], [2, 2, 2])
+    assert [(one.file, one.what) for one in verify(folder, quick=True)] == [
+        ("00001.tar", "holds more than the 3 samples of its index")
+    ]
+
+
+def test_sizes_that_no_memory_holds(tmp_path):
+    """Signed by their author, so that only the sizes speak against them."""
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    original = json.loads((folder / "manifest.json").read_bytes())
+    index = json.loads((folder / "00001.json").read_bytes())
+    huge = 2**45
+    for change, named in (
+        (lambda m: m["shards"][1].update(bytes=huge), None),
+        (lambda m: m["shards"][1]["index"].update(bytes=huge), "an index of 35184372088832 bytes"),
+        (lambda m: (m["shards"][1].update(samples=huge), m.update(samples=huge + 5)), "has 35184372088832 samples"),
+        (lambda m: m["latents"].update(shape=[2**19] * 3), "a pair's tensors take"),
+        (lambda m: m["prompts"]["tensors"].update(prompt_embeds=[2**19] * 2), "a prompt's tensors take"),
+    ):
+        changed = json.loads(json.dumps(original))
+        change(changed)
+        sign(folder, changed)
+        if named:
+            with pytest.raises(UserError, match=named):
+                ShardSet(folder, check_sizes=False)
+    # A sparse file takes no room on the disk, and has every size that is said of it.
+    changed = json.loads(json.dumps(original))
+    index["members"], index["bytes"] = [[3, 0, 2**40], [4, 2**40, 2**40], [5, 2**41, 2**40]], 2**42
+    data = (json.dumps(index | {"digest": manifest_digest(index)}) + "\n").encode()
+    (folder / "00001.json").write_bytes(data)
+    os.truncate(folder / "00001.tar", 2**42)
+    sign(folder, vouch(changed, 1, data, bytes=2**42))
+    with pytest.raises(DamagedData, match=r"00001\.json: a sample has \d+ bytes, manifest\.json says at most"):
+        ShardSet(folder).read(1, 0)
+    assert finished_shard(folder, "00001", "digest") is None
+    # A table of texts would be as wide as its widest cell.
+    index["members"] = [["x" * 2**20, 0, 1]] + [["y", 0, 1]] * 2**16
+    data = json.dumps(index).encode()
+    (folder / "00001.json").write_bytes(data)
+    sign(folder, vouch(changed, 1, data))
+    with pytest.raises(DamagedData, match="is not an index of 3 samples"):
+        ShardSet(folder, check_sizes=False).read(1, 0)
+
+
+def test_a_manifest_has_a_limit(tmp_path):
+    folder = write_tiny(tmp_path / "shards", COUNTS)
+    os.truncate(folder / "manifest.json", 2**40)
+    with pytest.raises(UserError, match=r"manifest\.json: larger than 33,554,432 bytes"):
+        ShardSet(folder)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"manifest\.json: not readable: nested deeper than 64 levels"):
+        ShardSet(folder)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,72 @@ def test_killed_anywhere_and_started_again(grouped, encoder, tmp_path):
         assert make(source, output, encoder) is not None
         assert {name: data for name, data in contents(output).items() if not name.endswith(".partial")} == whole
     assert kills >= 4
+
+
+def test_the_folder_is_not_listed_for_each_shard(grouped, encoder, tmp_path):
+    """Sixteen shards take as many listings as four: with one for each, a million pairs would be quadratic."""
+    listings, output = Counter(), tmp_path / "out"
+
+    def count(event: str, arguments: tuple) -> None:
+        if event in ("os.listdir", "os.scandir") and str(arguments[0]) == str(output):
+            listings[event] += 1
+
+    counting.append(count)
+    found = []
+    for size in (4, 1):
+        make(find_pairs(grouped), output, encoder, pairs_per_shard=size)
+        assert len(list(output.glob("0*.tar"))) == 16 // size
+        shutil.rmtree(output)
+        found.append(listings.total())
+        listings.clear()
+    counting.clear()
+    assert 1 <= found[0] == found[1] < 9
+
+
+counting: list = []
+# It cannot be taken back.
+sys.addaudithook(lambda event, arguments: [count(event, arguments) for count in counting] and None)
+
+
+def test_what_killed_processes_left_goes(grouped, encoder, tmp_path):
+    """Of the shards of this rank alone: the others may be at work."""
+    output = tmp_path / "out"
+    make(find_pairs(grouped), output, encoder)
+    for name in (".00001.tar.host-1.partial", ".00000.json.host-1.partial", ".00005.tar.host-2.partial"):
+        (output / name).write_bytes(b"half")
+    make(find_pairs(grouped), output, encoder, 0, 2)
+    assert [path.name for path in output.glob(".*")] == [".00005.tar.host-2.partial"]
+
+
+def test_a_damaged_index_is_made_again(grouped, encoder, tmp_path):
+    """Whatever a digit or a letter of it became, a second run gives the bytes of the first."""
+    whole, rng = tmp_path / "out", random.Random(0)
+    source = find_pairs(grouped)
+    make(source, whole, encoder)
+    expected = contents(whole)
+    for name in ("00003.json", "prompts-00000.json"):
+        data = expected[name]
+        fields = [
+            data.index(b'"%s": ' % field) + len(field) + 4 for field in (b"settings", b"errors", b"members", b"digests", b"samples")
+        ]
+        for at in [*fields, *(rng.randrange(len(data)) for _ in range(5))]:
+            (whole / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert make(source, whole, encoder) is not None
+            assert contents(whole) == expected, f"{name}, byte {at}"
+
+
+def test_settings_that_are_no_json(grouped, encoder, tmp_path):
+    output = tmp_path / "out"
+    make(find_pairs(grouped), output, encoder)
+    settings = json.loads((output / "settings.json").read_bytes())
+    for damaged in ("[" * 100_000, "[]", '{"model": "\\ud800"}'):
+        (output / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"its settings\.json is damaged"):
+            make(find_pairs(grouped), output, encoder)
+    del settings["format"]
+    (output / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"begun with other settings \(format None, now 'dde_ds shards 3'\)"):
+        make(find_pairs(grouped), output, encoder)
 
 
 def test_a_rank_reads_no_row_group_of_another(grouped, monkeypatch):
