@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -153,3 +154,16 @@ def test_a_ledger_of_a_copy_of_the_model_is_the_same(run, tmp_path, sd_model):
     opened(run)
     copied = shutil.copytree(sd_model, tmp_path / "copied")
     assert opened(changed(run, f"model.path={copied}")) is not None
+
+
+def test_a_pipe_or_deep_json_is_no_ledger(run):
+    opened(run)
+    path = Path(run.reference.ledger)
+    metadata = {"format": FORMAT, "identity": "[" * 100_000, "sha256": ""}
+    path.write_bytes(safetensors.torch.save({"errors": torch.empty(0, 2)}, metadata))
+    with pytest.raises(UserError, match="damaged or no ledger: nested deeper than 64 levels; delete it"):
+        opened(run)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="damaged or no ledger: not a regular file; delete it"):
+        opened(run)
