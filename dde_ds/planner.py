@@ -9,6 +9,7 @@ from typing import Any
 from dde_ds.config import load_config
 from dde_ds.engine.devices import DEVICES, MFU, Device, find_device
 from dde_ds.errors import UserError
+from dde_ds.text import verbatim
 
 GPU = "H100"
 
@@ -61,12 +62,14 @@ def chosen_device(name: str, gibibytes: int | None) -> Device:
 def _print(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{plan['model']['path']} on {plan['batch']['ranks']} x {plan['time']['device']}", show_header=False)
+    title = verbatim(f"{plan['model']['path']} on {plan['batch']['ranks']} x {plan['time']['device']}")
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, lines in _rows(plan):
-        table.add_row(name, "\n".join(lines), end_section=True)
+        table.add_row(name, Text("\n").join(map(verbatim, lines)), end_section=True)
     Console().print(table)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 # Cc: control characters, ESC among them. Cf: invisible marks that turn the direction of text. Cs: half a surrogate pair. Zl, Zp: line ends.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -21,6 +25,13 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escape(char) if unicodedata.category(char) in _UNSAFE and char not in _HARMLESS else char for char in text)
+
+
+def verbatim(text: str) -> Text:
+    """Return ``text`` as rich shows it letter by letter: :func:`printable`, and neither markup nor the names of emoji have a meaning."""
+    from rich.text import Text
+
+    return Text(printable(text))
 
 
 def without_passwords(text: str) -> str:

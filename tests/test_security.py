@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.data.tiny import sign, write_tiny
 from tests.launching import PATIENCE, environment, write_config
 
 OURS = [path for folder in ("dde_ds", "launchers", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -50,6 +55,145 @@ def test_no_shell_no_eval_no_pickle(path):
             plain = any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords)
             assert plain or name_of(node.func) not in banned, f"{path}:{node.lineno}"
             assert not any(keyword.arg == "shell" for keyword in node.keywords), f"{path}:{node.lineno}"
+
+
+# Text from files, on a terminal
+
+NASTY = "[/red][link=file:///etc]:warning: \x1b[31m\x07\u202e[b]"
+SHOWN = r"[/red][link=file:///etc]:warning: \x1b[31m\x07\u202e[b]"
+"""As it must be printed: rich's markup and emoji names letter by letter, terminal codes as escapes."""
+
+
+@pytest.fixture
+def printed(capsys, monkeypatch):
+    """What was printed, on a terminal that folds nothing."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def read() -> str:
+        captured = capsys.readouterr()
+        text = captured.out + captured.err
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
+        return text
+
+    return read
+
+
+def tool(name: str):
+    return runpy.run_path(str(ROOT / "tools" / name))
+
+
+def manifest_with(folder: Path, rows: dict | None = None, **settings) -> dict:
+    """Sign a manifest whose settings say this, and return it."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["settings"] |= settings
+    manifest["rows"] |= rows or {}
+    sign(folder, manifest)
+    return manifest
+
+
+def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, monkeypatch, sd_model, sd_shards):
+    from dde_ds import planner
+    from dde_ds.data.sharding import _print_rows
+    from dde_ds.evaluation.comparison import Comparison, print_table
+
+    folder = write_tiny(tmp_path / "shards")
+    manifest_with(folder, {NASTY: 3}, model=NASTY, empty_prompt=NASTY, vae_dtype=NASTY)
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(folder)])
+    assert tool("inspect_shards.py")["main"]() == 0
+    assert printed().count(SHOWN) == 4
+    _print_rows({NASTY: 2})
+    assert SHOWN in printed()
+    row = {"scorer": NASTY, "model": NASTY, "mean": 1.0, "deviation": 0.0, "splits": 1, "count": 2}
+    settings = {NASTY: {"images_per_prompt": 1, "scheduler": NASTY}, "other": {"images_per_prompt": 1, "scheduler": "x"}}
+    print_table(Comparison(NASTY, {NASTY: folder, "other": folder}, ["a"], settings, {}, {}, [], [row]))
+    assert printed().count(SHOWN) >= 3
+    model = tmp_path / "model[b] :warning: \x1b[31m"
+    model.symlink_to(sd_model)
+    config = write_config(tmp_path / "run.yaml", model, sd_shards)
+    options = {"nodes": 1, "gpus": 1, "gpu_memory": None, "mfu": 0.4, "gpu": planner.GPU, "json": False}
+    planner.plan_run(argparse.Namespace(config=config, overrides=["precision=bf16"], **options))
+    assert r"model[b] :warning: \x1b[31m on 1 x" in printed()
+
+
+@pytest.mark.parametrize("settings", [{"input": 5}, {"scaling_factor": "x"}, {"resolution": None, "input": [{}]}, {"model": ["x"]}])
+def test_what_a_manifest_does_not_say_is_one_line(tmp_path, printed, monkeypatch, settings):
+    folder = write_tiny(tmp_path / "shards")
+    manifest_with(folder, **settings)
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(folder), "--sheet", str(tmp_path / "sheet.html")])
+    assert tool("inspect_shards.py")["main"]() == 1
+    assert printed().splitlines()[-1].startswith("error: ")
+    (folder / "00001.tar").unlink()
+    monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(folder)])
+    assert tool("verify_shards.py")["main"]() == 1
+    assert "00001.tar: is missing" in printed()
+
+
+def commands(text: str) -> list[str]:
+    """The two that the tool prints, indented."""
+    return [line.strip() for line in text.splitlines() if line.startswith("  ")]
+
+
+def test_the_command_that_makes_shards_again_can_be_pasted(tmp_path, printed, monkeypatch):
+    """Bash reads it, with a manifest of somebody who wished it to do more."""
+    evil = "$(touch pwned) `touch pwned`; touch pwned & | ' \" \\"
+    folder = write_tiny(tmp_path / evil)
+    names = [f"a{evil}.parquet", "--output=/elsewhere"]
+    nasty = dict.fromkeys(("model", "resolution", "min_side", "pairs_per_shard", "vae_dtype", "text_dtype"), evil)
+    manifest_with(folder, input=[{"name": name, "rows": 1} for name in names], flip=False, **nasty)
+    (folder / "00001.tar").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(folder)])
+    assert tool("verify_shards.py")["main"]() == 1
+    remove, remake = commands(printed())
+    told = "python() { printf '%s\\n' \"$@\"; }\n"
+    process = subprocess.run(["bash", "-c", told + remake], cwd=tmp_path, capture_output=True, text=True, check=True)
+    options = [f"--{name}={evil}" for name in ("resolution", "min-side", "pairs-per-shard")]
+    dtypes = [f"--{name}={evil}" for name in ("vae-dtype", "text-dtype")]
+    words = ["tools/shard_pickapic.py", "--input", names[0], f"./{names[1]}", f"--model={evil}", f"--output={folder}"]
+    assert process.stdout.splitlines() == [*words, *options, "--latents=mean", *dtypes]
+    subprocess.run(["bash", "-c", remove], cwd=tmp_path, check=True)
+    assert not (folder / "00001.tar").exists() and not (folder / "00001.json").exists()
+    assert (folder / "00000.tar").exists()
+    assert not list(tmp_path.rglob("pwned"))
+    manifest_with(folder, model="\x1b[31m\n")
+    assert tool("verify_shards.py")["main"]() == 1
+    assert r"--model=\x1b[31m\n" in shlex.split(commands(printed())[1])
+
+
+def test_the_sheet_takes_captions_as_text(tmp_path, monkeypatch):
+    import numpy as np
+
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    tool("inspect_shards.py")["write_sheet"](tmp_path / "sheet.html", [(image, image, "<script>alert('x')</script>\x1b")])
+    assert "<script" not in (tmp_path / "sheet.html").read_text()
+
+
+def test_no_pickle_is_drawn_from(tmp_path, sd_model, sd_shards, printed, monkeypatch):
+    """A VAE that is there as .bin alone is refused, also for a look at the shards."""
+    import safetensors.torch
+    import torch
+
+    model = tmp_path / "model"
+    shutil.copytree(sd_model, model)
+    (weights,) = (model / "vae").glob("*.safetensors")
+    torch.save(safetensors.torch.load_file(weights), model / "vae" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    options = ["--model", str(model), "--sheet", str(tmp_path / "sheet.html")]
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(sd_shards), *options])
+    assert tool("inspect_shards.py")["main"]() == 1
+    assert printed().splitlines()[-1].startswith(f"error: --model {model}: ")
+    assert not (tmp_path / "sheet.html").exists()
+
+
+JSON_OF_OTHERS = [ROOT / "dde_ds" / "data" / f"{name}.py" for name in ("manifest", "shards", "writer", "make", "verify", "storage")]
+
+
+@pytest.mark.parametrize("path", [*JSON_OF_OTHERS, ROOT / "dde_ds" / "training" / "ledger.py"], ids=lambda path: path.stem)
+def test_json_of_shards_is_read_within_limits(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not [node.lineno for node in calls if name_of(node.func) in ("json.loads", "json.load")], "use dde_ds.untrusted"
+
+
+# What a run does
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dde_ds.errors import UserError
+from dde_ds.text import verbatim
 
 
 def main() -> int:
@@ -41,9 +42,15 @@ def main() -> int:
         if args.pairs < 1:
             raise UserError(f"--pairs {args.pairs}: must be 1 or more")
         shards = ShardSet(args.folder)
-        Console().print(summary(shards.manifest))
+        try:
+            table = summary(shards.manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # training does not need what is shown here
+            raise UserError(
+                f"{args.folder}: manifest.json does not say what is shown here: {type(error).__name__} {error}"
+            ) from None
+        Console().print(table)
         if args.sheet:
-            pairs = decode(shards, args.pairs, args.model or shards.manifest["settings"]["model"], args.revision, args.device)
+            pairs = decode(shards, args.pairs, args.model or str(shards.manifest["settings"]["model"]), args.revision, args.device)
             write_sheet(args.sheet, pairs)
             print(f"{len(pairs)} pairs: {args.sheet}")
     except UserError as error:
@@ -54,22 +61,24 @@ def main() -> int:
 
 def summary(manifest: dict) -> Table:
     from dde_ds.data.estimate import shard_bytes
+    from dde_ds.data.manifest import FORMAT
 
     settings, table = manifest["settings"], Table(show_header=False, box=None)
     sizes = [row["samples"] for row in manifest["shards"]]
     rows = {
+        "format": f"{manifest['format']}, {'SHA-256' if manifest['format'] == FORMAT else 'CRC32'} of each pair compared on reading",
         "pairs": f"{manifest['samples']:,} in {len(sizes)} shards of {min(sizes)} to {max(sizes)}",
         "prompts": f"{manifest['prompts']['distinct']:,} distinct; the empty one is {settings['empty_prompt']}",
         "size": f"{shard_bytes(manifest) / 1e9:.3f} GB",
         "latents": f"{'x'.join(map(str, manifest['latents']['shape']))} float16, {settings['latents']}, "
-        f"{'also mirrored' if settings['flip'] else 'not mirrored'}, times {settings['scaling_factor']}",
+        f"{'also mirrored' if settings['flip'] else 'not mirrored'}, times {settings['scaling_factor']:g}",
         "images": f"{settings['resolution']} pixels, from sides of {settings['min_side']} up",
         "model": f"{settings['model']} ({settings['family']}; VAE {settings['vae_dtype']}, text {settings['text_dtype']})",
         "input": f"{len(settings['input'])} files, {sum(file['rows'] for file in settings['input']):,} rows",
         **{f"rows: {reason}": f"{count:,}" for reason, count in manifest["rows"].items()},
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(verbatim(name), verbatim(value))
     return table
 
 
@@ -78,8 +87,10 @@ def decode(shards, count: int, model: str, revision: str | None, device: str) ->
     import torch
     from diffusers import AutoencoderKL
 
+    from dde_ds.models.unet import LOADING
+
     try:
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", revision=revision).to(device)
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", revision=revision, **LOADING).to(device)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {model}: VAE not loadable: {' '.join(str(error).split())}") from None
     places = [(shard, row) for shard, size in enumerate(shards.counts) for row in range(size)]

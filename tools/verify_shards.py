@@ -9,7 +9,6 @@ Exit code 0 where everything is whole; 1 otherwise, after a line for each damage
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dde_ds.errors import UserError
+from dde_ds.text import printable
 
 
 def main() -> int:
@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="read no pair: sizes, indexes and tar headers only")
     args = parser.parse_args()
+    from dde_ds.data.manifest import FORMAT
     from dde_ds.data.shards import ShardSet
     from dde_ds.data.verify import verify
 
@@ -40,32 +41,48 @@ def main() -> int:
     shards, prompts = len(manifest["shards"]), len(manifest["prompts"]["files"])
     if not problems:
         print(f"{shards} shards and {prompts} prompts files are whole: {manifest['samples']} pairs")
+        if manifest["format"] != FORMAT:
+            print(f"{manifest['format']}: made by an earlier version; on reading, each pair is checked by CRC32, not by SHA-256")
         return 0
     for problem in problems:
-        print(f"{problem.file}: {problem.what}")
+        print(printable(f"{problem.file}: {problem.what}"))
     stems = sorted({Path(problem.file).stem for problem in problems})
-    remove = " ".join(shlex.quote(str(args.folder / f"{stem}{suffix}")) for stem in stems for suffix in (".tar", ".json"))
+    remove = ["rm", "-f", "--", *(str(args.folder / f"{stem}{suffix}") for stem in stems for suffix in (".tar", ".json"))]
     print(f"\n{len(stems)} of {shards + prompts} files are damaged. To make them again, and nothing else:")
-    print(f"  rm -f {remove}")
-    print(f"  {remake(manifest['settings'], args.folder)}")
+    print(f"  {printable(shlex.join(remove))}")
+    if manifest["format"] != FORMAT:
+        print("  and, with the version that made them, since this one makes another format:")
+    print(f"  {printable(remake(manifest['settings'], args.folder))}")
     return 1
 
 
 def remake(settings: dict, folder: Path) -> str:
-    """The command line that made the shards, as far as the manifest knows it: inputs are there by name only."""
-    options = {
-        "--input": " ".join(shlex.quote(file["name"]) for file in settings["input"][:2])
-        + (" …" if len(settings["input"]) > 2 else ""),
-        "--model": shlex.quote(settings["model"]),
-        "--output": shlex.quote(str(folder)),
-        "--resolution": json.dumps(settings["resolution"]),
-        "--min-side": json.dumps(settings["min_side"]),
-        "--pairs-per-shard": json.dumps(settings["pairs_per_shard"]),
-        "--latents": settings["latents"],
-        "--vae-dtype": settings["vae_dtype"].removeprefix("torch."),
-        "--text-dtype": settings["text_dtype"].removeprefix("torch."),
-    }
-    return "python tools/shard_pickapic.py " + " ".join(f"{k} {v}" for k, v in options.items()) + " --flip" * settings["flip"]
+    """Return the command line that made the shards, as far as the manifest knows it: inputs are there by name only.
+
+    It is meant to be pasted into a shell, and the manifest may be anybody's: every word is quoted, and none is taken for an option.
+    """
+    try:
+        names = [str(file["name"]) for file in settings["input"]]
+        inputs = [f"./{name}" if name.startswith("-") else name for name in names[:2]] + ["…"] * (len(names) > 2)
+        options = {
+            "model": settings["model"],
+            "output": folder,
+            "resolution": settings["resolution"],
+            "min-side": settings["min_side"],
+            "pairs-per-shard": settings["pairs_per_shard"],
+            "latents": settings["latents"],
+            "vae-dtype": str(settings["vae_dtype"]).removeprefix("torch."),
+            "text-dtype": str(settings["text_dtype"]).removeprefix("torch."),
+        }
+    except (KeyError, TypeError, AttributeError):
+        return "python tools/shard_pickapic.py …  # the manifest does not say with which options"
+    words = [
+        "--input",
+        *inputs,
+        *(f"--{name}={value}" for name, value in options.items()),
+        *(["--flip"] if settings["flip"] else []),
+    ]
+    return shlex.join(["python", "tools/shard_pickapic.py", *words])
 
 
 if __name__ == "__main__":

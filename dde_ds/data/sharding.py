@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dde_ds.errors import RankError, UserError
+from dde_ds.text import verbatim
 
 DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,10 +78,14 @@ def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int
 
 
 def _check(args: argparse.Namespace) -> None:
+    from dde_ds.data.manifest import MOST_SAMPLES
+
     for name in ("pairs_per_shard", "batch", "resolution", "min_side"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if args.pairs_per_shard > MOST_SAMPLES:
+        raise UserError(f"--pairs-per-shard {args.pairs_per_shard}: must be {MOST_SAMPLES} or less")
 
 
 def _recipe(args: argparse.Namespace, resolution: int):
@@ -161,5 +166,5 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 def _print_rows(rows: dict[str, int]) -> None:
     table = Table("rows", "", box=None, show_header=False)
     for reason, count in sorted(rows.items(), key=lambda item: -item[1]):
-        table.add_row(reason, f"{count:,}")
+        table.add_row(verbatim(reason), f"{count:,}")
     Console().print(table)

@@ -17,6 +17,7 @@ from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.pictures import Pictures, open_pictures, require_whole
 from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
 from dde_ds.files import write_atomically
+from dde_ds.text import verbatim
 
 FORMAT = "dde_ds comparison 2"
 # What must agree for two images to be a pair; what else differs (steps, guidance, …) is said beside the numbers.
@@ -226,19 +227,20 @@ def print_table(found: Comparison) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    heading = title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base)
+    heading = verbatim(title(len(found.prompts), found.settings[found.base]["images_per_prompt"], found.base))
     for columns, rows in _tables(found):
         table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), title=heading)
         for number, column in enumerate(columns):
             # A narrow terminal folds names and headings, never a number.
             table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+            table.add_row(*(Text("\n[").join(map(verbatim, cell.split(" ["))) for cell in row))
         console.print(table)
     for note in found.notes():
-        console.print(f"- {note}", highlight=False, markup=False)
+        console.print(verbatim(f"- {note}"))
 
 
 def _tables(found: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:

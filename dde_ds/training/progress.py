@@ -8,6 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dde_ds.text import printable, verbatim
 from dde_ds.warn import reason, warn_once
 
 PLAIN_SECONDS = 10.0
@@ -65,8 +66,8 @@ class ProgressLine:
             return
         try:
             if self._live:
-                self._live.console.print(message, markup=False, highlight=False)
+                self._live.console.print(verbatim(message))
             else:
-                print(message, flush=True, file=sys.stdout)
+                print(printable(message), flush=True, file=sys.stdout)
         except OSError as error:  # the log's disk is full, or whoever read it is gone
             warn_once(f"standard output could not be written: {reason(error)}; the run goes on")
