@@ -184,7 +184,9 @@ def test_no_pickle_is_drawn_from(tmp_path, sd_model, sd_shards, printed, monkeyp
     assert not (tmp_path / "sheet.html").exists()
 
 
-JSON_OF_OTHERS = [ROOT / "dde_ds" / "data" / f"{name}.py" for name in ("manifest", "shards", "writer", "make", "verify", "storage")]
+JSON_OF_OTHERS = [
+    ROOT / "dde_ds" / "data" / f"{name}.py" for name in ("manifest", "shards", "writer", "make", "verify", "storage", "adapter")
+]
 
 
 @pytest.mark.parametrize("path", [*JSON_OF_OTHERS, ROOT / "dde_ds" / "training" / "ledger.py"], ids=lambda path: path.stem)

@@ -5,7 +5,6 @@ The trainer itself does not use this: its indexed reader keeps an exact order, r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,9 @@ import safetensors.torch
 import webdataset
 from torch import Tensor
 
+from dde_ds.data.manifest import DESCRIPTION_BYTES
 from dde_ds.data.shards import ShardSet
+from dde_ds.untrusted import parse_json
 
 
 def as_webdataset(folder: str | Path, **options: Any) -> webdataset.WebDataset:
@@ -45,4 +46,4 @@ def _decoded(samples: Iterator[dict[str, Any]], shards: ShardSet) -> Iterator[di
     for sample in samples:
         tensors: dict[str, Tensor] = safetensors.torch.load(sample["safetensors"])
         prompt = shards.prompt(int(tensors.pop("prompt")))
-        yield {"__key__": sample["__key__"], "description": json.loads(sample["json"]), **tensors, **prompt}
+        yield {"__key__": sample["__key__"], "description": parse_json(sample["json"], DESCRIPTION_BYTES), **tensors, **prompt}
