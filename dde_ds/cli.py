@@ -15,6 +15,7 @@ from dde_ds.config import config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
 from dde_ds.ranks import end_process, read_environment, read_hostfile
+from dde_ds.text import without_passwords
 
 
 def command() -> NoReturn:
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [
         argument for argument in rest if not hasattr(args, "overrides") or argument.startswith("-") or "=" not in argument
     ]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
     if rest:
         args.overrides = [*args.overrides, *rest]
     return report_errors(lambda: args.act(args))

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from dde_ds.errors import UserError, nearest
+from dde_ds.text import without_passwords
 
 
 def _require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -177,8 +178,8 @@ class DataConfig:
 
     @property
     def name(self) -> str:
-        """The shards, for a message."""
-        return self.path or ", ".join(source.path for source in self.sources)
+        """The shards, for a message or a model card: without passwords."""
+        return without_passwords(self.path or ", ".join(source.path for source in self.sources))
 
 
 @dataclass(frozen=True)
@@ -448,8 +449,13 @@ class RunConfig:
     def reference_precision(self) -> str:
         return self.precision if self.reference.dtype == "policy" else self.reference.dtype
 
+    def as_data(self) -> dict:
+        """Return the configuration as plain data, for files and trackers that others may read: passwords in URLs are struck out."""
+        return _plain(dataclasses.asdict(self))
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+        """Return :meth:`as_data` as YAML."""
+        return yaml.safe_dump(self.as_data(), sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -539,7 +545,9 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, so that safe_dump writes plain YAML."""
+    """Return tuples as lists, so that safe_dump writes plain YAML, and text without passwords."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return without_passwords(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -30,7 +30,7 @@ from dde_ds.errors import UserError
 from dde_ds.models.cost import Adapters, parameter_sizes
 from dde_ds.models.unet import load_unet_config
 from dde_ds.ranks import Ranks
-from dde_ds.text import printable
+from dde_ds.text import printable, without_passwords
 
 PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
 # Containers come with 64 MB of shared memory: too little for NCCL and the loader's workers.
@@ -110,7 +110,7 @@ def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
         if name in ALIKE and len(counts) > 1:
             failed, text = found, f"ranks differ: {text}; {ALIKE[name]}"
     if ranks.is_first:
-        print(f"{'FAIL' if failed else 'ok  '}  {name:17} {printable(text)}", flush=True)
+        print(f"{'FAIL' if failed else 'ok  '}  {name:17} {printable(without_passwords(text))}", flush=True)
     return not failed
 
 

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Joins emoji and the letters of several scripts; it shows nothing by itself.
 _HARMLESS = {"\u200d", "\u200c"}
-# scheme://user:secret@host; the secret may hold anything but a slash or white space, an @ too.
-_PASSWORD = re.compile(r"(?P<start>\b[a-z][a-z0-9+.-]*://[^\s/:@]*):[^\s/]*@", re.IGNORECASE)
+# scheme://user:secret@host. The secret may hold an @, and a slash where what stands before it is no port.
+_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@]*):(?:[^\s/]*|(?!\d*/)\S*)@", re.IGNORECASE)
+# ?token=…, &X-Amz-Signature=…, &sig=… of signed URLs.
+_SIGNED = re.compile(
+    r"([?&][\w.-]{0,40}(?:token|signature|secret|password|passwd|credential|api[_-]?key|accesskeyid|sig|key)=)[^\s&#'\"]+",
+    re.IGNORECASE,
+)
 
 
 def printable(text: str) -> str:
@@ -35,8 +40,8 @@ def verbatim(text: str) -> Text:
 
 
 def without_passwords(text: str) -> str:
-    """Return ``text`` with the password of every URL struck out: ``http://user:***@host``."""
-    return _PASSWORD.sub(r"\g<start>:***@", text)
+    """Return ``text`` with the secrets of every URL struck out: ``http://user:***@host``, ``https://host/file?token=***``."""
+    return _SIGNED.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def half_surrogate(text: str) -> bool:

@@ -17,6 +17,7 @@ from typing import NoReturn
 from dde_ds.config import load_config
 from dde_ds.errors import OtherRankError, RankError, UserError
 from dde_ds.ranks import end_process, read_environment
+from dde_ds.text import without_passwords
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
         from dde_ds.distributed import is_lost_peer
 
         if is_lost_peer(error):
-            leave(RankError(f"the connection to another rank was lost: {str(error)[-160:]}"), rank)
+            leave(RankError(f"the connection to another rank was lost: {without_passwords(str(error))[-160:]}"), rank)
         traceback.print_exc()
         leave(RankError(f"{type(error).__name__}: this is a bug; please report it with the lines above"), rank)
 

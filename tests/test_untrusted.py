@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 
 import pytest
 
@@ -35,6 +37,12 @@ def test_what_would_act_on_a_terminal_is_written_as_an_escape(text, shown):
         ("http://user@host:8080/x", "http://user@host:8080/x"),
         ("http://host:8080/mail@example.org", "http://host:8080/mail@example.org"),
         ("http://:secret@host/", "http://:***@host/"),
+        ("http://user:se/cr@et@host/x", "http://user:***@host/x"),
+        ("path is 'http://user:secret@host/x': no", "path is 'http://user:***@host/x': no"),
+        ("https://host/x?part=1&token=abc&part=2", "https://host/x?part=1&token=***&part=2"),
+        ("s3://b/k?X-Amz-Credential=a%2Fb&X-Amz-Signature=0f", "s3://b/k?X-Amz-Credential=***&X-Amz-Signature=***"),
+        ("'https://h/x?sv=1&sig=a%3D' is wrong", "'https://h/x?sv=1&sig=***' is wrong"),
+        ("loss?x=1 and a&b, http://host:80/@x", "loss?x=1 and a&b, http://host:80/@x"),
     ],
 )
 def test_passwords_in_urls_are_struck_out(text, shown):
@@ -74,3 +82,44 @@ def test_a_pipe_or_a_device_is_refused_at_once(tmp_path):
     for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
         with pytest.raises(ValueError, match="not a regular file"):
             read_regular(path)
+
+
+def test_a_password_in_a_path_of_the_run_reaches_no_file_that_others_may_read(tmp_path, monkeypatch):
+    """Neither a file of the run nor a tracker, which may take the command line as well."""
+    from accelerate import tracking
+
+    from dde_ds.config import config_of
+    from dde_ds.engine.export import model_card
+    from dde_ds.training.track import open_trackers
+
+    sent = {}
+
+    class Recorder(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "recorder", False, None
+
+        def __init__(self, project: str):
+            super().__init__()
+
+        def store_init_configuration(self, values: dict) -> None:
+            sent.update(values=values, argv=[*sys.argv])
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["recorder"])
+    url = "https://user:secret@host/shards"
+    data = {
+        "output": str(tmp_path),
+        "steps": 1,
+        "model": {"path": "base"},
+        "batch": {"pairs": 1},
+        "optimizer": {"learning_rate": 1.0},
+    }
+    data |= {"evaluation": {"path": url}, "log": {"trackers": ["recorder"]}}
+    for source in ({"path": url}, {"sources": [{"path": "first"}, {"path": url}]}):
+        run = config_of(data | {"data": source})
+        monkeypatch.setattr(sys, "argv", ["train.py", f"data.path={url}"])
+        open_trackers(run, 0)
+        written = (run.to_yaml(), json.dumps(run.as_data()), model_card(run, 1, {}, "weight"), json.dumps(sent))
+        for text in written:
+            assert "https://user:***@host/shards" in text
+            assert "secret" not in text
+        assert run.data.weighted_paths[-1][0] == url, "what is read keeps it"

@@ -13,6 +13,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.page import data_uri, table
 from dde_ds.evaluation.svg import Line, heatmap, line_chart
 from dde_ds.rows import is_correction, is_metrics, read_rows
+from dde_ds.text import without_passwords
 
 # One chart each, of the keys that a run has; whatever stands in no group gets a chart of its own.
 GROUPS = (
@@ -61,7 +62,12 @@ def run_sections(folder: Path) -> list[tuple[str, str]]:
         sections.append(("Drawings", drawings))
     if config_text:
         said = f'<p class="note">{escape(trouble)}</p>' if trouble else ""
-        sections.append(("Settings", f"{said}<details><summary>config.yaml</summary><pre>{escape(config_text)}</pre></details>"))
+        sections.append(
+            (
+                "Settings",
+                f"{said}<details><summary>config.yaml</summary><pre>{escape(without_passwords(config_text))}</pre></details>",
+            )
+        )
     return sections
 
 

@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.data.mixture import MixedShards
@@ -108,6 +106,6 @@ def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
         "step": step,
         "position": step * run.batch.pairs,
         "identity": identity(run, shards),
-        "config": yaml.safe_load(run.to_yaml()),
+        "config": run.as_data(),
         "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }

@@ -6,15 +6,16 @@ Nothing leaves the machine unless ``log.trackers`` names a tracker that sends. `
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from dde_ds.config import RunConfig
 from dde_ds.errors import UserError, nearest
+from dde_ds.text import without_passwords
 
 
 def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
@@ -33,6 +34,7 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
     except ImportError:
         raise UserError("log.trackers is set, but accelerate is not installed: pip install -e '.[track]'") from None
 
+    sys.argv = [without_passwords(argument) for argument in sys.argv]  # which some send along with the configuration
     PartialState()  # accelerate's own log lines need it; it takes the process group that is there
     available = {str(name) for name in get_available_trackers()}
     trackers = []
@@ -47,7 +49,7 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
             tracker.main_process_only = False  # this rank alone made it
             tracker.start()
             if name != "tensorboard":  # it would add a run of its own for them; config.yaml lies beside its files
-                tracker.store_init_configuration(yaml.safe_load(run.to_yaml()))
+                tracker.store_init_configuration(run.as_data())
         except Exception as error:  # each tracker has its own kinds of error: no login, no network, no room
             raise UserError(
                 f"log.trackers: {name} does not start: {type(error).__name__}: {' '.join(str(error).split())}"
