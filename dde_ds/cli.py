@@ -17,6 +17,9 @@ from dde_ds.evaluation.commands import add_commands
 from dde_ds.ranks import end_process, read_environment, read_hostfile
 from dde_ds.text import without_passwords
 
+# Commands that a launcher may start on several ranks.
+OVER_RANKS = ("evaluate", "ledger", "doctor")
+
 
 def command() -> NoReturn:
     """The command ``dde-ds``."""
@@ -80,14 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
     if rest:
         args.overrides = [*args.overrides, *rest]
-    return report_errors(lambda: args.act(args))
+    return report_errors(lambda: args.act(args), args.command in OVER_RANKS)
 
 
-def report_errors(act: Callable[[], int | None]) -> int:
-    """Exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it."""
+def report_errors(act: Callable[[], int | None], over_ranks: bool = True) -> int:
+    """Return the exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it.
+
+    Args:
+        over_ranks: whether ``act`` may run on several ranks. What does not never looks at the launcher's variables, which may be
+            there in part: in a batch script of Slurm, say.
+    """
     rank = 0
     try:
-        rank = read_environment().rank
+        rank = read_environment().rank if over_ranks else 0
         return act() or 0
     except UserError as error:
         if rank and not isinstance(error, RankError):

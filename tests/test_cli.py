@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from dde_ds import load_config
 from dde_ds.cli import main
 from tests.launching import write_config
 
@@ -22,3 +25,36 @@ def test_validate_finds_what_would_stop_a_run(tmp_path, sd_model, sd_shards, sdx
     ):
         assert main(["validate", str(config), override, "--ranks", "2"]) == 1
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"},  # a batch script, without srun
+        {"RANK": "3"},
+        {"WORLD_SIZE": "many", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_commands_of_one_process_do_not_look_at_the_launchers_variables(
+    tmp_path, sd_model, sd_shards, monkeypatch, capsys, variables
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = str(write_config(tmp_path / "run.yaml", sd_model, sd_shards))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(load_config(config).to_yaml())
+    assert main(["validate", config, "--ranks", "2"]) == 0
+    assert main(["plan", config, "--gpus", "2"]) == 0
+    assert main(["explain", "--credit-only", "--output", str(tmp_path / "credit.png")]) == 0
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    capsys.readouterr()
+    # These have nothing to work on, and say so.
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 1
+    assert "neither a run folder with a finished checkpoint nor a checkpoint" in capsys.readouterr().err
+    assert (
+        main(["compare", "--base", str(tmp_path), "--model", str(tmp_path), "--scorers", "clip", "--out", str(tmp_path / "c")]) == 1
+    )
+    assert "environment" not in capsys.readouterr().err
+    assert main(["doctor", config]) == 1
+    assert "error: environment: " in capsys.readouterr().err
