@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -66,12 +67,19 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[Ranks, torch.device
     timeout = timedelta(minutes=timeout_minutes)
     # ZeRO makes groups of its own without a timeout: they take these, which would be 10 minutes on NCCL and 30 on gloo.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    began = time.monotonic()
     try:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     except (dist.DistError, RuntimeError) as error:
+        found = " ".join(str(error).split())
+        if "EADDRINUSE" in found or "address already in use" in found.lower():
+            raise RankError(
+                f"port {ranks.port} on {ranks.address} is taken, by another run maybe: choose a free one, with --master_port for deepspeed "
+                "and torchrun, --port for launchers/node.py, MASTER_PORT for srun and mpirun"
+            ) from None
         raise RankError(
-            f"rank {ranks.rank} of {ranks.world} did not meet the others at {ranks.address}:{ranks.port} in {timeout_minutes:g} minutes: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"rank {ranks.rank} of {ranks.world} did not meet the others at {ranks.address}:{ranks.port} in "
+            f"{(time.monotonic() - began) / 60:.2g} minutes, where up to {timeout_minutes:g} are waited: {found[:200]}"
         ) from None
     return ranks, torch.device(accelerator.current_device_name())
 

@@ -19,7 +19,9 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import os
+import random
 import re
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from typing import NoReturn
 from dde_ds.errors import UserError
 
 DEFAULT_PORT = 29500
+# Below 32768, where systems start to hand out ports of their own.
+OWN_PORTS = range(20000, 32000)
 HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
 # "n[01-04,7]" of Slurm: the numbers of one bracket.
 BRACKET = re.compile(r"\[(\d+)(?:-\d+)?(?:,\d+(?:-\d+)?)*\]")
@@ -115,8 +119,9 @@ def _from_torch(environment: Mapping[str, str]) -> Ranks:
             raise UserError(
                 f"environment: WORLD_SIZE={world}, but srun started {tasks} tasks; unset RANK, WORLD_SIZE and LOCAL_RANK"
             )
-    if world == 1:
-        return Ranks(rank, world, local, _address(environment) or "127.0.0.1", _port(environment, 0))
+    if world == 1 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Nobody has to find it: any free port does, where the launcher's may be another run's. Torchrun's own store is at its port.
+        return Ranks(rank, world, local)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(f"environment: {' and '.join(missing)} not set beside RANK={rank} and WORLD_SIZE={world}")
@@ -126,6 +131,8 @@ def _from_torch(environment: Mapping[str, str]) -> Ranks:
 def _from_mpi(environment: Mapping[str, str], launcher: str, names: tuple[str, str, str], local_size: str) -> Ranks:
     rank, world, local = _whole_numbers(environment, names, f"start with {launcher}, or set RANK, WORLD_SIZE and LOCAL_RANK")
     _check(rank, world, local, names)
+    if world == 1:
+        return Ranks(rank, world, local)
     address = _address(environment)
     if address is None:
         here = _whole_numbers(environment, (local_size,), f"set MASTER_ADDR to rank 0's host: {launcher} does not tell")[0]
@@ -156,10 +163,10 @@ def _from_slurm(environment: Mapping[str, str]) -> Ranks:
         if name is None:
             raise UserError("environment: neither SLURM_STEP_NODELIST nor MASTER_ADDR is set; start with srun")
         address = first_host(environment[name], name)
-    # Steps of one node must not meet at one port; below 32768, where systems start to hand out ports of their own.
+    # Steps of one node must not meet at one port.
     ids = {"SLURM_JOB_ID": "0", "SLURM_STEP_ID": "0", **environment}
     job, step = _whole_numbers(ids, ("SLURM_JOB_ID", "SLURM_STEP_ID"), "")
-    return Ranks(rank, world, local, address, _port(environment, 20000 + (job * 7 + step) % 12000))
+    return Ranks(rank, world, local, address, _port(environment, OWN_PORTS[(job * 7 + step) % len(OWN_PORTS)]))
 
 
 def first_host(nodes: str, name: str = "SLURM_STEP_NODELIST") -> str:
@@ -178,6 +185,19 @@ def first_host(nodes: str, name: str = "SLURM_STEP_NODELIST") -> str:
     if not HOST.fullmatch(host):
         raise UserError(f"environment: {name}={nodes!r}: expected host names such as node[01-04]")
     return host
+
+
+def free_port() -> int:
+    """Return a port of this machine that is free now, for ranks that all run here. It lies below 32768, where systems start to hand
+    out ports of their own: nobody gets it by chance before the ranks have started."""
+    for port in random.Random().sample(OWN_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no free port among 100 tried, {OWN_PORTS[0]} to {OWN_PORTS[-1]}: choose one with --port")
 
 
 def valid_host(text: str) -> bool:

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 from dde_ds.errors import UserError
-from dde_ds.ranks import DEFAULT_PORT, valid_host
+from dde_ds.ranks import DEFAULT_PORT, free_port, valid_host
+from dde_ds.training.signals import SIGNALS, listening
 
 STOPPED = 75
 # Seconds that the other ranks get to end by themselves after the first one did, and then to die of TERM.
@@ -31,16 +32,14 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        args, train = read_arguments(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    asked = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: asked.append(number))
-    ranks = [start_rank(args, local, train) for local in range(args.ranks)]
-    return watch(ranks, asked)
+    with listening() as asked:
+        try:
+            args, train = read_arguments(sys.argv[1:] if arguments is None else arguments)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        ranks = [start_rank(args, local, train) for local in range(args.ranks)]
+        return watch(ranks, asked)
 
 
 def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -55,11 +54,13 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
         ("--node-rank", "PET_NODE_RANK", "0", "which of them this is"),
         ("--ranks", "PET_NPROC_PER_NODE", "auto", "ranks of this node; auto: one a GPU, or one"),
         ("--address", "PET_MASTER_ADDR", "127.0.0.1", "host of node 0"),
-        ("--port", "PET_MASTER_PORT", str(DEFAULT_PORT), "free port there"),
+        ("--port", "PET_MASTER_PORT", "auto", f"free port there; auto: {DEFAULT_PORT}, or on one node any that is free"),
     ):
         parser.add_argument(option, default=os.environ.get(variable, default), help=help_text)
     args, train = parser.parse_known_args(arguments)
     args.ranks = str(visible_gpus() or 1) if args.ranks in ("auto", "gpu") else args.ranks
+    if args.port == "auto":
+        args.port = str(free_port() if args.nodes == "1" else DEFAULT_PORT)
     for name, low, high in (("nodes", 1, 10**6), ("node_rank", 0, 10**6), ("ranks", 1, 1024), ("port", 1, 65535)):
         text = getattr(args, name)
         if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
@@ -95,8 +96,9 @@ def start_rank(args: argparse.Namespace, local: int, train: list[str]) -> subpro
 
 
 def die_with(parent: int, libc: ctypes.CDLL) -> None:
-    """Have the system kill this process when its parent ends, however that comes about."""
+    """Have the system kill this process when its parent ends, however that comes about, and keep signals back that it cannot take yet."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it listens: what is passed on before waits there
     if os.getppid() != parent:  # it went before the line above
         os._exit(1)
 

@@ -7,6 +7,11 @@ Exit code 0: done. 75: stopped as asked and resumable. 1: an error, in one line.
 
 from __future__ import annotations
 
+from dde_ds.training.signals import listen
+
+if __name__ == "__main__":
+    listen()  # before anything is imported that takes its time: a request to stop that comes meanwhile counts
+
 import argparse
 import os
 import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.files import write_atomically
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.rows import is_metrics, last_numbers, read_rows
+from dde_ds.training.folder import claimed
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.ledger import open_ledger
@@ -32,6 +34,7 @@ from dde_ds.training.prepare import build_run_objective, load_engines, open_fold
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
 from dde_ds.training.resume import choose_checkpoint, cut_off, drawing, state_at
+from dde_ds.training.signals import asked, listening
 from dde_ds.training.step import micro_step
 from dde_ds.training.stop import StopRequest, unless_stopped
 from dde_ds.training.track import open_trackers
@@ -43,7 +46,8 @@ UNSTARTED = "stopped as asked before a step was made; go on with --resume auto"
 
 
 def train(run: RunConfig, resume: str | None = None) -> int:
-    """Run to the end, or to a request to stop. Every rank calls this.
+    """Run to the end, or to a request to stop. Every rank calls this. Signals ask it to stop while it runs in the main thread;
+    their handlers are the old ones when it returns.
 
     Args:
         resume: None starts a new run and refuses a folder that holds one; ``required`` goes on from the newest checkpoint;
@@ -55,22 +59,35 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     Raises:
         UserError: unusable input.
     """
+    with listening(), contextlib.ExitStack() as held:
+        return _train(run, resume, held)
+
+
+def _train(run: RunConfig, resume: str | None, held: contextlib.ExitStack) -> int:
+    """As :func:`train`. What ``held`` takes is given back when the run ends, however that comes about."""
     quiet_libraries()
     deadline = None if run.max_hours is None else time.monotonic() + 3600 * run.max_hours
     folder = Path(run.output)
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
     ranks, device = start(run.timeout_minutes)
+    if any_rank(asked(), device):  # while libraries were imported and the others waited for
+        if ranks.is_first:
+            print(UNSTARTED, flush=True)
+        return STOPPED
     on_a_node = ranks_of_a_node(ranks, device)
     ds_config = complete_config(run, ranks.world, on_a_node)
-    resumed, state, damaged = choose_checkpoint(run, shards, resume, lambda line: print(f"warning: {line}", flush=True))
+
+    def warn(line: str) -> None:
+        print(f"warning: {line}", flush=True)
+
+    lock = held.enter_context(claimed(folder, resume, warn))
+    resumed, state, damaged = choose_checkpoint(run, shards, resume, warn)
 
     first_step, guards = state.get("step", 0), Guards(run.guards.max_skipped_in_a_row, **state.get("skipped", {}))
     ledger = open_ledger(run, shards, objective, ranks)
     # All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
-    if ranks.is_first:
-        open_folder(folder, run)
-    any_rank(False, device)  # nobody goes on before the folder is there
+    first_does(lambda: open_folder(folder, run))
     stop = StopRequest(folder, device, deadline)
     with_reference = objective.needs_reference and not (ledger and ledger.covers(first_step, run.steps))
     checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world, on_a_node, device)
@@ -163,6 +180,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
             norm = update(policy)
             if heartbeat:
                 heartbeat.beat(step)
+                lock.check()
             if made := math.isfinite(norm):
                 guards.passed()
                 objective.commit()

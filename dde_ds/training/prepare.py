@@ -14,6 +14,7 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
 from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.errors import UserError
+from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
@@ -111,9 +112,14 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
 
 
 def open_folder(folder: Path, run: RunConfig) -> None:
+    """Write the configuration into a folder that :func:`~dde_ds.training.folder.claimed` keeps for this run, and remove what an
+    earlier start left behind: a request to stop by a file counts for the run that saw it alone.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        write_atomically(folder / "config.yaml", run.to_yaml().encode())
         for stale in ("DONE", "STOP"):
             (folder / stale).unlink(missing_ok=True)
     except OSError as error:

@@ -36,15 +36,13 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
         say: takes one line for the user.
 
     Raises:
-        UserError: a run is there and ``resume`` is None; nothing is there to resume; every checkpoint is damaged; one could not be
+        UserError: nothing is there to resume; every checkpoint is damaged; one could not be
             read; or the newest whole one is of another run.
     """
     folder = Path(run.output)
-    checkpoints, done = first_does(lambda: (checkpoint.list_checkpoints(folder / "checkpoints"), (folder / "DONE").exists()))
     if resume is None:
-        if checkpoints or done:
-            raise UserError(f"output {run.output}: holds a run already; go on with --resume, or choose another folder")
         return Origin()
+    checkpoints = first_does(lambda: checkpoint.list_checkpoints(folder / "checkpoints"))
     if not checkpoints:
         if resume == "required":
             raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from dde_ds.distributed import any_rank
+from dde_ds.training.signals import asked
 
 
 class Interrupted(Exception):
@@ -19,32 +18,25 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers a request until a point that all ranks reach.
+    """Remembers a request until a point that all ranks reach. Signals count while the process is
+    :func:`~dde_ds.training.signals.listening`, and those from before this object was made.
 
     ``deadline``, if any, is in seconds of ``time.monotonic``.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, deadline: float | None = None):
         self._file, self._device, self._deadline = run_folder / "STOP", device, deadline
-        self._launchers = launchers()
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, *_) -> None:
-        self._asked = True
+        self._agreed = False
 
     def __bool__(self) -> bool:
         """Whether this rank was asked. Ranks must agree before they act."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        return self._asked or late or self._file.exists() or launchers() != self._launchers
+        return self._agreed or late or self._file.exists() or asked()
 
     def agreed(self) -> bool:
         """Whether any rank was asked; once it is so it stays so. Collective."""
-        found = any_rank(bool(self), self._device)
-        if found:  # otherwise nothing is written: a signal may have come during the collective, and counts in the next one
-            self._asked = True
-        return found
+        self._agreed = any_rank(bool(self), self._device)
+        return self._agreed
 
     def poll(self) -> None:
         """Collective.
@@ -62,24 +54,3 @@ def unless_stopped(work: Callable[[], Any]) -> Any:
         return work()
     except Interrupted:
         return None
-
-
-def launchers() -> list[str]:
-    """Process ids of what started this rank, where that is a launcher that may go without a word to its ranks, which would train on
-    unwatched: torchrun, or deepspeed's two, the outer of which takes TERM for itself alone. Empty for others: node.py and srun end
-    their ranks, and a shell may leave its processes behind on purpose.
-    """
-    parent = str(os.getppid())
-    command = _process_file(parent, "cmdline")
-    if "deepspeed.launcher.launch" in command:
-        # Second field behind the name, which stands in brackets and may hold anything: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-        return [parent, *_process_file(parent, "stat").rpartition(")")[2].split()[1:2]]
-    return [parent] if "torchrun" in command or "torch.distributed.run" in command else []
-
-
-def _process_file(process: str, name: str) -> str:
-    """Empty where there is none: the process is gone, or the system is not Linux."""
-    try:
-        return Path("/proc", process, name).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

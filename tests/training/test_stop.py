@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
-from dde_ds.training import stop
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from dde_ds.training import signals, stop
+from dde_ds.training.signals import SIGNALS, listening
 
 
 @pytest.fixture
 def asked(tmp_path):
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield stop.StopRequest(tmp_path, torch.device("cpu"))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with listening():
+        yield stop.StopRequest(tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -39,3 +39,54 @@ def test_what_another_rank_was_asked_stays(monkeypatch, asked):
     assert asked.agreed()
     with pytest.raises(stop.Interrupted):
         asked.poll()
+
+
+def test_handlers_are_the_old_ones_afterwards_and_what_came_is_forgotten():
+    came = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+    try:
+        with pytest.raises(KeyError), listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.asked()
+            raise KeyError
+        assert not signals.asked()
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        assert came == list(SIGNALS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_none_is_installed_outside_the_main_thread():
+    before, within = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work():
+        with listening():
+            within.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert within == before
+
+
+def test_what_came_before_the_run_began_counts():
+    """Blocked by the process that started this one, or sent while libraries are imported."""
+    code = (
+        "import os, signal, sys\n"
+        "from dde_ds.training.signals import asked, listen, listening\n"
+        "assert not any(name in sys.modules for name in ('torch', 'yaml', 'numpy'))\n"
+        "listen()\n"
+        "print(asked())\n"  # the blocked one
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with listening() as came:\n"
+        "    print(sorted(came))\n"
+    )
+
+    def block():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    started = subprocess.run([sys.executable, "-c", code], preexec_fn=block, capture_output=True, text=True, timeout=60)
+    assert started.stdout == f"True\n{[int(signal.SIGUSR1), int(signal.SIGTERM)]}\n", started.stderr

@@ -1,0 +1,106 @@
+"""The run folder: what it holds before a run, and that one run at a time writes in it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dde_ds.distributed import first_does
+from dde_ds.engine import checkpoint
+from dde_ds.errors import UserError
+from dde_ds.training.lock import Lock, lock
+from dde_ds.untrusted import read_regular
+
+LOCK = "run.lock"
+# What may lie in a folder before its first run: our own traces of a start, a mounted disk's, a launcher's log.
+NO_CONTENTS = re.compile(rf"STOP|heartbeat|{LOCK}.*|lost\+found|\.nfs.*|\.snapshot|\.config\.yaml\..*|.*\.(log|out|err)")
+# Keys that every config.yaml of a run has.
+KEYS = {"output", "steps", "model", "data", "batch", "optimizer", "objective"}
+
+
+def holds(folder: Path) -> str:
+    """Return what a folder holds: ``nothing``, ``run``, ``done run`` or ``other files``.
+
+    Raises:
+        UserError: it is no folder, or cannot be read.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise UserError(f"output {folder}: not a folder that can be read: {error.strerror.lower()}") from None
+    names = {name for name in names if not NO_CONTENTS.fullmatch(name)}
+    if not names:
+        return "nothing"
+    if checkpoint.list_checkpoints(folder / "checkpoints") or _has_keys(folder / "config.yaml"):
+        return "done run" if "DONE" in names else "run"
+    return "run" if names <= {"metrics.jsonl", "correction.jsonl", "skipped.jsonl", "checkpoints"} else "other files"
+
+
+def require_usable(folder: Path, resume: str | None) -> None:
+    """Refuse a folder that a run would overwrite.
+
+    Raises:
+        UserError: it holds something else than a run; or a run, and ``resume`` is None; or a finished one without a checkpoint.
+    """
+    found = holds(folder)
+    if found == "other files":
+        raise UserError(f"output {folder}: is not empty and holds no run; choose another folder")
+    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    if found == "done run" and not checkpoints:
+        raise UserError(f"output {folder}: holds a finished run without a checkpoint to go on from; choose another folder")
+    if resume is None and checkpoints:
+        raise UserError(f"output {folder}: holds a run already; go on with --resume, or choose another folder")
+    if resume is None and found != "nothing":
+        raise UserError(
+            f"output {folder}: holds a run already, without a checkpoint yet; start it anew with --resume auto, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: str | None, say: Callable[[str], None]) -> Iterator[Lock | None]:
+    """Keep other runs out of the run folder within the block, on every rank; the first rank gets the lock.
+
+    A folder that is made for it and is still empty at the end is taken away again. Collective.
+
+    Args:
+        resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
+        say: takes one line for the user.
+
+    Raises:
+        UserError: as :func:`require_usable`; the folder cannot be written; or another run is going on there.
+    """
+    with contextlib.ExitStack() as held:
+        locks: list[Lock] = []
+
+        def claim() -> None:
+            require_usable(folder, "auto")  # before anything is written there
+            try:
+                made = [path for path in (folder, *folder.parents) if not path.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                held.callback(_remove_empty, made)
+                locks.append(held.enter_context(lock(folder / LOCK, f"output {folder}", say)))
+            except OSError as error:
+                raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
+            require_usable(folder, resume)
+
+        first_does(claim)
+        yield locks[0] if locks else None
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _has_keys(config: Path) -> bool:
+    """Return whether a file is the config.yaml of a run, of whatever version."""
+    try:
+        text = read_regular(config, 2**20).decode()
+    except (OSError, ValueError):
+        return False
+    return set(re.findall(r"^(\w+):", text, re.MULTILINE)) >= KEYS
