@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from dde_ds.errors import UserError
-from dde_ds.ranks import Ranks, first_host, read_environment, read_hostfile, valid_host
+from dde_ds.ranks import OWN_PORTS, Ranks, first_host, free_port, read_environment, read_hostfile, valid_host
+from launchers.node import read_arguments
 from tests.conftest import ROOT
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
@@ -37,6 +40,14 @@ SRUN = {
         (MPIRUN, Ranks(1, 2, 1, "127.0.0.1", 29500)),
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "10.0.0.1"}, Ranks(1, 2, 1, "10.0.0.1", 29500)),
         (HYDRA, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        # A single rank takes a port that is free, whatever its launcher says: another run may be there.
+        ({**TORCH, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Ranks(0, 1, 0)),
+        (dict.fromkeys(MPIRUN, "0") | {"OMPI_COMM_WORLD_SIZE": "1", "MASTER_PORT": "29500"}, Ranks(0, 1, 0)),
+        # But torchrun's agent listens there already, and its rank is to call it.
+        (
+            {**TORCH, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            Ranks(0, 1, 0, "node1", 29501),
+        ),
         (SRUN, Ranks(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
         (SRUN | {"MASTER_ADDR": "ib-gpu03", "MASTER_PORT": "4000"}, Ranks(5, 8, 1, "ib-gpu03", 4000)),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
@@ -121,6 +132,28 @@ def test_hosts():
     assert not any(
         valid_host(text) for text in ("", " ", "-l", "a b", "a\n", "a;b", "a|b", "`id`", "$HOME", "a/b", "user@host", "é")
     )
+
+
+def test_one_node_takes_a_free_port_and_several_a_known_one(monkeypatch):
+    for name in ("PET_NNODES", "PET_MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("dde_ds.ranks.OWN_PORTS", range(24567, 24667))
+    taken = []
+    try:
+        for port in range(24567, 24666):  # all but the last
+            taken.append(socket.socket())
+            with contextlib.suppress(OSError):
+                taken[-1].bind(("", port))
+        assert free_port() == 24666
+        assert read_arguments(["--ranks", "1"])[0].port == 24666
+    finally:
+        for one in taken:
+            one.close()
+    assert read_arguments(["--ranks", "1", "--nodes", "2"])[0].port == 29500
+    assert read_arguments(["--ranks", "1", "--port", "4000"])[0].port == 4000
+    monkeypatch.setenv("PET_MASTER_PORT", "4001")
+    assert read_arguments(["--ranks", "1"])[0].port == 4001
+    assert max(OWN_PORTS) < 32768
 
 
 def test_exported_variables_read_back_the_same(monkeypatch):

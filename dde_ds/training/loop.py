@@ -7,6 +7,8 @@ import math
 import time
 from pathlib import Path
 
+from torch.nn import functional
+
 from dde_ds.config import RunConfig
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import order_of
@@ -60,6 +62,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         UserError: unusable input.
     """
     with listening(), contextlib.ExitStack() as held:
+        # ZeRO-3 leaves a function of its own there, which rounds otherwise: for the next run in this process.
+        held.callback(setattr, functional, "linear", functional.linear)
         return _train(run, resume, held)
 
 

@@ -12,12 +12,10 @@ import contextlib
 import gc
 import io
 import json
-import signal
 import sys
 import traceback
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,8 +24,6 @@ from dde_ds.config import load_config
 from dde_ds.errors import UserError
 from dde_ds.ranks import end_process, read_environment
 from dde_ds.training.loop import train
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def main() -> int:
@@ -48,7 +44,6 @@ def one(run: dict) -> dict:
     An error must be met by all ranks, as by their agreement: one that went on alone would be in the next run while the others
     wait in this one.
     """
-    handlers, linear = {number: signal.getsignal(number) for number in SIGNALS}, torch.nn.functional.linear
     printed, code, error = io.StringIO(), 1, None
     try:
         with contextlib.redirect_stdout(printed):
@@ -59,10 +54,6 @@ def one(run: dict) -> dict:
         print(f"in {run}\n{printed.getvalue()}", file=sys.stderr)
         traceback.print_exc()
         raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        torch.nn.functional.linear = linear  # ZeRO-3 leaves its own there, which rounds otherwise
     gc.collect()  # engines and the hooks on their modules hold each other
     errors = [error]
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,3 +96,16 @@ def test_out_of_time_and_resumed(config, tmp_path):
     assert not (run / "DONE").exists()
     assert alone(config, "--resume", "auto").returncode == 0
     assert [row["loss"] for row in rows(run)] == pytest.approx(plain_losses(load_config(config)), abs=1e-5)
+
+
+def test_a_port_that_is_taken_is_named_at_once(config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        task = slurm_task(0, config, port=port)
+        _, stderr = task.communicate(timeout=PATIENCE)
+    assert task.returncode == 1
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: port {port} on localhost is taken, by another run maybe: choose a free one, with --master_port")
+    assert not (tmp_path / "run").exists()

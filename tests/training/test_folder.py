@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ from dde_ds import UserError, load_config
 from dde_ds.training import lock as lock_py
 from dde_ds.training.folder import LOCK, claimed, holds
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, Run, environment, launch_many, write_config
+from tests.launching import PATIENCE, Run, environment, free_port, launch_many, write_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,3 +191,23 @@ def test_a_request_to_stop_in_the_first_moments_counts(tmp_path, sd_model, sd_sh
         stdout, stderr = process.communicate(timeout=PATIENCE)
         assert (process.returncode, stdout) == (75, "stopped as asked before a step was made; go on with --resume auto\n"), stderr
         assert not (tmp_path / name).exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_others_in_vain_stops_too(tmp_path, sd_model, sd_shards):
+    """The second of its two ranks never comes."""
+    config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launchers" / "train.py", "--config", config],
+        **{"cwd": ROOT, "env": environment() | alone, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not any(one.laddr.port == int(alone["MASTER_PORT"]) for one in psutil.Process(process.pid).net_connections("tcp")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, stdout) == (75, "stopped as asked before the ranks had met; go on with --resume auto\n"), stderr
+    assert not (tmp_path / "run").exists()
