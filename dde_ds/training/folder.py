@@ -47,12 +47,14 @@ def require_usable(folder: Path, resume: str | None) -> None:
     found = holds(folder)
     if found == "other files":
         raise UserError(f"output {folder}: is not empty and holds no run; choose another folder")
+    if found == "nothing":
+        return
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     if found == "done run" and not checkpoints:
         raise UserError(f"output {folder}: holds a finished run without a checkpoint to go on from; choose another folder")
     if resume is None and checkpoints:
         raise UserError(f"output {folder}: holds a run already; go on with --resume, or choose another folder")
-    if resume is None and found != "nothing":
+    if resume is None:
         raise UserError(
             f"output {folder}: holds a run already, without a checkpoint yet; start it anew with --resume auto, or choose another folder"
         )
