@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import socket
+import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TRASH = ".deleted"
 _TRASH = re.compile(rf"{re.escape(TRASH)}(-[0-9]+)?")
@@ -46,6 +48,29 @@ def write_atomically(path: Path, data: bytes) -> None:
 def staged_path(path: Path) -> Path:
     """Where this process writes a file before it gets its name: two that write the same must not write into each other's."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, with the mode of any new file. Not atomic: ``path`` lies in a folder that is published later,
+    or is a :func:`staged_path`.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    import safetensors.torch  # brings PyTorch
+
+    safetensors.torch.save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    follow_umask(path)
+
+
+def follow_umask(*paths: Path) -> None:
+    """Give files the mode of any new file in their folder: safetensors makes its files readable for their owner alone."""
+    for path in paths:
+        # Not os.umask(): it changes the umask to read it, for all threads.
+        probe = staged_path(path)
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+        probe.unlink()
 
 
 def put_in_place(staged: Path, path: Path) -> None:

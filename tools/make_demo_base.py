@@ -31,6 +31,8 @@ from PIL import Image
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dde_ds.files import follow_umask
+
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 4
@@ -201,6 +203,7 @@ def save(folder: Path, vae, tokenizer, text_encoder, unet) -> None:
     # from_pretrained(folder) would mix the two. The text encoder is small; in float32 it just works.
     pipeline.text_encoder = copy.deepcopy(text_encoder).float()
     pipeline.save_pretrained(folder, safe_serialization=True)
+    follow_umask(*folder.rglob("*.safetensors"))
 
 
 def train_denoiser(args, captions, latents, tokenizer, vae, generator) -> None:
@@ -269,6 +272,7 @@ def main() -> None:
             flush=True,
         )
         copy.deepcopy(vae).half().save_pretrained(args.output / "vae", safe_serialization=True)
+        follow_umask(*(args.output / "vae").glob("*.safetensors"))
     tokenizer = train_tokenizer(captions, args.vocabulary)
     print(
         f"vocabulary {len(tokenizer)}, longest caption {max(len(tokenizer(c).input_ids) for c in captions)} tokens of {MAX_TOKENS}"

@@ -35,7 +35,7 @@ from torch import Tensor
 from dde_ds.distributed import any_rank, first_does
 from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
-from dde_ds.files import discard, empty_trash, publish, sha256_of, sha256_of_open, sync
+from dde_ds.files import discard, empty_trash, publish, save_tensors, sha256_of, sha256_of_open, sync
 from dde_ds.objective.objective import Objective
 from dde_ds.untrusted import JSON_BYTES, open_regular, parse_json
 from dde_ds.warn import reason, warn_once
@@ -394,7 +394,7 @@ def _write_parts(staging: Path, policy: Any) -> list[dict]:
         if held and not trouble:
             path = staging / f"state-{rank:05d}-{len(rows):03d}.safetensors"
             try:
-                safetensors.torch.save_file(held, path)
+                save_tensors(held, path)
                 rows.append(_row(path))
             except (OSError, SafetensorError) as error:
                 # Told when all parameters are through: the other ranks wait for this one in the next gathering.
@@ -413,7 +413,7 @@ def _write_parts(staging: Path, policy: Any) -> list[dict]:
 
 
 def _finish(staging: Path, target: Path, rows: list[dict], policy: Any, objective: Objective, state: dict) -> None:
-    safetensors.torch.save_file(objective.state_dict(), staging / TABLE)
+    save_tensors(objective.state_dict(), staging / TABLE)
     optimizer = {"steps": training_state.optimizer_steps(policy), "moments": training_state.moments(policy)}
     (staging / STATE).write_text(json.dumps(state | {"optimizer": optimizer}, indent=1) + "\n", encoding="utf-8")
     files = [*rows, _row(staging / TABLE), _row(staging / STATE)]
