@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -134,6 +138,65 @@ def test_the_images_hold_what_is_tested(target):
     entries = re.split(r"^(?=[a-z0-9-]+==)", lock, flags=re.MULTILINE)[1:]
     assert len(entries) == len(locked)
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def requirements() -> tuple[set[str], dict[str, set[str]]]:
+    """Names of the packages that setup.py asks for, always and by extra."""
+
+    def names(wanted: list[str]) -> set[str]:
+        return {re.match(r"[A-Za-z0-9-]+", package)[0] for package in wanted}
+
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    asked = setup.call_args.kwargs
+    return names(asked["install_requires"]), {extra: names(wanted) for extra, wanted in asked["extras_require"].items()}
+
+
+def imported(*folders: str) -> set[str]:
+    """Packages that the code imports, anywhere in a file, under the names that they are installed by."""
+    found = set()
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    own = {path.stem for folder in ("tools", "launchers") for path in (ROOT / folder).rglob("*.py")} | {"dde_ds", *folders}
+    installed_by = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    return {installed_by.get(name, name) for name in found - own - set(sys.stdlib_module_names)}
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_the_images_hold_what_recipes_and_guides_name(target):
+    """Every extra that a recipe, a guide or an error message names is in the `gpu` image's lock file, and whatever the code imports."""
+    always, extras = requirements()
+    texts = [
+        path
+        for ending in ("*.md", "*.yaml", "*.py")
+        for folder in ("dde_ds", "tools", "launchers")
+        for path in (ROOT / folder).rglob(ending)
+    ]
+    named = set()
+    for path in [ROOT / "README.md", *texts]:
+        text = path.read_text()
+        named |= {extra for group in re.findall(r"\.\[([a-z,]+)\]", text) for extra in group.split(",")}
+        named |= set(re.findall(r"needs the extra ([a-z]+)", text))
+    assert {"shard", "eval", "remote", "hub", "lora", "lowbit", "track"} <= named <= set(extras)
+    held = named if target == "gpu" else {"shard", "eval", "dev"}
+    needed = always.union(*(extras[extra] for extra in held))
+    if target == "gpu":
+        needed |= imported("dde_ds", "tools", "launchers")
+    else:
+        # PyTorch and Triton come from elsewhere. No test sends anything to Weights & Biases.
+        needed = (needed | imported("dde_ds", "tools", "launchers", "tests")) - {"torch", "triton", "wandb"}
+    lock = (ROOT / "docker" / f"requirements-{target}.txt").read_text()
+    assert needed - set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE)) == set()
+
+    # As docker/README.md says that the file is made.
+    guide = (ROOT / "docker" / "README.md").read_text()
+    said = guide.split("uv pip compile")[1].split("and the other with" if target == "gpu" else "`--no-emit-package`")[0]
+    said = said if target == "gpu" else said.split("and the other with")[1]
+    assert set(re.findall(r"--extra ([a-z]+)", said)) == held
 
 
 def test_the_gpu_image_compiles_what_a_run_needs():
