@@ -55,12 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     model = commands.add_parser("export", help="make a model from a run's newest checkpoint, or from one of your choice")
     model.set_defaults(act=export)
     model.add_argument("source", type=Path, help="run folder, or a folder in its checkpoints/")
-    model.add_argument("--output", type=Path, required=True, help="folder to write, or with --format single a .safetensors file")
+    model.add_argument(
+        "--output", type=Path, required=True, help="folder to write; with --format kohya or single a .safetensors file"
+    )
     model.add_argument(
         "--format",
         default="folder",
-        help="folder: for diffusers, with a LoRA run's adapters merged and beside it; lora: the adapters alone; "
-        "single: one file in the layout of the original Stable Diffusion code",
+        help="folder: for diffusers, with a LoRA run's adapters merged and beside it; lora: a folder of the adapters alone; "
+        "kohya: the adapters in one file for ComfyUI, A1111 and sd-scripts; single: one file in the layout of the original Stable Diffusion code",
     )
     model.add_argument("--dtype", default="fp32", help="of the UNet, of adapters, or of a single file: fp32, bf16 or fp16")
     model.add_argument("--max-shard-size", metavar="5GB", help="split the folder's weights into files of at most this size")

@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.engine.checkpoint import WeightReader, read_state
-from dde_ds.engine.single_file import to_single_file
+from dde_ds.engine.modelspec import kohya_metadata, modelspec, predicts_velocity
+from dde_ds.engine.single_file import prediction_keys, to_single_file
 from dde_ds.engine.state import EMA, WEIGHT, gather, moments
 from dde_ds.errors import UserError
-from dde_ds.files import publish, put_in_place, staged_path
+from dde_ds.files import follow_umask, publish, put_in_place, save_tensors, staged_path, sync
 from dde_ds.models import lora
-from dde_ds.models.unet import DTYPES, LOADING, load_unet
+from dde_ds.models.unet import DTYPES, LOADING, family, load_scheduler_config, load_unet
 
-FORMATS = ("folder", "lora", "single")
+FORMATS = ("folder", "lora", "kohya", "single")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What ``load_lora_weights(folder)`` looks for."""
+KOHYA_FILE = "lora_kohya.safetensors"
+"""The same adapters, for programs other than diffusers."""
+SHOWN = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation")
+"""Of the last numbers, those that a model card tells, beside all of the held-out pairs."""
 
 
 def export_policy(policy: Any, run: RunConfig, step: int, metrics: dict, target: Path) -> None:
     """Write the policy, in the run's precision, as a complete diffusers pipeline; its moving average where the run keeps one.
-    Collective."""
+    Collective.
+
+    Raises:
+        UserError: a weight that is not finite, a base that cannot be loaded, or a disk that cannot be written. Raised on all ranks.
+    """
     kind = EMA if run.ema and EMA in moments(policy) else WEIGHT  # it begins with the first step that is made
     trained = {}
     for name, tensors in gather(policy, [kind]):  # a module sharded by ZeRO-3 would save empty tensors without a word
         if dist.get_rank() == 0:
             trained[name] = tensors[kind].cpu()
+    trouble = [None]
     if dist.get_rank() == 0:
-        _write_folder(trained, DTYPES[run.precision], run, model_card(run, step, metrics, kind), target)
-    dist.barrier()
+        try:
+            _write_folder(trained, DTYPES[run.precision], run, model_card(run, step, metrics, kind), target)
+        except UserError as error:  # told on all ranks: the others would wait for this one
+            trouble = [str(error)]
+    dist.broadcast_object_list(trouble, 0)
+    if trouble[0]:
+        raise UserError(trouble[0])
 
 
 def export_checkpoint(
@@ -61,16 +76,16 @@ def export_checkpoint(
         max_shard_size: of the folder's weight files, such as ``5GB``. None is diffusers' own.
 
     Raises:
-        UserError: an unknown dtype or form, a target that exists, or a checkpoint of another model.
+        UserError: an unknown dtype or form, a target that exists, a checkpoint of another model, or a weight that is not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if form not in FORMATS:
         raise UserError(f"--format {form}: must be one of {', '.join(FORMATS)}")
-    if form == "lora" and not run.lora:
-        raise UserError("--format lora: this run trained all parameters and has no adapters; choose folder or single")
-    if form == "single" and target.suffix != ".safetensors":
-        raise UserError(f"--output {target}: --format single writes one file; give it a name that ends in .safetensors")
+    if form in ("lora", "kohya") and not run.lora:
+        raise UserError(f"--format {form}: this run trained all parameters and has no adapters; choose folder or single")
+    if form in ("kohya", "single") and target.suffix != ".safetensors":
+        raise UserError(f"--output {target}: --format {form} writes one file; give it a name that ends in .safetensors")
     if max_shard_size and not re.fullmatch(r"\d+[KMG]B", max_shard_size):
         raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 500MB or 5GB")
     if target.exists():
@@ -79,11 +94,13 @@ def export_checkpoint(
     trained = {name.removesuffix(f"/{kind}"): reader.read(name) for name in reader.names if name.endswith(f"/{kind}")}
     if not trained:
         raise UserError(f"checkpoint {checkpoint}: holds no moving average of the weights; export them with --raw")
-    card = model_card(run, read_state(checkpoint)["step"], metrics, kind)
+    card = model_card(run, read_state(checkpoint)["step"], metrics, kind, form)
     if form == "folder":
         _write_folder(trained, DTYPES[dtype], run, card, target, max_shard_size)
     elif form == "lora":
         _in_place(target, card, lambda staging: _write_lora(trained, DTYPES[dtype], run, staging))
+    elif form == "kohya":
+        _write_file(target, *_kohya(trained, DTYPES[dtype], run), card)
     else:
         _write_single(trained, DTYPES[dtype], run, card, target)
 
@@ -123,6 +140,9 @@ def _write_folder(
     types where the text encoders are stored in half.
     """
     pipeline = _pipeline(trained, dtype, run)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            require_finite({f"{name}.{key}": value for key, value in part.state_dict().items()})
 
     def write(staging: Path) -> None:
         pipeline.save_pretrained(staging, safe_serialization=True, max_shard_size=max_shard_size)
@@ -133,37 +153,102 @@ def _write_folder(
 
 
 def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, folder: Path) -> None:
+    """The adapters twice: for diffusers, and for other programs."""
     from diffusers import StableDiffusionPipeline  # SDXL's writes the same
 
     layers = {name: value.to(dtype).contiguous() for name, value in lora.to_file(trained, run.lora.scale).items()}
+    require_finite(layers)
+    others, metadata = _kohya(trained, dtype, run)
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
+    save_tensors(others, folder / KOHYA_FILE, {"format": "pt"} | metadata)
+
+
+def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the adapters' file for other programs. α stays float32: bfloat16 has no 300."""
+    try:
+        metadata = kohya_metadata(run)
+    except UserError as error:  # adapters can be had without their base
+        print(f"warning: the adapters' file does not say which models it is for: {error}", flush=True)
+        metadata = {}
+    layers = lora.to_kohya({name: value.to(dtype).contiguous() for name, value in trained.items()}, run.lora.alpha_or_rank)
+    require_finite(layers)
+    return layers, metadata
 
 
 def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, target: Path) -> None:
     """One file in the layout of the original Stable Diffusion code, all of it in ``dtype``: programs that read it expect one type."""
     weights = to_single_file(_pipeline(trained, dtype, run))
+    scheduler = load_scheduler_config(run.model.path, run.model.revision)
+    if family(run.model.path, run.model.revision) == "sdxl":
+        weights |= prediction_keys(scheduler)
+    elif predicts_velocity(scheduler):
+        print(
+            "warning: this model predicts v; programs take a single file of Stable Diffusion 1 for noise prediction: set it there"
+        )
     weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
+    require_finite(weights)
+    _write_file(target, weights, modelspec(run), card)
+
+
+def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str], card: str) -> None:
+    """One safetensors file, which appears under its name when it is whole."""
     staged = staged_path(target)
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, staged, metadata={"format": "pt", "model_card": card})
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
-    put_in_place(staged, target)
+    try:
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, staged, {"format": "pt", "model_card": card} | metadata)
+        sync(staged)
+        put_in_place(staged, target)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise _unwritable(target, error) from None
 
 
 def _in_place(target: Path, card: str, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a folder, which appears under its name, with the model card, when it is whole."""
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    write(staging)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    publish(staging, target)
+    try:
+        write(staging)
+        follow_umask(*staging.rglob("*.safetensors"))  # written by diffusers
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        publish(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(target, error) from None
 
 
-def model_card(run: RunConfig, step: int, metrics: dict, kind: str) -> str:
-    """Where a model comes from: base, pairs, objective and settings, and the last numbers that its run logged."""
+def _unwritable(target: Path, error: Exception) -> UserError:
+    return UserError(
+        f"export {target}: not writable: {' '.join(str(error).split())}; the checkpoint is as it was: mend it, then dde-ds export"
+    )
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no numbers, before anything is written.
+
+    Raises:
+        UserError: the message names the first of them and how many there are.
+    """
+    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if bad:
+        named = ", ".join(bad[:3]) + (", …" if len(bad) > 3 else "")
+        narrow = any(tensors[name].dtype == torch.float16 for name in bad)
+        raise UserError(
+            f"export: {len(bad)} of {len(tensors)} tensors hold NaN or infinity ({named}); nothing was exported: "
+            + ("fp16 ends at 65,504, choose --dtype bf16 or fp32, or " if narrow else "")
+            + "export an older checkpoint, and train on with a lower optimizer.learning_rate"
+        )
+
+
+def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = "folder") -> str:
+    """Where a model comes from: base, pairs, objective and settings, and the last numbers that its run logged.
+
+    Args:
+        kind: ``EMA`` or ``WEIGHT``: which weights were exported.
+        form: one of ``FORMATS``: what lies beside the card.
+    """
     head = {
-        "base_model": run.model.path,
+        **({"base_model": run.model.path} if is_hub_id(run.model.path) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["preference-alignment", *(["lora"] if run.lora else [])],
@@ -180,17 +265,33 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str) -> str:
         **({"LoRA": f"rank {run.lora.rank}, α {run.lora.alpha_or_rank:g}, on {', '.join(run.lora.targets)}"} if run.lora else {}),
         "trained with": f"dde_ds {__version__}",
     }
-    shown = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation")
-    numbers = {name: f"{value:.4g}" for name, value in metrics.items() if name in shown or name.startswith("eval/")}
-    adapters = (
-        f"The adapters are in `{LORA_FILE}`, for `load_lora_weights` on the base model; a UNet beside it has them merged already.\n\n"
-        if run.lora
-        else ""
-    )
+    numbers = {
+        name: f"{value:.4g}"
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and (name in SHOWN or name.startswith("eval/"))
+    }
+    paper = "pairs of a preferred and a rejected image (Denoised Distribution Estimation and its baselines, arXiv 2411.14871)"
+    if form in ("folder", "single"):
+        what = f"The UNet was trained on {paper}; all other parts are the base model's, and so is its licence."
+    else:
+        what = f"Adapters of the UNet, trained on {paper}. They need the base model, whose licence holds for them too."
+    if run.lora and form in ("folder", "lora"):
+        what += f"\n\nThe adapters are in `{LORA_FILE}`, for `load_lora_weights` on the base model, and in `{KOHYA_FILE}` for other programs."
+        what += " The UNet beside them has them merged already." if form == "folder" else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in (settings | numbers).items())
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.model.path}, aligned with preference pairs\n\n"
-        "The UNet was trained on pairs of a preferred and a rejected image (Denoised Distribution Estimation and its baselines, "
-        "arXiv 2411.14871); all other parts are the base model's, and so is its licence.\n\n"
-        f"{adapters}| | |\n| --- | --- |\n{rows}\n"
+        f"{what}\n\n| | |\n| --- | --- |\n{rows}\n"
     )
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether ``model.path`` names a repository of the Hugging Face hub: the hub refuses cards whose base is anything else."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not Path(path).exists()

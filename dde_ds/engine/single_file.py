@@ -10,6 +10,7 @@ Left out is what holds no trained weight: CLIP's position_ids, open_clip's logit
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,6 +87,18 @@ def to_single_file(pipeline: Any) -> dict[str, Tensor]:
     else:
         parts["cond_stage_model.transformer."] = clip
     return {prefix + name: value for prefix, weights in parts.items() for name, value in weights.items()}
+
+
+def prediction_keys(scheduler: Mapping) -> dict[str, Tensor]:
+    """Return the empty tensors by whose names programs tell what an SDXL file's UNet predicts; none for noise prediction.
+
+    Of SDXL alone: no name is agreed upon for Stable Diffusion 1, whose files are taken for noise prediction.
+
+    Args:
+        scheduler: the pipeline's ``scheduler_config.json``.
+    """
+    found = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": bool(scheduler.get("rescale_betas_zero_snr"))}
+    return {name: torch.empty(0) for name, holds in found.items() if holds}
 
 
 def unet_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -61,3 +61,22 @@ def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         name.replace(f".{ADAPTER}.weight", ".weight"): value * scale if name.endswith(_UP) else value
         for name, value in adapters.items()
     }
+
+
+def to_kohya(adapters: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Return adapters under the names of kohya's sd-scripts, which most programs outside of diffusers read, each with its α.
+
+    B is stored as it was trained: all readers of this layout multiply with α/r, where r is A's number of rows.
+    """
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    found = convert_state_dict_to_kohya({f"unet.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in adapters.items()})
+    found = {_original_conditioning(name): value for name, value in found.items()}
+    return found | {name: torch.tensor(float(alpha)) for name in found if name.endswith(".alpha")}
+
+
+def _original_conditioning(name: str) -> str:
+    """Of SDXL's size conditioning, readers know the original name alone, where of all other layers they know diffusers' as well."""
+    for number in (1, 2):
+        name = name.replace(f"lora_unet_add_embedding_linear_{number}.", f"lora_unet_label_emb_0_{2 * number - 2}.")
+    return name

@@ -12,6 +12,7 @@ from dde_ds import NoiseSchedule, load_config
 from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import WeightReader, list_checkpoints, read_state
+from dde_ds.engine.export import KOHYA_FILE
 from dde_ds.evaluation.heldout import error_drift
 from dde_ds.models.unet import load_unet
 from tests.conftest import DEMO, shard
@@ -65,17 +66,20 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
     assert state["config"]["lora"]["rank"] == 4
     assert state["versions"].keys() >= {"dde_ds", "torch", "deepspeed", "diffusers", "peft"}
 
-    # The run left a pipeline, and beside it the adapters for the base: the same model twice.
+    # The run left a pipeline, and beside it the adapters for the base, in two files: the same model three times.
     merged = StableDiffusionPipeline.from_pretrained(run / "export")
     loaded = StableDiffusionPipeline.from_pretrained(sd_model)
     loaded.load_lora_weights(run / "export")
-    for pipeline in (merged, loaded):
+    kohya = StableDiffusionPipeline.from_pretrained(sd_model)
+    kohya.load_lora_weights(run / "export" / KOHYA_FILE)
+    for pipeline in (merged, loaded, kohya):
         pipeline.set_progress_bar_config(disable=True)
     images, base = [], StableDiffusionPipeline.from_pretrained(sd_model)
-    for pipeline in (merged, loaded, base):
+    for pipeline in (merged, loaded, base, kohya):
         generator = torch.Generator().manual_seed(0)
         images.append(pipeline("dagger", num_inference_steps=2, output_type="latent", generator=generator).images)
     assert torch.allclose(images[0], images[1], atol=1e-5)
+    assert torch.allclose(images[0], images[3], atol=1e-5)
     assert (images[0] - images[2]).abs().max() > 1e-4
 
     # What the looks measured during the run is the model of the last step, not the average.

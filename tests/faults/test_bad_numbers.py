@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shards, capfd):
     """Step 2 is left out for a loss of rank 1, step 4 for a gradient of rank 0; step 5 as well is one too many. The run goes on from
-    step 3, at another stage and without the fault, as one that never had steps 4 and 5 but had 2. Two runs more share the launch."""
+    step 3, at another stage and without the fault, as one that never had steps 4 and 5 but had 2. Three runs more share the launch."""
     config, run = write_config(tmp_path / "run.yaml", sd_model, sd_shards, checkpoint={"every": 1, "keep": 9}), tmp_path / "run"
     broken = Leg(
         ("steps=6", "guards.max_skipped_in_a_row=2", shipped(tmp_path, "zero3")), bad_loss=((1, 2),), bad_gradient=((0, 4), (0, 5))
@@ -29,7 +29,8 @@ def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shar
     nothing = Leg(("steps=1", "ema.decay=0.5", f"output={tmp_path / 'nothing'}"), bad_gradient=((0, 1),))
     breaking = Leg(("optimizer.learning_rate=0.3", "objective.beta=1", "checkpoint.every=4", f"output={tmp_path / 'breaking'}"))
     again = Leg(("steps=6", "guards.max_skipped_in_a_row=2"), "required")
-    error, code, unmoved, wrecked = run_legs(config, [broken, again, nothing, breaking])
+    overflowing = Leg(("steps=1", "optimizer.learning_rate=1e39", f"output={tmp_path / 'overflowing'}"))
+    error, code, unmoved, wrecked, overflowed = run_legs(config, [broken, again, nothing, breaking, overflowing])
 
     assert error.startswith("step 5: the gradient is not a finite number, timesteps ")
     assert (
@@ -62,3 +63,9 @@ def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shar
     assert drifts[0] == 0 and drifts[1:] == sorted(drifts[1:]) and drifts[-1] > 1
     warnings = re.findall(r"warning: step (\d+): winners' error is \d+% above the reference's \(losers'", capfd.readouterr().out)
     assert warnings == ["3"]
+    # The gradient of the only step was finite, the weights after it are not: such a model is not given away.
+    assert re.match(
+        r"export: \d+ of \d+ tensors hold NaN or infinity \(unet\.\S+, unet\.\S+, unet\.\S+, …\); nothing was exported", overflowed
+    )
+    left = {path.name for path in (tmp_path / "overflowing").iterdir()}
+    assert "checkpoints" in left and not left & {"DONE", "export", ".export.staging"}
