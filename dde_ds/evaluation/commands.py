@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dde_ds.errors import UserError
+from dde_ds.text import printable
 
 # Options of how images are drawn, as draw.DrawOptions names them; its defaults stand for what is not given.
 DRAWING = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
@@ -132,7 +133,7 @@ def write_report(args: argparse.Namespace) -> None:
 
     if args.pictures < 0:
         raise UserError(f"--pictures {args.pictures}: must be 0 or more")
-    print(report(args.source, args.output, args.pictures))
+    print(printable(str(report(args.source, args.output, args.pictures))))
 
 
 def draw_options(args: argparse.Namespace) -> Any:

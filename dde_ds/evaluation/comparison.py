@@ -16,10 +16,35 @@ from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, wi
 from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.pictures import Pictures, open_pictures, require_whole
 from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
+from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import write_atomically
 from dde_ds.text import verbatim
+from dde_ds.untrusted import read_json
 
 FORMAT = "dde_ds comparison 2"
+MOST_BYTES = 512 * 2**20
+"""Of a ``comparison.json``. A score takes some 20 bytes: 30,000 prompts of 8 images by 5 scorers and 10 models fit."""
+SHAPE = {
+    "base": str,
+    "folders": (str,),
+    "settings": ({"images_per_prompt": COUNT},),
+    "scorers": (str,),
+    "notes": [str],
+    "results": [
+        {
+            **{"model": str, "scorer": str, "base_mean": NUMBER, "model_mean": NUMBER},
+            "difference": {
+                **dict.fromkeys(("mean", "low", "high", "sign_test_p"), NUMBER),
+                **dict.fromkeys(("prompts_better", "prompts_worse", "prompts_equal"), COUNT),
+            },
+            "beats": dict.fromkeys(("rate", "low", "high"), NUMBER),
+        }
+    ],
+    "sets": [{"scorer": str, "model": str, "mean": NUMBER, "deviation": NUMBER, "splits": COUNT, "count": COUNT}],
+    "prompts": [str],
+    "scores": (([[NUMBER]],),),
+}
+"""Of ``comparison.json``, for :func:`dde_ds.evaluation.shape.require_shape`."""
 # What must agree for two images to be a pair; what else differs (steps, guidance, …) is said beside the numbers.
 PAIRED = ("images_per_prompt", "seed", "resolution")
 # Fewer prompts than this, and the intervals are too wide for the differences that alignment makes.
@@ -170,18 +195,44 @@ def read_comparison(path: Path) -> dict[str, Any]:
     """``comparison.json`` of a folder, or the file itself.
 
     Raises:
-        UserError: not there, or not one of ours.
+        UserError: not there, not one of ours, or not as it was written: the message names the place.
     """
     path = path / "comparison.json" if path.is_dir() else path
     try:
-        data = json.loads(path.read_bytes())
+        data = read_json(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: is no comparison; expected the comparison.json of dde-ds evaluate or compare")
+    try:
+        _require_whole(data)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}; compare again") from None
     return data
+
+
+def _require_whole(data: dict[str, Any]) -> None:
+    """Raises ValueError where the parts of a ``comparison.json`` do not fit each other."""
+    require_shape(data, SHAPE)
+    names, scorers = data["folders"].keys(), {row["scorer"] for row in data["results"]}
+    for key in ("settings", "scores"):
+        if data[key].keys() != names:
+            raise ValueError(f"{key} is of {', '.join(data[key]) or 'nothing'}, folders is of {', '.join(names) or 'nothing'}")
+    if data["base"] not in names:
+        raise ValueError(f"base is {data['base']!r}, which is none of folders")
+    if strange := {row["model"] for row in [*data["results"], *data["sets"]]} - names:
+        raise ValueError(f"results or sets name the model {min(strange)!r}, which is none of folders")
+    shape = (len(data["prompts"]), data["settings"][data["base"]]["images_per_prompt"])
+    if not all(shape):
+        raise ValueError("it has no prompts, or no images of them")
+    for name, own in data["scores"].items():
+        if missing := scorers - own.keys():
+            raise ValueError(f"scores has no {min(missing)} of {name}")
+        for scorer, values in own.items():
+            if len(values) != shape[0] or any(len(row) != shape[1] for row in values):
+                raise ValueError(f"scores by {scorer} of {name} are not {shape[1]} of each of {shape[0]} prompts")
 
 
 COLUMNS = ("scorer", "model", "base", "mean", "difference, 95 %", "beats the base, 95 %", "prompts +/-/=", "sign test")

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 import dde_ds
+from dde_ds.untrusted import open_regular
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -61,10 +62,13 @@ def data_uri(path: Path, side: int) -> tuple[str, bool]:
     """An image as JPEG of at most ``side`` pixels, inline; and whether it is so small that its pixels are better seen.
 
     Raises:
-        OSError: it is not there, or no image.
+        OSError: it is not there, or no PNG.
     """
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    try:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # whatever Pillow meets in a damaged or enormous image; a path that is none
+        raise OSError(f"{path}: no readable image: {error}") from None
     small = max(image.size) < 128
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()

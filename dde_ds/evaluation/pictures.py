@@ -19,9 +19,15 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from dde_ds.errors import UserError
+from dde_ds.evaluation.shape import COUNT, require_shape
 from dde_ds.files import write_atomically
+from dde_ds.untrusted import open_regular, read_json
 
 FORMAT = "dde_ds images 1"
+SHAPE = {"digest": str, "prompts": [str], "settings": {"images_per_prompt": COUNT, "seed": object, "model": object}}
+MOST_BYTES = 512 * 2**20
+"""Of a ``manifest.json``: some millions of prompts."""
+MOST_IMAGES = 10**8
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,10 @@ class Pictures:
     def is_whole(self, prompt: int, index: int) -> bool:
         """Whether the image is there, undamaged (the checksums of its chunks), and made with these settings."""
         try:
-            with Image.open(self.path(prompt, index), formats=["PNG"]) as image:
+            with open_regular(self.path(prompt, index)) as file, Image.open(file, formats=["PNG"]) as image:
                 text = dict(image.info)
                 image.verify()
-        except (OSError, SyntaxError, ValueError):
+        except Exception:  # whatever Pillow meets in a damaged image
             return False
         expected = self._text(prompt, index)
         return all(text.get(key) == value for key, value in expected.items())
@@ -122,17 +128,24 @@ def open_pictures(folder: str | Path) -> Pictures:
     if not path.is_file():
         raise UserError(f"{folder}: no manifest.json in it; make images there with launchers/generate.py")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path, MOST_BYTES)
+        require_shape(manifest, {"format": str})
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: its format is {manifest['format']!r}, expected {FORMAT!r}")
-        pictures = Pictures(folder, manifest["prompts"], manifest["settings"])
-        whole = manifest["digest"] == pictures.digest and pictures.per_prompt >= 1
-    except (ValueError, KeyError, TypeError) as error:
+        require_shape(manifest, SHAPE)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a manifest of images: {type(error).__name__} {error}") from None
-    if not whole:
+        raise UserError(f"{path}: not a manifest of images: {error}") from None
+    pictures = Pictures(folder, manifest["prompts"], manifest["settings"])
+    if manifest["digest"] != pictures.digest:
         raise UserError(f"{path}: was changed by hand (its digest differs); generate the images again")
+    if not 1 <= pictures.per_prompt * len(pictures.prompts) <= MOST_IMAGES:
+        raise UserError(
+            f"{path}: is of {pictures.per_prompt} images of each of {len(pictures.prompts)} prompts; generate them again"
+        )
     return pictures
 
 

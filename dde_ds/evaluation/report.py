@@ -25,25 +25,33 @@ def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 
     """
     sections, titles = [], []
     for source in sources:
-        is_run = any((source / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
-        is_comparison = source.name == "comparison.json" or (source / "comparison.json").is_file()
-        if not source.exists():
-            raise UserError(f"report {source}: no such file or folder")
-        if not (is_run or is_comparison):
-            raise UserError(
-                f"report {source}: neither a run folder (metrics.jsonl, config.yaml) nor a comparison (comparison.json)"
-            )
-        titles.append(source.resolve().name if source.is_dir() else source.resolve().parent.name)
-        if is_run:
-            sections += run_sections(source)
-        if is_comparison:
-            folder = source if source.is_dir() else source.parent
-            sections += comparison_sections(read_comparison(source), folder, pictures)
+        try:
+            title, found = _of_source(source, pictures)
+        except OSError as error:
+            raise UserError(f"report {source}: {' '.join(str(error).split())}") from None
+        titles.append(title)
+        sections += found
     first = sources[0] if sources[0].is_dir() else sources[0].parent
     output = output or first / "report.html"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page(" and ".join(dict.fromkeys(titles)), sections).encode())
+        # Folders may have names that are no text.
+        write_atomically(output, page(" and ".join(dict.fromkeys(titles)), sections).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"--output {output}: not writable: {error.strerror.lower()}") from None
     return output
+
+
+def _of_source(source: Path, pictures: int) -> tuple[str, list[tuple[str, str]]]:
+    """Title and sections of one source. Raises as :func:`report`, and OSError."""
+    is_run = any((source / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
+    is_comparison = source.name == "comparison.json" or (source / "comparison.json").is_file()
+    if not source.exists():
+        raise UserError(f"report {source}: no such file or folder")
+    if not (is_run or is_comparison):
+        raise UserError(f"report {source}: neither a run folder (metrics.jsonl, config.yaml) nor a comparison (comparison.json)")
+    sections = run_sections(source) if is_run else []
+    if is_comparison:
+        folder = source if source.is_dir() else source.parent
+        sections += comparison_sections(read_comparison(source), folder, pictures)
+    return source.resolve().name if source.is_dir() else source.resolve().parent.name, sections

@@ -87,7 +87,7 @@ def _summary(folder: Path, run: RunConfig | None, rows: list[dict]) -> str:
         facts.append(("steps", steps + (f", {last['position']} pairs" if "position" in last else "")))
         for key in ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation"):
             if key in last:
-                facts.append((f"{key}, last", f"{last[key]:.5g}"))
+                facts.append((f"{key}, last", f"{_finite(last[key]):.5g}"))
     else:
         facts.append(("steps", "no row in metrics.jsonl yet"))
     cells = "".join(f'<tr><th>{escape(name)}</th><td class="long">{escape(value)}</td></tr>' for name, value in facts)
@@ -130,7 +130,10 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
     from dde_ds.models.unet import load_scheduler_config
     from dde_ds.objective.objective import build_objective, configured_objective
 
-    own = configured_objective(run.objective, load_scheduler_config(str(source)))
+    try:
+        own = configured_objective(run.objective, load_scheduler_config(str(source)))
+    except UserError as error:
+        return f'<p class="note">No credit profile: {escape(str(error))}</p>'
     if not own.needs_reference:
         return ""
     others = [] if own.name == "uniform" else [build_objective("uniform", own.schedule, beta=run.objective.beta)]

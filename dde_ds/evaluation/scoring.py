@@ -25,7 +25,9 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
 from dde_ds.evaluation.pictures import Pictures
 from dde_ds.evaluation.scorers import Scorer
+from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import sha256_of, write_atomically
+from dde_ds.untrusted import parse_json, read_json, read_regular
 
 DIGITS = 12
 
@@ -144,11 +146,12 @@ def load_set_score(pictures: Pictures, name: str, digest: str) -> dict | None:
     """``count``, ``splits``, ``mean`` and ``deviation`` of these very images, or None where they have not been scored."""
     path = cache_folder(pictures, name, digest).with_suffix(".json")
     try:
-        row = json.loads(path.read_bytes())
+        row = read_json(path)
+        require_shape(row, {"images": str, "count": COUNT, "splits": COUNT, "mean": NUMBER, "deviation": NUMBER})
         return row if row["images"] == _set_digest(pictures) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         raise UserError(f"{path}: damaged; delete it to score again") from None
 
 
@@ -180,9 +183,10 @@ def _read_rows(path: Path) -> list[tuple[str, float]]:
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
-                row = json.loads(line)
-                rows.append((str(row["image"]), float(row["score"])))
-            except (ValueError, KeyError, TypeError):
+                row = parse_json(line)
+                require_shape(row, {"image": str, "score": NUMBER})
+                rows.append((row["image"], float(row["score"])))
+            except ValueError:
                 raise UserError(f"{path}: holds a damaged line, {line[:80]!r}; delete the file to score again") from None
     return rows
 
@@ -193,13 +197,15 @@ def _row(image: str, score: float) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise RankError(f"{path}: {error.strerror.lower()}; generate again into the same folder") from None
+    except ValueError as error:
+        raise RankError(f"{path}: {error}; generate again into the same folder") from None
 
 
 def _decode(data: bytes, path: Path) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever Pillow meets in a damaged image
         raise RankError(f"{path}: damaged: {error}; generate again into the same folder") from None

@@ -12,6 +12,9 @@ WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 34
 # Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800")
+# What is larger cannot be drawn: the distance of two such numbers is infinite.
+LARGEST = 1e300
+SMALLEST = 1e-280
 # Points of a line; a longer one is thinned out to the extremes of equal stretches, so that no peak is lost.
 POINTS = 400
 
@@ -21,15 +24,15 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    """A value that is not finite is a gap."""
+    """A value that is not finite, or larger than :data:`LARGEST`, is a gap."""
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
     """A figure with its legend; the empty string where there is no finite value."""
-    lines = [line for line in lines if any(map(math.isfinite, line.y))]
+    lines = [line for line in lines if any(map(_drawable, line.y))]
     if not lines:
         return ""
-    low, high = _range([y for line in lines for y in line.y if math.isfinite(y)])
+    low, high = _range([y for line in lines for y in line.y if _drawable(y)])
     left, right = _range([x for line in lines for x in line.x], pad=0)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -158,7 +161,7 @@ def _pieces(line: Line) -> list[list[tuple[float, float]]]:
     """The stretches between gaps, thinned out."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(line.x, line.y, strict=True):
-        if math.isfinite(y):
+        if _drawable(y):
             pieces[-1].append((x, y))
         elif pieces[-1]:
             pieces.append([])
@@ -178,8 +181,9 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _range(values: Sequence[float], pad: float = 0.05) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if low == high:
-        space = abs(low) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * size, SMALLEST):  # no ticks would fit between them
+        space = 0.1 * size if size > SMALLEST else 1.0
         return low - space, high + space
     return low - pad * (high - low), high + pad * (high - low)
 
@@ -193,6 +197,10 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 
 
+def _drawable(value: float) -> bool:
+    return abs(value) <= LARGEST  # NaN is not
+
+
 def _number(value: float, digits: int = 4) -> str:
     if abs(value) < 1e-12:
         return "0"
@@ -200,5 +208,5 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if _drawable(value)]
     return sum(finite) / len(finite) if finite else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from PIL import Image
 
 from dde_ds.cli import main
 from dde_ds.config import load_config
+from dde_ds.errors import UserError
+from dde_ds.evaluation.report import report
 from dde_ds.evaluation.report_comparison import choose
 from dde_ds.evaluation.svg import Line, heatmap, line_chart
 from tests.launching import PATIENCE, write_config
@@ -239,6 +242,131 @@ def test_damaged_rows_are_left_out(run_folder, tmp_path, capsys):
     assert pages[0] == pages[1]
     lines = sorted(capsys.readouterr().err.splitlines())
     assert lines == [f"warning: {whole}/{name}.jsonl: 3 damaged lines are left out" for name in ("correction", "metrics")]
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**400,
+    1e308,
+    -1e308,
+    5e-324,
+    math.nan,
+    math.inf,
+    "",
+    "x\0",
+    "\x1b[31m",
+    [],
+    [[]],
+    {},
+    {"x": []},
+    [None] * 3,
+)
+
+
+def places(value, path=()):
+    """Paths to everything in JSON; of a list its first member."""
+    yield path
+    keys = value.keys() if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ()
+    for key in keys:
+        yield from places(value[key], (*path, key))
+
+
+def changed(value, path, change):
+    """A copy with ``change`` made to what lies at ``path``."""
+    if not path:
+        return change(value)
+    copied = value.copy()
+    copied[path[0]] = changed(value[path[0]], path[1:], change)
+    return copied
+
+
+def outcome(source: Path, output: Path) -> int:
+    """1 for a report that ended in one line, otherwise 0. Any traceback is raised here."""
+    try:
+        report([source], output, pictures=1)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return 1
+    return 0
+
+
+def test_any_change_of_a_comparison_ends_in_a_page_or_one_line(comparison, tmp_path, monkeypatch):
+    whole = json.loads((comparison / "comparison.json").read_text())
+    source, page = comparison / "changed" / "comparison.json", tmp_path / "page.html"
+    source.parent.mkdir()
+    codes = []
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a thousand pages that nobody keeps
+    try:
+        for path in places(whole):
+            for odd in ODD:
+                source.write_text(json.dumps(changed(whole, path, lambda _, odd=odd: odd)))
+                codes.append(outcome(source, page))
+            if path:
+                # A key or a member that is missing.
+                key, lost = path[-1], changed(whole, path[:-1], lambda held: held.copy())
+                held = lost
+                for step in path[:-1]:
+                    held = held[step]
+                del held[key]
+                source.write_text(json.dumps(lost))
+                codes.append(outcome(source, page))
+        text = (comparison / "comparison.json").read_bytes()
+        for damaged in (
+            b"",
+            text[: len(text) // 2],
+            b"[" * 100_000,
+            text.replace(b"prompt number 1", b"\\ud83c"),
+            text.replace(b"e", b"\xff"),
+        ):
+            source.write_bytes(damaged)
+            assert outcome(source, page) == 1
+    finally:
+        shutil.rmtree(source.parent)
+    assert len(codes) > 1000
+    assert codes.count(1) > 500, "what a page needs was not missed"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("results", 0, "beats", "rate"), "0.5", "damaged: results[0].beats.rate is '0.5', expected a finite number"),
+        (("scores", "base", "clip", 3), [0.1], "damaged: scores by clip of base are not 2 of each of 10 prompts"),
+        (("base",), "other", "damaged: base is 'other', which is none of folders"),
+        (("prompts",), [], "damaged: it has no prompts, or no images of them"),
+        (("settings", "base"), None, "damaged: settings['base'] is null, expected an object"),
+        (("results", 0, "model"), "gone", "damaged: results or sets name the model 'gone', which is none of folders"),
+    ],
+)
+def test_what_is_wrong_with_a_comparison_is_named(comparison, tmp_path, capsys, path, value, said):
+    whole = json.loads((comparison / "comparison.json").read_text())
+    source = tmp_path / "comparison.json"
+    source.write_text(json.dumps(changed(whole, path, lambda _: value)))
+    assert main(["report", str(source)]) == 1
+    assert capsys.readouterr().err == f"error: {source}: {said}; compare again\n"
+
+
+def test_odd_run_folders(run_folder, tmp_path):
+    """Numbers that cannot be drawn, pictures that are none, a pipe, a noise schedule that is damaged, a name that is no text."""
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    shutil.copytree(run_folder, folder)
+    rows = [{"step": step, "position": 8, "loss": loss} for step, loss in enumerate((1e308, -1e308, math.inf, 5e-324, 0.7), 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = sorted((folder / "samples").glob("*.png"))
+    samples[0].write_bytes(samples[0].read_bytes()[:100])
+    samples[3].unlink()
+    os.mkfifo(samples[3])
+    (folder / "samples" / "step-².png").write_bytes(b"")
+    (folder / "export" / "scheduler").mkdir(parents=True)
+    (folder / "export" / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": ')
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    text = Page(tmp_path / "page.html").text
+    assert "No credit profile: model.path" in text
+    assert text.count("is no readable image.") == 3
+    assert "run-\\udcff" in text
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
