@@ -21,6 +21,7 @@ from dde_ds.config import BatchConfig, DataConfig, LoraConfig, ModelConfig, Opti
 from dde_ds.engine import checkpoint
 from dde_ds.engine.export import KOHYA_FILE, LORA_FILE
 from dde_ds.files import save_tensors
+from dde_ds.training.prepare import build_run_objective
 from tests.test_lora import adapters_of, load, predict, train_somewhat, with_adapters
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -39,11 +40,25 @@ def save_checkpoint(folder: Path, run: RunConfig, weights: dict[str, torch.Tenso
     """A checkpoint of these weights, with all that an export reads."""
     folder.mkdir(parents=True)
     save_tensors({f"{name}/weight": value.contiguous() for name, value in weights.items()}, folder / "state-00000-000.safetensors")
-    state = {"step": 4, "position": 32, "identity": {}, "config": yaml.safe_load(run.to_yaml())}
-    (folder / checkpoint.STATE).write_text(json.dumps(state))
-    files = [checkpoint._row(folder / name) for name in ("state-00000-000.safetensors", checkpoint.STATE)]
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, "files": files}))
+    save_tensors(build_run_objective(run).state_dict(), folder / checkpoint.TABLE)
+    write_state(
+        folder,
+        {
+            "step": 4,
+            "position": 32,
+            "optimizer": {"steps": 4, "moments": []},
+            "identity": {},
+            "config": yaml.safe_load(run.to_yaml()),
+        },
+    )
     return folder
+
+
+def write_state(folder: Path, state: dict) -> None:
+    """What a checkpoint says of itself, and the manifest of its files."""
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    files = [checkpoint._row(path) for path in sorted(folder.iterdir()) if path.name != checkpoint.MANIFEST]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, "files": files}))
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -139,10 +154,7 @@ def test_adapters_can_be_had_without_their_base(tmp_path, sd_model, capsys):
     source, _ = lora_checkpoint(tmp_path, sd_model, ATTENTION)
     state = json.loads((source / checkpoint.STATE).read_text())
     state["config"]["model"]["path"] = str(tmp_path / "gone")
-    (source / checkpoint.STATE).write_text(json.dumps(state))
-    manifest = json.loads((source / checkpoint.MANIFEST).read_text())
-    manifest["files"][1] = checkpoint._row(source / checkpoint.STATE)
-    (source / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    write_state(source, state)
     assert main(["export", str(source), "--output", str(tmp_path / "out"), "--format", "lora"]) == 0
     assert "warning: the adapters' file does not say which models it is for: model.path" in capsys.readouterr().out
     assert len(load_file(tmp_path / "out" / KOHYA_FILE)) == 3 * len(load_file(tmp_path / "out" / LORA_FILE)) // 2
