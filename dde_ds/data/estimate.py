@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 
 from dde_ds.data.make import Recipe
 from dde_ds.data.pairs import PairSource
 from dde_ds.errors import UserError
-from dde_ds.models.encode import FORMATS
+from dde_ds.models.encode import image_size
 from dde_ds.models.unet import family, load_component_config
 
 # Pairs whose image headers are read, in runs that lie evenly over the input.
@@ -53,16 +51,14 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
 
 def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:
     """Short side of each image of a sample of pairs, None where there is no image."""
-    from PIL import Image
-
     starts = np.linspace(0, max(0, len(rows) - RUN), SAMPLED // RUN).astype(np.int64)
     chosen = np.unique(np.concatenate([rows[start : start + RUN] for start in starts])) if len(rows) else rows
     sides: list[int | None] = []
     for pair in source.read(chosen):
         for data in (pair.winner, pair.loser):
             try:
-                sides.append(min(Image.open(io.BytesIO(data), formats=FORMATS).size))
-            except Exception:  # a broken file can make its decoder raise anything; it is counted
+                sides.append(min(image_size(data)) if data else None)
+            except ValueError:
                 sides.append(None)
     return sides
 

@@ -27,7 +27,7 @@ from dde_ds.data.pairs import PairRow, PairSource, Survey
 from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
-from dde_ds.models.encode import Encoder, Prepared, prepare_image, time_ids
+from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image, time_ids
 from dde_ds.untrusted import read_json
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.
@@ -51,6 +51,8 @@ class Recipe:
     """Encode the mirrored images too, so that training may flip."""
     min_side: int | None = None
     """Images with a shorter side are left out. Default: a quarter of the resolution."""
+    background: tuple[int, int, int] = WHITE
+    """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
         """What makes these shards these shards, for the manifest."""
@@ -63,6 +65,7 @@ class Recipe:
             "family": encoder.family,
             "resolution": self.resolution,
             "min_side": self.shortest,
+            "background": list(self.background),
             "latents": self.latents,
             "scaling_factor": encoder.scaling_factor,
             "flip": self.flip,
@@ -211,6 +214,11 @@ def _claim(output: Path, settings: dict) -> str:
         differing = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
     except (ValueError, TypeError):
         raise UserError(f"--output {output}: its settings.json is damaged; delete the folder") from None
+    if differing and "background" not in before:
+        raise UserError(
+            f"--output {output}: was begun by an earlier version, which read some images and captions otherwise; "
+            "finish it with that version, or choose another folder"
+        )
     if differing:
         key = differing[0]
         raise UserError(
@@ -252,7 +260,7 @@ def _prepare(pairs: Iterable[PairRow], first: int, recipe: Recipe, decoders: Thr
 def _prepared(data: bytes | None, recipe: Recipe) -> Prepared:
     if data is None:
         raise ValueError("missing image")
-    return prepare_image(data, recipe.resolution, recipe.shortest)
+    return prepare_image(data, recipe.resolution, recipe.shortest, recipe.background)
 
 
 def _encode(

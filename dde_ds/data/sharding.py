@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+from PIL import ImageColor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,6 +37,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--output", type=Path, required=True, help="folder for the shards")
     options.add_argument("--resolution", type=int, help="side of the square images in pixels; default: the model's own")
     options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
+    options.add_argument("--background", default="white", help="colour under transparent parts: a name or #rrggbb; default: white")
     options.add_argument("--pairs-per-shard", type=int, default=1000)
     options.add_argument(
         "--latents",
@@ -86,6 +88,17 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.pairs_per_shard > MOST_SAMPLES:
         raise UserError(f"--pairs-per-shard {args.pairs_per_shard}: must be {MOST_SAMPLES} or less")
+    _colour(args.background)  # before anything is read
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+    try:
+        colour = ImageColor.getrgb(name)
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:  # four have a transparency of their own
+        raise UserError(f"--background {name}: expected a colour's name or #rrggbb")
+    return colour
 
 
 def _recipe(args: argparse.Namespace, resolution: int):
@@ -99,6 +112,7 @@ def _recipe(args: argparse.Namespace, resolution: int):
         latents=args.latents,
         flip=args.flip,
         min_side=args.min_side,
+        background=_colour(args.background),
     )
 
 
@@ -123,7 +137,6 @@ def _dry_run(args: argparse.Namespace, rank: int) -> None:
 
 def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
     import torch
-    from PIL import Image
 
     from dde_ds.data.estimate import shard_bytes
     from dde_ds.data.inputs import find_pairs
@@ -132,7 +145,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     from dde_ds.models.quiet import quiet_libraries
 
     quiet_libraries()
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are counted, not warned of
+    warnings.filterwarnings("ignore", module="PIL")  # odd images are counted, not warned of
     source = find_pairs(args.input, args.split)  # before minutes of loading
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.

@@ -5,11 +5,13 @@ Training applies the VAE's scaling factor here and nowhere else: latents are sto
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +21,12 @@ from torch import Tensor
 from dde_ds.errors import UserError
 from dde_ds.models.unet import LOADING, family
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image, resized and cropped."""
+    """One image, upright, resized and cropped."""
 
     pixels: Tensor
     """(3,H,W) in [-1,1], float32."""
@@ -34,32 +38,39 @@ class Prepared:
 
 # Others are read by PIL too, some through programs of their own (EPS runs Ghostscript): an image from the internet gets none.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# Decoding takes some 7 bytes a pixel. Twice the largest picture of common cameras; a bomb has thousands of times its bytes.
+# Decoding takes 7 to 13 bytes a pixel. Twice the largest picture of common cameras; a bomb has thousands of times its bytes.
 MAX_PIXELS = 1 << 27
+WHITE = (255, 255, 255)
+# EXIF's orientations: what turns the stored picture upright. 1 is upright already.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+PNG = b"\x89PNG\r\n\x1a\n"
+# What a PNG's pixels follow from, and its EXIF record. All else is text, colour profiles and further frames.
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
-def prepare_image(data: bytes, resolution: int, min_side: int = 1) -> Prepared:
-    """Decode, scale the short side to ``resolution``, crop the centre to a square.
+def prepare_image(data: bytes, resolution: int, min_side: int = 1, background: tuple[int, int, int] = WHITE) -> Prepared:
+    """Decode, turn upright, lay transparent parts on ``background``, scale the short side to ``resolution``, crop the centre to a square.
 
     Raises:
         ValueError: not an image (``undecodable image: …``), a short side below ``min_side`` pixels (``too small image: …``), or
             one so large that decoding it would be an attack on memory (``decompression bomb: …``).
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"decompression bomb: {error}") from None
-    except Exception as error:  # a broken file can make its decoder raise anything
-        raise ValueError(f"undecodable image: {_words(error)}") from None
+    width, height = image_size(data)
     if width * height > MAX_PIXELS:
         raise ValueError(f"decompression bomb: {width}x{height} pixels in {len(data)} bytes")
     if min(width, height) < min_side:
         raise ValueError(f"too small image: {width}x{height} pixels")
-    try:
-        image = image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"undecodable image: {_words(error)}") from None
+    image = _read(data, lambda image, data: _rgb(_upright(image), data, background))
+    width, height = image.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     if size != (width, height):
@@ -68,6 +79,73 @@ def prepare_image(data: bytes, resolution: int, min_side: int = 1) -> Prepared:
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
     return Prepared(pixels, (height, width), (top, left))
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image as it is stored, from its header. Raises ``ValueError`` as :func:`prepare_image`."""
+    return _read(data, lambda image, data: image.size)
+
+
+def _read(data: bytes, use: Callable[[Image.Image, bytes], T]) -> T:
+    """Return ``use(image, data)`` of the image in ``data``; of a PNG that PIL refuses, without what its pixels do not need.
+
+    PIL refuses a large text or colour profile, such as the workflows that node editors write, and its limits are global.
+    """
+    try:
+        return use(Image.open(io.BytesIO(data), formats=FORMATS), data)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"decompression bomb: {error}") from None
+    except Exception as error:  # a broken file can make its decoder raise anything
+        if data.startswith(PNG) and len(plain := _without_text(data)) < len(data):
+            with contextlib.suppress(Exception):  # as above; the whole file's error is the one to tell
+                return use(Image.open(io.BytesIO(plain), formats=FORMATS), plain)
+        raise ValueError(f"undecodable image: {_words(error)}") from None
+
+
+def _without_text(data: bytes) -> bytes:
+    """Return a PNG with :data:`PIXEL_CHUNKS` alone."""
+    kept, at = [PNG], len(PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, type, content, checksum
+        if data[at + 4 : at + 8] in PIXEL_CHUNKS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return ``image`` turned as its EXIF record says."""
+    image.load()  # a PNG's record may follow the pixels
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except Exception:  # a broken record can raise anything; such a picture is shown as it is stored
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> Image.Image:
+    """Return ``image`` with 8 bits a colour: 16-bit grey scaled, transparent parts laid on ``background``."""
+    clear = image.info.get("transparency")
+    if data.startswith(PNG) and clear is not None:
+        # PIL keeps the transparent colour as the file has it, and scales the pixels to 8 bits.
+        depth = data[24]
+        if image.mode == "L":
+            clear *= 255 // (2**depth - 1)
+        elif image.mode == "RGB" and depth == 16:
+            clear = tuple(value >> 8 for value in clear)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        image = Image.fromarray(((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    elif clear is not None:
+        image.info["transparency"] = clear
+    if "transparency" not in image.info and not image.mode.endswith(("A", "a")):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    whole = Image.new("RGB", image.size, background)
+    whole.paste(image, mask=image.getchannel("A"))
+    return whole
 
 
 def _words(error: Exception) -> str:
