@@ -76,6 +76,7 @@ def summary(manifest: dict) -> Table:
         "model": f"{settings['model']} ({settings['family']}; VAE {settings['vae_dtype']}, text {settings['text_dtype']})",
         "input": f"{len(settings['input'])} files, {sum(file['rows'] for file in settings['input']):,} rows",
         **{f"rows: {reason}": f"{count:,}" for reason, count in manifest["rows"].items()},
+        **{f"kept: {remark}": f"{count:,}" for remark, count in manifest.get("noted", {}).items() if count},
     }
     for name, value in rows.items():
         table.add_row(verbatim(name), verbatim(value))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from dde_ds.data.make import Recipe
+from dde_ds.data.make import CUT_CAPTION, Recipe
 from dde_ds.data.pairs import PairSource
 from dde_ds.errors import UserError
-from dde_ds.models.encode import image_size
+from dde_ds.models.encode import cut_captions, image_size
 from dde_ds.models.unet import family, load_component_config
 
 # Pairs whose image headers are read, in runs that lie evenly over the input.
@@ -21,7 +23,7 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
 
     ``upscaled`` and ``unusable`` are shares of ``sampled`` images, of which only the headers are decoded.
     """
-    survey = source.survey()
+    survey = source.survey(recipe.keep_no_caption)
     kind = family(recipe.model, revision)
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -34,11 +36,13 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
     prompt = 2 * text["max_position_embeddings"] * unet["cross_attention_dim"]
     if kind == "sdxl":
         prompt += 2 * load_component_config(recipe.model, "text_encoder_2", revision)["projection_dim"]
+    cut = cut_captions(_tokenizers(recipe.model, kind, revision), survey.captions)[survey.caption_of].sum()
     captions = len(survey.captions) + ("" not in survey.captions)
     sides = _sides(source, survey.rows)
     known = [side for side in sides if side is not None]
     return {
         "rows": dict(survey.counts),
+        "noted": {CUT_CAPTION: int(cut)},
         "pairs": len(survey.rows),
         "shards": -(-len(survey.rows) // recipe.pairs_per_shard),
         "prompts": captions,
@@ -47,6 +51,16 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
         "unusable": sum(side is None or side < recipe.shortest for side in sides) / max(1, len(sides)),
         "bytes": len(survey.rows) * (latent * copies + OVERHEAD) + captions * (prompt + OVERHEAD),
     }
+
+
+def _tokenizers(model: str, kind: str, revision: str | None) -> list[Any]:
+    from transformers import CLIPTokenizer
+
+    names = ("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",)
+    try:
+        return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]
+    except OSError as error:
+        raise UserError(f"--model {model}: tokenizer not loadable: {' '.join(str(error).split())}") from None
 
 
 def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:

@@ -2,72 +2,127 @@
 
     {"winner": "images/0001_a.png", "loser": "images/0001_b.png", "caption": "a lighthouse at dusk"}
 
-Paths are relative to the file and stay below its folder. A line that is no such record is an error, not a lost pair; an image
-that is missing is counted, as in Pick-a-Pic.
+Paths are relative to the file's folder, or to a root of one's choice, and stay below it. ``"tie": true`` or a ``"label"`` as in
+Pick-a-Pic says that nothing was decided. A null image or caption, a tie and an image that is missing are counted. A line that is no such
+record is an error, not a lost pair.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pairs import DECIDED, PairRow, Survey, SurveyBuilder, decide, label_of
 from dde_ds.errors import UserError
+from dde_ds.untrusted import parse_json, read_regular
 
-KEYS = ("winner", "loser", "caption")
+RECORD = '{"winner": path, "loser": path, "caption": text}'
+# Of one image, far above what MAX_PIXELS takes: a larger file is none.
+IMAGE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    winner: str | None
+    loser: str | None
+    caption: str | None
+    label: float | None
 
 
 class FolderPairs:
     """Pairs of a ``pairs.jsonl``.
 
+    Args:
+        root: folder that paths are relative to and stay below; None: the file's own.
+        follow_links: take what lies behind symbolic links that lead out of ``root``.
+
     Raises:
         UserError: no such file, or a line that is no record of two paths and a caption.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.root = path, path.parent.resolve()
+    def __init__(self, path: Path, root: Path | None = None, follow_links: bool = False):
+        if root is not None and not root.is_dir():
+            raise UserError(f"--root {root}: no such folder")
+        folder = root or path.parent
+        self.path, self.root, self.follow_links = path, folder.resolve(), follow_links
+        self._roots = (self.root, folder.absolute())
+        self._option = f"--root {root}" if root else f"the folder of {path.name}"
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             raise UserError(f"--input {path}: not readable: {error.strerror.lower()}") from None
-        self.pairs = [self._parse(number, line) for number, line in enumerate(data.splitlines()) if line.strip()]
+        except ValueError as error:
+            raise UserError(f"--input {path}: {error}") from None
+        self.pairs = [self._parse(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
         self.identity = [{"name": path.name, "rows": len(self.pairs), "sha256": hashlib.sha256(data).hexdigest()}]
 
     def name(self, row: int) -> str:
         return f"{self.path.name}:{row}"
 
-    def survey(self) -> Survey:
-        found = SurveyBuilder()
-        for _, _, caption in self.pairs:
-            found.add(caption, 1.0)
+    def survey(self, keep_no_caption: bool = False) -> Survey:
+        found = SurveyBuilder(keep_no_caption)
+        for line in self.pairs:
+            found.add(line.caption, line.label)
         return found.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         for row in rows.tolist():
-            winner, loser, caption = self.pairs[row]
-            names = {"winner": winner, "loser": loser}
-            yield PairRow(row, self.name(row), caption, self._image(winner), self._image(loser), names)
+            line = self.pairs[row]
+            names = {role: name for role, name in (("winner", line.winner), ("loser", line.loser)) if name is not None}
+            yield PairRow(row, self.name(row), line.caption or "", self._image(line.winner), self._image(line.loser), names)
 
-    def _image(self, name: str) -> bytes | None:
+    def _image(self, name: str | None) -> bytes | None:
         try:
-            return (self.root / name).read_bytes()
-        except OSError:
+            return name if name is None else read_regular(self._place(name), IMAGE_BYTES)
+        except (OSError, ValueError):  # not there, or no file of an image's size
             return None
 
-    def _parse(self, number: int, line: bytes) -> tuple[str, str, str]:
-        where = f"--input {self.path}, line {number + 1}"
+    def _place(self, name: str) -> Path:
+        """Where ``name`` is, each ``..`` taken back before a link could lead it elsewhere."""
+        return Path(os.path.normpath(self.root / name))
+
+    def _parse(self, number: int, line: bytes) -> Line:
+        where = f"--input {self.path}, line {number}"
         try:
-            record = json.loads(line)
-            values = tuple(record[key] for key in KEYS)
-            for value in values:
-                value.encode()  # text, and such as can be written again
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f'{where}: expected {{"winner": path, "loser": path, "caption": text}}, found {line[:80]!r}') from None
-        for name in values[:2]:
-            if "\0" in name or not (self.root / name).resolve().is_relative_to(self.root):
-                raise UserError(f"{where}: {name!r} lies outside of the folder of {self.path.name}")
-        return values
+            record = parse_json(line)
+            winner, loser, caption = (record[key] for key in ("winner", "loser", "caption"))
+            label, tie = record.get("label", 1), record.get("tie", False)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{where}: expected {RECORD}, found {line[:80]!r}") from None
+        except ValueError as error:
+            raise UserError(f"{where}: expected {RECORD}, found {line[:80]!r}: {error}") from None
+        if not all(value is None or isinstance(value, str) for value in (winner, loser, caption)):
+            raise UserError(f"{where}: expected {RECORD}, found {line[:80]!r}")
+        if not isinstance(tie, bool | None):
+            raise UserError(f"{where}: tie is {tie!r}, expected true or false")
+        if not isinstance(label, float | int | str | None):
+            raise UserError(f"{where}: label is {label!r}, expected 1, or 0.5 for a tie")
+        label = 0.5 if tie else label_of(label)
+        if decide(label) == DECIDED and label == 0:
+            raise UserError(f"{where}: label {record['label']!r} prefers the loser; swap the two paths and leave it out")
+        for name in (winner, loser):
+            if name is not None:
+                self._check(name, where)
+        return Line(winner, loser, caption, label)
+
+    def _check(self, name: str, where: str) -> None:
+        """Refuse a path that leaves the root, by itself or through a link that nobody asked to follow."""
+        if "\0" in name:
+            raise UserError(f"{where}: {name!r} is no path")
+        place = self._place(name)
+        inside = any(place.is_relative_to(root) for root in self._roots)
+        if place.resolve().is_relative_to(self.root) or (inside and self.follow_links):
+            return
+        steps = [step for step in (*reversed(place.parents), place) if inside and step not in self._roots]
+        link = next((step for step in steps if step.is_symlink() and any(step.is_relative_to(root) for root in self._roots)), None)
+        if link is None:
+            mend = "--root DIR names the folder that paths may point into"
+            raise UserError(f"{where}: {name!r} lies outside of {self._option}; {mend}")
+        raise UserError(
+            f"{where}: {name!r} lies outside of {self._option}, behind the link {link} -> {link.readlink()}; --follow-links follows it"
+        )

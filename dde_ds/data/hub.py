@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
-from dde_ds.data.pickapic import BATCH, COLUMNS, PROVENANCE, check_columns, pair_row
+from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder, label_of
+from dde_ds.data.pickapic import BATCH, COLUMNS, PROVENANCE, captions_of, check_columns, pair_row
 from dde_ds.errors import UserError
 
 
@@ -47,11 +47,13 @@ class HubPairs:
     def name(self, row: int) -> str:
         return f"{self.label}:{row}"
 
-    def survey(self) -> Survey:
-        found = SurveyBuilder()
+    def survey(self, keep_no_caption: bool = False) -> Survey:
+        found, row = SurveyBuilder(keep_no_caption), 0
         for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
-            for caption, label in zip(batch["caption"].to_pylist(), batch["label_0"].to_pylist(), strict=True):
-                found.add(caption, label)
+            captions = captions_of(batch["caption"], f"--input {self.label}", row)
+            for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
+                found.add(caption, label_of(label))
+            row += len(captions)
         return found.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
 from dde_ds.data.folder import FolderPairs
 from dde_ds.data.hub import HubPairs
 from dde_ds.data.pairs import PairSource
-from dde_ds.data.pickapic import ParquetPairs
+from dde_ds.data.pickapic import ParquetPairs, find_files
 from dde_ds.data.storage import SCHEMES
 from dde_ds.errors import UserError
 
 
-def find_pairs(inputs: Sequence[str], split: str = "train") -> PairSource:
+def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = None, follow_links: bool = False) -> PairSource:
     """The pairs that ``--input`` names.
 
     Parquet files, globs and their URLs (local, ``s3://``, ``hf://`` …); one ``pairs.jsonl`` or a folder with one; a folder of
     parquet files; a folder that ``datasets`` saved, or the name of a data set on the hub.
 
+    Args:
+        root, follow_links: of a ``pairs.jsonl``: as :class:`~dde_ds.data.folder.FolderPairs` takes them.
+
     Raises:
         UserError: nothing is there, or it has not the columns that are needed.
     """
-    path = Path(inputs[0])
-    single = len(inputs) == 1 and "://" not in inputs[0]
-    if single and (path.suffix == ".jsonl" or (path / "pairs.jsonl").is_file()):
-        return FolderPairs(path if path.suffix == ".jsonl" else path / "pairs.jsonl")
-    if single and path.is_dir() and not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        if not any(path.rglob("*.parquet")):
-            raise UserError(f"--input {path}: holds no pairs.jsonl, no parquet file and no data set that `datasets` saved")
-        return ParquetPairs([str(path / "**" / "*.parquet")])
-    if single and (path.is_dir() or (inputs[0].count("/") == 1 and not path.exists() and "*" not in inputs[0] and not path.suffix)):
-        return HubPairs(inputs[0], split)
+    inputs = [item.removeprefix("file://") for item in inputs]
     for item in inputs:
-        if "://" in item and item.partition("://")[0] not in (*SCHEMES, "file"):
+        if "://" in item and item.partition("://")[0] not in SCHEMES:
             raise UserError(f"--input {item}: expected a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+    if lines := _pairs_jsonl(inputs):
+        return FolderPairs(lines, root, follow_links)
+    if root or follow_links:
+        option = "--root" if root else "--follow-links"
+        raise UserError(f"{option}: is for the images of a pairs.jsonl, and --input {inputs[0]} is none; leave it out")
+    path = Path(inputs[0])
+    if len(inputs) == 1 and "://" not in inputs[0]:
+        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        name = inputs[0].count("/") == 1 and not path.exists() and not glob.has_magic(inputs[0]) and not path.suffix
+        if saved or name:
+            return HubPairs(inputs[0], split)
     return ParquetPairs(inputs)
+
+
+def _pairs_jsonl(inputs: list[str]) -> Path | None:
+    """The ``pairs.jsonl`` that the inputs name, if they name one."""
+    if len(inputs) == 1 and (Path(inputs[0]) / "pairs.jsonl").is_file():
+        return Path(inputs[0]) / "pairs.jsonl"
+    found = [Path(file) for item in inputs if item.endswith(".jsonl") and "://" not in item for file in find_files(item)]
+    if found and (len(found) > 1 or len(inputs) > 1):
+        raise UserError(f"--input {found[0]}: one pairs.jsonl is read at a time, without other inputs")
+    return found[0] if found else None

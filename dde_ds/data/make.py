@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dde_ds.data.manifest import FORMAT, MOST_FILES, PROMPTS_PER_FILE
-from dde_ds.data.pairs import PairRow, PairSource, Survey
+from dde_ds.data.pairs import NO_CAPTION, PairRow, PairSource, Survey
 from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
@@ -32,6 +32,9 @@ from dde_ds.untrusted import read_json
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.
 LOOKAHEAD = 2
+SAME_IMAGE = "same image"
+# What is counted of pairs that are kept.
+REPEATED_PAIR, CUT_CAPTION = "repeated pair", "cut caption"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Recipe:
     """Images with a shorter side are left out. Default: a quarter of the resolution."""
     background: tuple[int, int, int] = WHITE
     """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
+    keep_no_caption: bool = False
+    """Keep pairs without a caption, which then have the empty one. An empty caption is a caption."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
         """What makes these shards these shards, for the manifest."""
@@ -66,6 +71,7 @@ class Recipe:
             "resolution": self.resolution,
             "min_side": self.shortest,
             "background": list(self.background),
+            "no_caption": "kept" if self.keep_no_caption else "left out",
             "latents": self.latents,
             "scaling_factor": encoder.scaling_factor,
             "flip": self.flip,
@@ -103,9 +109,14 @@ def make_shards(
         UserError: unusable input, or an output folder that was begun with other settings.
     """
     latent_shape = encoder.latent_shape(recipe.resolution)
-    survey = source.survey()
+    survey = source.survey(recipe.keep_no_caption)
     if not len(survey.rows):
-        raise UserError(f"--input: no decided pair ({dict(survey.counts)}): label_0 must be 1 or 0 in some rows")
+        mend = (
+            "--keep-no-caption keeps those without a caption"
+            if NO_CAPTION in survey.counts
+            else "label_0 must be 1 or 0 in some rows"
+        )
+        raise UserError(f"--input: no decided pair ({dict(survey.counts)}): {mend}")
     captions = ["", *(caption for caption in survey.captions if caption)]
     prompts_files, shards = -(-len(captions) // PROMPTS_PER_FILE), -(-len(survey.rows) // recipe.pairs_per_shard)
     if prompts_files + shards > MOST_FILES:
@@ -124,7 +135,7 @@ def make_shards(
             write_shard(output, name, _encode_prompts(own, low, encoder, 2 * recipe.batch), digest, [])
 
     _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank, world, on_progress)
-    return _finish(source, survey, output, settings, digest, len(captions), latent_shape, shapes)
+    return _finish(source, survey, output, encoder, settings, digest, len(captions), latent_shape, shapes)
 
 
 def _own(parts: int, rank: int, world: int) -> range:
@@ -146,11 +157,11 @@ def _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank,
     pairs = source.read(np.concatenate(rows))
     with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) // world))) as decoders:
         for number in missing:
-            failed: list[dict] = []
+            notes: list[dict] = []
             chunk = itertools.islice(pairs, pairs_in[number])
             prepared = _prepare(chunk, number * size, recipe, decoders)
-            samples = _encode(prepared, encoder, prompt_of, recipe, failed)
-            write_shard(output, f"{number:05d}", _reporting(samples, on_progress, done, pairs_in), digest, failed)
+            samples = _encode(prepared, encoder, prompt_of, recipe, number * size, pairs_in[number], notes)
+            write_shard(output, f"{number:05d}", _reporting(samples, on_progress, done, pairs_in), digest, notes)
             done += pairs_in[number]
             on_progress(done, sum(pairs_in.values()))
 
@@ -161,7 +172,9 @@ def _reporting(samples: Iterable[Sample], on_progress, done: int, pairs_in: dict
         on_progress(done + number, sum(pairs_in.values()))
 
 
-def _finish(source, survey: Survey, output: Path, settings: dict, digest: str, prompts: int, latent_shape, shapes) -> dict | None:
+def _finish(
+    source, survey: Survey, output: Path, encoder, settings, digest: str, prompts: int, latent_shape, shapes
+) -> dict | None:
     """Write ``errors.jsonl`` and the manifest if every part is there."""
     parts = -(-len(survey.rows) // settings["pairs_per_shard"])
     shards = [finished_shard(output, f"{number:05d}", digest, verify=False) for number in range(parts)]
@@ -171,9 +184,12 @@ def _finish(source, survey: Survey, output: Path, settings: dict, digest: str, p
     if None in shards or None in files:
         return None
     kept = sum(row["samples"] for row, _ in shards)
-    failed = [error for _, errors in shards for error in errors]
+    failed = [note for _, notes in shards for note in notes if "reason" in note]
+    repeated = _repeated(
+        source, survey, "".join(note["fingerprints"] for _, notes in shards for note in notes if "fingerprints" in note)
+    )
     undecided = [{"row": row, "source": source.name(row), "reason": reason} for row, reason in survey.excluded.items()]
-    errors = sorted([*failed, *undecided], key=lambda error: error["row"])
+    errors = sorted([*failed, *undecided, *repeated], key=lambda error: error["row"])
     lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
     write_atomically(output / "errors.jsonl", lines.encode())
     if kept == 0:
@@ -182,6 +198,7 @@ def _finish(source, survey: Survey, output: Path, settings: dict, digest: str, p
         )
     counts = survey.counts
     counts.update(error["reason"].partition(":")[0] for error in failed)
+    cut = int(encoder.is_cut(survey.captions)[survey.caption_of].sum())  # some seconds for the 59,000 captions of Pick-a-Pic
     manifest = {
         "settings": settings,
         "settings_digest": digest,
@@ -189,10 +206,23 @@ def _finish(source, survey: Survey, output: Path, settings: dict, digest: str, p
         "prompts": {"distinct": prompts, "tensors": shapes, "files": [row for row, _ in files]},
         "samples": kept,
         "rows": dict(sorted(counts.items())),
+        "noted": {CUT_CAPTION: cut, REPEATED_PAIR: len(repeated)},
         "shards": [row for row, _ in shards],
     }
     write_manifest(output, manifest)
     return manifest
+
+
+def _repeated(source: PairSource, survey: Survey, fingerprints: str) -> list[dict]:
+    """Kept pairs that are another one again, with caption and bytes of both images."""
+    found = np.frombuffer(bytes.fromhex(fingerprints), ">u8")
+    _, first, which = np.unique(found, return_index=True, return_inverse=True)
+    again = np.flatnonzero((found != 0) & (first[which] != np.arange(len(found))))
+    pairs = zip(survey.rows[again].tolist(), survey.rows[first[which][again]].tolist(), strict=True)
+    return [
+        {"row": row, "source": source.name(row), "reason": f"{REPEATED_PAIR}: of {source.name(other)}", "kept": True}
+        for row, other in pairs
+    ]
 
 
 def _claim(output: Path, settings: dict) -> str:
@@ -264,11 +294,18 @@ def _prepared(data: bytes | None, recipe: Recipe) -> Prepared:
 
 
 def _encode(
-    chunks: Iterable[list[Decoded]], encoder: Encoder, prompt_of: dict[str, int], recipe: Recipe, failed: list[dict]
+    chunks: Iterable[list[Decoded]],
+    encoder: Encoder,
+    prompt_of: dict[str, int],
+    recipe: Recipe,
+    first: int,
+    count: int,
+    notes: list[dict],
 ) -> Iterator[Sample]:
-    """Samples of the pairs; those that cannot be used go to ``failed``."""
+    """Samples of ``count`` pairs from number ``first`` on. Those that cannot be used go to ``notes``, then all fingerprints (0: not used)."""
+    fingerprints = np.zeros(count, ">u8")
     for chunk in chunks:
-        usable = [(number, pair, images) for number, pair, *both in chunk if (images := _images(pair, both, failed))]
+        usable = [(number, pair, images) for number, pair, *both in chunk if (images := _images(pair, both, notes))]
         if not usable:
             continue
         pixels = torch.stack([image.pixels for _, _, images in usable for image in images])
@@ -284,6 +321,15 @@ def _encode(
             if encoder.family == "sdxl":
                 tensors["time_ids"] = torch.stack([time_ids(image, recipe.resolution) for image in images])
             yield Sample(number, tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
+            fingerprints[number - first] = _fingerprint(pair)
+    notes.append({"fingerprints": fingerprints.tobytes().hex()})
+
+
+def _fingerprint(pair: PairRow) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (pair.caption.encode(), pair.winner, pair.loser):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: Recipe, stream: int) -> dict[str, Tensor]:
@@ -306,4 +352,8 @@ def _images(pair: PairRow, both: list[Future[Prepared]], failed: list[dict]) -> 
         except ValueError as error:
             failed.append({"row": pair.row, "source": pair.source, "image": role, "reason": str(error)})
             return None
+    winner, loser = prepared
+    if winner.original_size == loser.original_size and torch.equal(winner.pixels, loser.pixels):
+        failed.append({"row": pair.row, "source": pair.source, "reason": SAME_IMAGE})
+        return None
     return prepared

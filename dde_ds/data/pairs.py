@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-DECIDED, TIE, NO_LABEL = "decided", "tie", "no label"
+DECIDED, TIE, NO_LABEL, NO_CAPTION = "decided", "tie", "no label", "no caption"
+# Labels in words; other words decide nothing.
+WORDS = {"true": 1.0, "false": 0.0, "": None, "none": None, "null": None}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Survey:
     rows: np.ndarray
     """(decided,) number of each decided pair's row in the input."""
     excluded: dict[int, str]
-    """Rows that no decision was found in, and why."""
+    """Rows that hold no decision or no caption, and why."""
 
     @property
     def counts(self) -> Counter:
@@ -53,8 +55,8 @@ class PairSource(Protocol):
     identity: list[dict]
     """What the shards' settings say of the input: another input gives another identity."""
 
-    def survey(self) -> Survey:
-        """Labels and captions of all rows; reads no image."""
+    def survey(self, keep_no_caption: bool = False) -> Survey:
+        """Labels and captions of all rows; reads no image. A decided row without a caption is excluded, or has the empty one."""
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         """The decided rows of these ascending numbers, winner first. Memory stays that of a few rows."""
@@ -66,7 +68,8 @@ class PairSource(Protocol):
 class SurveyBuilder:
     """Collects a :class:`Survey` row by row."""
 
-    def __init__(self):
+    def __init__(self, keep_no_caption: bool = False):
+        self._keep_no_caption = keep_no_caption
         self._index: dict[str, int] = {}
         self._caption_of: list[int] = []
         self._rows: list[int] = []
@@ -74,7 +77,10 @@ class SurveyBuilder:
         self._next = 0
 
     def add(self, caption: str | None, label: float | None) -> None:
+        """Take the next row: ``label`` as :func:`label_of` gives it."""
         decision = decide(label)
+        if decision == DECIDED and caption is None and not self._keep_no_caption:
+            decision = NO_CAPTION
         if decision == DECIDED:
             self._caption_of.append(self._index.setdefault(caption or "", len(self._index)))
             self._rows.append(self._next)
@@ -91,3 +97,17 @@ def decide(label: float | None) -> str:
     if label is None or label != label:
         return NO_LABEL
     return DECIDED if label in (0.0, 1.0) else TIE
+
+
+def label_of(cell: Any) -> float | None:
+    """Return a label as a number, from a number, a truth value or text such as ``"1"``; None where there is none.
+
+    Words that are neither a number nor true or false, such as ``"tie"``, are 0.5: no decision.
+    """
+    if not isinstance(cell, str):
+        return None if cell is None else float(cell)
+    word = cell.strip().lower()
+    try:
+        return float(word)
+    except ValueError:
+        return WORDS.get(word, 0.5)

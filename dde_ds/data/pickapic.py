@@ -1,6 +1,7 @@
 """Preference pairs from parquet files in Pick-a-Pic v2's columns (``yuvalkirstain/pickapic_v2``), local or behind a URL.
 
-``label_0`` is 1 where image 0 is preferred, 0 where image 1 is, anything else is no decision.
+``label_0`` is 1 where image 0 is preferred, 0 where image 1 is, anything else is no decision. It may be a number, a truth value or
+text. Columns may be stored as dictionaries (pandas categories) or views.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder
+from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder, label_of
 from dde_ds.data.storage import filesystem, is_url
 from dde_ds.errors import UserError
 
@@ -32,7 +33,7 @@ class ParquetPairs:
     """
 
     def __init__(self, inputs: Sequence[str]):
-        self.files = [file for pattern in inputs for file in _find(pattern)]
+        self.files = [file for name in inputs for file in find_files(name)]
         self.groups: list[np.ndarray] = []
         """For each file, the first row of each row group and, last, of the next file; counted through all files."""
         self.identity: list[dict] = []
@@ -52,13 +53,16 @@ class ParquetPairs:
         number = int(np.searchsorted([groups[-1] for groups in self.groups], row, side="right"))
         return f"{Path(self.files[number]).name}:{row - int(self.groups[number][0])}"
 
-    def survey(self) -> Survey:
-        found = SurveyBuilder()
+    def survey(self, keep_no_caption: bool = False) -> Survey:
+        found = SurveyBuilder(keep_no_caption)
         for file in self.files:
             with _opened(file) as parquet:
+                row = 0
                 for batch in parquet.iter_batches(columns=["caption", "label_0"]):
-                    for caption, label in zip(batch["caption"].to_pylist(), batch["label_0"].to_pylist(), strict=True):
-                        found.add(caption, label)
+                    captions = captions_of(batch["caption"], f"--input {file}", row)
+                    for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
+                        found.add(caption, label_of(label))
+                    row += len(captions)
         return found.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
@@ -82,9 +86,9 @@ class ParquetPairs:
 
 
 def pair_row(row: int, source: str, values: dict[str, Any]) -> PairRow:
-    """A decided row of Pick-a-Pic's columns, winner first."""
+    """A decided row of Pick-a-Pic's columns, winner first; without a caption it has the empty one."""
     images = tuple(_bytes(values[name]) for name in ("jpg_0", "jpg_1"))
-    winner, loser = images if values["label_0"] == 1 else images[::-1]
+    winner, loser = images if label_of(values["label_0"]) == 1 else images[::-1]
     kept = {name: str(values[name]) for name in PROVENANCE if values.get(name) is not None}
     return PairRow(row, source, values["caption"] or "", winner, loser, kept)
 
@@ -94,28 +98,64 @@ def _bytes(cell: bytes | dict | None) -> bytes | None:
     return cell.get("bytes") if isinstance(cell, dict) else cell
 
 
-def _find(pattern: str) -> list[str]:
-    """Files of a path, a glob or the URL of either, in order."""
-    if is_url(pattern) and not pattern.startswith("file://"):
-        fs, root = filesystem(pattern, "--input")
+def captions_of(column: Any, where: str, first: int) -> list[str | None]:
+    """Return the text of a column whose first row has the number ``first``.
+
+    Raises:
+        UserError: text that is not UTF-8, such as half a surrogate pair, which a writer let through.
+    """
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        for row, cell in enumerate(column, first):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}, row {row}: the caption is not UTF-8 text: {error.object[:40]!r}") from None
+        raise
+
+
+def find_files(name: str) -> list[str]:
+    """Files of a path, a glob or the URL of either, in order; of a folder, all parquet files below it.
+
+    What exists is meant as it stands: only then is it a pattern.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if "://" in name:
+        fs, root = filesystem(name, "--input")
         try:
-            found = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
+            found = sorted(fs.glob(root)) if glob.has_magic(root) and not fs.exists(root) else [root]
         except Exception as error:  # every driver has exceptions of its own
-            raise UserError(f"--input {pattern}: not readable: {type(error).__name__} {' '.join(str(error).split())}") from None
-        found = [name if "://" in name else fs.unstrip_protocol(name) for name in found]
+            raise UserError(f"--input {name}: not readable: {type(error).__name__} {' '.join(str(error).split())}") from None
+        found = [path if "://" in path else fs.unstrip_protocol(path) for path in found]
+    elif glob.has_magic(name) and not Path(name).exists():
+        found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
     else:
-        pattern = pattern.removeprefix("file://")
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207 (absolute patterns)
+        found = [name]
+    found = [file for path in found for file in (_parquet_below(path) if Path(path).is_dir() else [path])]
+    if not found and Path(name).is_dir():
+        raise UserError(f"--input {name}: holds no pairs.jsonl, no parquet file and no data set that `datasets` saved")
     if not found:
-        raise UserError(f"--input {pattern}: no file matches")
+        raise UserError(f"--input {name}: no file matches")
     return found
+
+
+def _parquet_below(folder: str) -> list[str]:
+    pattern = str(Path(glob.escape(folder)) / "**" / "*.parquet")
+    return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207 (leaves out hidden ones)
 
 
 @contextlib.contextmanager
 def _opened(file: str):
     """An open parquet file; whatever its bytes or the network do while it is read ends in one line."""
+    import pyarrow as pa
+
+    opened = False
     try:
         with _open(file) as parquet:
+            opened = True
             yield parquet
     except (UserError, AttributeError, NameError):  # ours, or a bug
         raise
@@ -125,9 +165,12 @@ def _opened(file: str):
         ) from None
     except Exception as error:  # pyarrow's, the file system's, and every remote driver's own
         problem = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"--input {file}: not readable as parquet: {problem}; what is made is kept, a second run goes on"
-        ) from error
+        rest = "what is made is kept, a second run goes on"
+        if not opened and isinstance(error, pa.ArrowInvalid):
+            rest = (
+                "parquet files in Pick-a-Pic's columns, one pairs.jsonl, a folder of either or a data set for `datasets` are read"
+            )
+        raise UserError(f"--input {file}: not readable as parquet: {problem}; {rest}") from error
 
 
 def _open(file: str):
@@ -137,24 +180,54 @@ def _open(file: str):
     if not is_url(file):
         if not Path(file).is_file():
             raise FileNotFoundError(file)
-        return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        # Absolute: pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there.
+        return pq.ParquetFile(Path(file).absolute(), buffer_size=1 << 20, pre_buffer=False)
     fs, root = filesystem(file, "--input")
     return pq.ParquetFile(fs.open(root, "rb", block_size=4 << 20), pre_buffer=False)
 
 
 def check_columns(file: str, schema: Any) -> None:
-    import pyarrow as pa
-
+    """Raises:
+    UserError: a missing column, or one whose type cannot be read.
+    """
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise UserError(f"--input {file}: no column {', '.join(missing)}; Pick-a-Pic v2's {', '.join(COLUMNS)} are needed")
-    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-    number = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
-    image = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct, pa.types.is_null)
-    for name, kinds in (("caption", text), ("label_0", number), ("jpg_0", image), ("jpg_1", image)):
+    for name, is_kind in (("caption", _is_text), ("label_0", _is_label), ("jpg_0", _is_image), ("jpg_1", _is_image)):
         kind = schema.field(name).type
-        if not any(is_kind(kind) for is_kind in kinds):
+        if not is_kind(_values_of(kind)):
             raise UserError(f"--input {file}: column {name} holds {kind}; Pick-a-Pic v2 has text, a number and JPEG bytes")
+
+
+# By name: older pyarrow has no views to ask for.
+TEXT = ("string", "large_string", "string_view", "null")
+BYTES = ("binary", "large_binary", "binary_view", "null")
+
+
+def _values_of(kind: Any) -> Any:
+    """The type of the values, where they are stored once each and numbered (pandas categories)."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in TEXT
+
+
+def _is_label(kind: Any) -> bool:
+    import pyarrow as pa
+
+    numbers = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal)
+    return _is_text(kind) or any(is_number(kind) for is_number in numbers)
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):  # as `datasets` stores an image
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
+    return str(kind) in BYTES or pa.types.is_fixed_size_binary(kind)
 
 
 def _footer_digest(metadata: Any) -> str:

@@ -31,6 +31,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="parquet files in Pick-a-Pic v2's columns (paths, quoted globs, or URLs such as hf://…, s3://…), a pairs.jsonl, "
         "a folder of either, or a data set for `datasets`",
     )
+    options.add_argument(
+        "--root", type=Path, help="folder that the paths of a pairs.jsonl are relative to and stay below; default: its own"
+    )
+    options.add_argument(
+        "--follow-links", action="store_true", help="take images of a pairs.jsonl behind links that lead out of it"
+    )
     options.add_argument("--split", default="train", help="of a data set given by name")
     options.add_argument("--model", required=True, help="diffusers folder or hub id whose VAE and text encoders encode")
     options.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -38,6 +44,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--resolution", type=int, help="side of the square images in pixels; default: the model's own")
     options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
     options.add_argument("--background", default="white", help="colour under transparent parts: a name or #rrggbb; default: white")
+    options.add_argument("--keep-no-caption", action="store_true", help="keep pairs without a caption, with the empty one")
     options.add_argument("--pairs-per-shard", type=int, default=1000)
     options.add_argument(
         "--latents",
@@ -113,6 +120,7 @@ def _recipe(args: argparse.Namespace, resolution: int):
         flip=args.flip,
         min_side=args.min_side,
         background=_colour(args.background),
+        keep_no_caption=args.keep_no_caption,
     )
 
 
@@ -125,8 +133,8 @@ def _dry_run(args: argparse.Namespace, rank: int) -> None:
 
     factor = 2 ** (len(load_component_config(args.model, "vae", args.revision)["block_out_channels"]) - 1)
     recipe = _recipe(args, load_unet_config(args.model, args.revision)["sample_size"] * factor)
-    found = estimate(find_pairs(args.input, args.split), recipe, args.revision)
-    _print_rows(found["rows"])
+    found = estimate(find_pairs(args.input, args.split, args.root, args.follow_links), recipe, args.revision)
+    _print_rows(found["rows"], found["noted"])
     print(f"a run would encode {found['pairs']} pairs into {found['shards']} shards, and {found['prompts']} prompts")
     print(
         f"of {found['sampled']} images looked at, {found['upscaled']:.1%} are smaller than {recipe.resolution} pixels and would be "
@@ -146,7 +154,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 
     quiet_libraries()
     warnings.filterwarnings("ignore", module="PIL")  # odd images are counted, not warned of
-    source = find_pairs(args.input, args.split)  # before minutes of loading
+    source = find_pairs(args.input, args.split, args.root, args.follow_links)  # before minutes of loading
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
     torch.backends.cudnn.deterministic = True
@@ -169,15 +177,18 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     if manifest is None:
         print(f"rank {rank} of {world}: done; the rank that ends last writes the manifest")
         return
-    _print_rows(manifest["rows"])
+    _print_rows(manifest["rows"], manifest["noted"])
     print(
         f"{manifest['samples']} pairs in {len(manifest['shards'])} shards, {manifest['prompts']['distinct']} prompts, "
         f"{shard_bytes(manifest) / 1e9:.2f} GB: {args.output}"
     )
 
 
-def _print_rows(rows: dict[str, int]) -> None:
+def _print_rows(rows: dict[str, int], noted: dict[str, int]) -> None:
     table = Table("rows", "", box=None, show_header=False)
     for reason, count in sorted(rows.items(), key=lambda item: -item[1]):
         table.add_row(verbatim(reason), f"{count:,}")
+    for remark, count in noted.items():
+        if count:
+            table.add_row(verbatim(f"{remark} (kept)"), f"{count:,}")
     Console().print(table)

@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -229,6 +229,11 @@ class Encoder:
         mean = (found.mean.float() - shift) * self.scaling_factor
         return mean.cpu(), (found.logvar.float() + 2 * math.log(self.scaling_factor)).cpu()
 
+    def is_cut(self, captions: Sequence[str]) -> np.ndarray:
+        """(captions,) bool: as :func:`cut_captions` of the pipeline's tokenizers."""
+        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return cut_captions(filter(None, tokenizers), captions)
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]: the posterior's mean, no draw."""
         return self.posterior(pixels)[0]
@@ -255,6 +260,16 @@ class Encoder:
                 for value in found.values():
                     value[row] = 0
         return found
+
+
+def cut_captions(tokenizers: Iterable[Any], captions: Sequence[str]) -> np.ndarray:
+    """(captions,) bool: whether a text encoder sees less than the whole caption, since it has more tokens than it takes."""
+    found = np.zeros(len(captions), bool)
+    for tokenizer in tokenizers:
+        for low in range(0, len(captions), 1024):
+            tokens = tokenizer(list(captions[low : low + 1024]), truncation=False, verbose=False).input_ids
+            found[low : low + 1024] |= np.array([len(caption) > tokenizer.model_max_length for caption in tokens])
+    return found
 
 
 def time_ids(image: Prepared, resolution: int) -> Tensor:

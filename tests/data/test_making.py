@@ -280,9 +280,15 @@ def test_pairs_of_ones_own(grouped, encoder, tmp_path):
         ("{", "line 2: expected"),
         ('{"winner": "a.png", "loser": "b.png"}', "line 2: expected"),
         ('{"winner": 1, "loser": "b.png", "caption": ""}', "line 2: expected"),
-        ('{"winner": "a.png", "loser": "../../etc/passwd", "caption": ""}', "lies outside of the folder"),
-        ('{"winner": "/etc/passwd", "loser": "b.png", "caption": ""}', "lies outside of the folder"),
-        ('{"winner": "a.png", "loser": "b.png", "caption": "\\udc80"}', "line 2: expected"),
+        (
+            '{"winner": "a.png", "loser": "../../etc/passwd", "caption": ""}',
+            "lies outside of the folder of pairs.jsonl; --root DIR",
+        ),
+        ('{"winner": "/etc/passwd", "loser": "b.png", "caption": ""}', "lies outside of the folder of pairs.jsonl; --root DIR"),
+        ('{"winner": "a.png", "loser": "b.png", "caption": "\\udc80"}', r"line 2: expected .*half a surrogate pair: '\\udc80'"),
+        ('{"winner": "a.png", "loser": "b.png", "caption": "a", "label": 0}', "line 2: label 0 prefers the loser; swap"),
+        ('{"winner": "a.png", "loser": "b.png", "caption": "a", "label": []}', r"line 2: label is \[\], expected 1"),
+        ('{"winner": "a.png", "loser": "b.png", "caption": "a", "tie": 1}', "line 2: tie is 1, expected true or false"),
     ],
 )
 def test_pairs_that_are_none(tmp_path, line, named):
@@ -306,14 +312,6 @@ def test_a_folder_that_datasets_saved(grouped, encoder, tmp_path):
         find_pairs([str(tmp_path / "saved")], "validation")
     with pytest.raises(UserError, match="no file, and no data set to be had"):
         find_pairs(["nobody/nothing"])
-
-
-def test_columns_of_other_types(parquet, tmp_path):
-    table = pq.read_table(parquet)
-    bad = table.set_column(table.schema.get_field_index("label_0"), "label_0", pa.array(["1"] * len(table)))
-    pq.write_table(bad, tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match="column label_0 holds string"):
-        find_pairs([str(tmp_path / "bad.parquet")])
 
 
 def test_damaged_parquet_is_one_line(grouped, encoder, tmp_path):
