@@ -107,6 +107,13 @@ def report_errors(act: Callable[[], int | None], over_ranks: bool = True) -> int
         if torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             os._exit(1)  # what runs at exit may wait for the other ranks' collectives
         return 1
+    except KeyboardInterrupt:
+        if not rank:
+            print("stopped by Ctrl-C; what is whole is kept", file=sys.stderr, flush=True)
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            os._exit(130)  # as above
+        return 130
 
 
 def diagnose(args: argparse.Namespace) -> int:

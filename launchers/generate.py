@@ -3,7 +3,7 @@
     deepspeed launchers/generate.py --model runs/first/export --prompts prompts.txt --out images/first
 
 Each image is a function of (model, seed, prompt, image number) alone: any number of ranks gives the same. Start it again to
-make what is missing. Exit code 0: all images are there. 1: an error, in one line.
+make what is missing. Exit code 0: all images are there. 1: an error, in one line. 130: Ctrl-C; what is made is kept.
 """
 
 from __future__ import annotations

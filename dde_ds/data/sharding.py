@@ -66,7 +66,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int = 0) -> int:
-    """Shard as the options say; exit code 0, or 1 after one line of error."""
+    """Shard as the options say; exit code 0, 1 after one line of error, or 130 after Ctrl-C."""
     try:
         _check(args)
         if args.dry_run:
@@ -83,6 +83,10 @@ def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int
         where = f" (rank {rank})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        if not rank:
+            print("stopped by Ctrl-C; whole shards are kept, a second run goes on", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 
@@ -113,7 +117,7 @@ def _recipe(args: argparse.Namespace, resolution: int):
 
     return Recipe(
         args.model,
-        args.resolution or resolution,
+        resolution,
         args.pairs_per_shard,
         args.batch,
         latents=args.latents,
@@ -124,15 +128,24 @@ def _recipe(args: argparse.Namespace, resolution: int):
     )
 
 
+def _resolution(args: argparse.Namespace) -> int:
+    """Side in pixels, from the model's configuration alone."""
+    from dde_ds.models.unet import load_component_config, load_unet_config
+
+    factor = 2 ** (len(load_component_config(args.model, "vae", args.revision)["block_out_channels"]) - 1)
+    side = args.resolution or load_unet_config(args.model, args.revision)["sample_size"] * factor
+    if side % factor:
+        raise UserError(f"--resolution {side}: must be a multiple of {factor}, the VAE's factor")
+    return side
+
+
 def _dry_run(args: argparse.Namespace, rank: int) -> None:
     if rank:
         return
     from dde_ds.data.estimate import estimate
     from dde_ds.data.inputs import find_pairs
-    from dde_ds.models.unet import load_component_config, load_unet_config
 
-    factor = 2 ** (len(load_component_config(args.model, "vae", args.revision)["block_out_channels"]) - 1)
-    recipe = _recipe(args, load_unet_config(args.model, args.revision)["sample_size"] * factor)
+    recipe = _recipe(args, _resolution(args))
     found = estimate(find_pairs(args.input, args.split, args.root, args.follow_links), recipe, args.revision)
     _print_rows(found["rows"], found["noted"])
     print(f"a run would encode {found['pairs']} pairs into {found['shards']} shards, and {found['prompts']} prompts")
@@ -154,6 +167,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 
     quiet_libraries()
     warnings.filterwarnings("ignore", module="PIL")  # odd images are counted, not warned of
+    recipe = _recipe(args, _resolution(args))
     source = find_pairs(args.input, args.split, args.root, args.follow_links)  # before minutes of loading
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
@@ -173,7 +187,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
             rate = 2 * (done - first) / max(1e-9, time.perf_counter() - started)
             progress.update(bar, completed=done, total=total, rate=rate)
 
-        manifest = make_shards(source, args.output, encoder, _recipe(args, encoder.resolution), rank, world, show)
+        manifest = make_shards(source, args.output, encoder, recipe, rank, world, show)
     if manifest is None:
         print(f"rank {rank} of {world}: done; the rank that ends last writes the manifest")
         return

@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Draw what is not there, score what is not scored, compare. Every rank calls this; the first one writes."""
     from dde_ds.evaluation.comparison import name_sources
-    from dde_ds.evaluation.draw import draw_folder
+    from dde_ds.evaluation.draw import draw_folder, side_of
     from dde_ds.evaluation.inception import InceptionScorer
     from dde_ds.evaluation.pictures import open_pictures, require_whole
     from dde_ds.evaluation.prompts import read_prompts
@@ -101,6 +101,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if given and not drawn:
         raise UserError(f"--{given[0].replace('_', '-')}: --base and --model are folders of images, nothing is drawn; leave it out")
     prompts, repeated = read_prompts(args.prompts, args.limit) if drawn else ([], 0)
+    for source in drawn.values():
+        side_of(source, None, options)  # before hours of loading and drawing
     ranks, device = join()
     scorers = build_scorers(args.scorers, device)  # before hours of drawing
     folders = {name: Path(source) for name, source in sources.items()}

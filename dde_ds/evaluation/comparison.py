@@ -113,7 +113,8 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: the same name or the same source twice.
     """
-    given = [source.partition("=") for source in sources]
+    # A path that exists is that path, whatever is in its name.
+    given = [(source, "", "") if Path(source).exists() else source.partition("=") for source in sources]
     paths = [path if equals else name for name, equals, path in given]
     chosen = [name if equals else None for name, equals, _ in given]
     if any(not path for path in paths) or any(name == "" for name in chosen):

@@ -8,6 +8,7 @@ size, so an image is the same bit for bit at the same batch composition, and wit
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from dde_ds.distributed import Ranks, agree, first_says
 from dde_ds.errors import UserError, nearest
 from dde_ds.evaluation.generate import decode, embed, initial_noise, load_pipeline
 from dde_ds.evaluation.pictures import Pictures, claim
-from dde_ds.models.unet import DTYPES, family
+from dde_ds.models.encode import cut_captions
+from dde_ds.models.unet import DTYPES, family, load_component_config, load_unet_config
 
 # Samplers without a draw of their own: with them an image is a function of its initial noise.
 SCHEDULERS = {
@@ -85,15 +87,11 @@ def draw_folder(
     import diffusers
 
     kind = family(model, revision)
+    side = side_of(model, revision, options)
     pipeline = load_pipeline(model, revision)
     weights = first_says(weights_digest(pipeline) if ranks.is_first else None, ranks)
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
     precision = options.precision or ("fp32" if device.type == "cpu" else "fp16")
-    factor, own = pipeline.vae_scale_factor, pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    side = options.resolution or own
-    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if side < 1 or side % multiple:
-        raise UserError(f"--resolution {side}: must be a multiple of {multiple} for {model}")
     settings = {
         "model": model,
         "revision": revision,
@@ -109,6 +107,12 @@ def draw_folder(
     }
     pictures = Pictures(Path(folder), list(prompts), settings)
     if ranks.is_first:
+        tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+        if cut := int(cut_captions(filter(None, tokenizers), prompts).sum()):
+            print(
+                f"{cut} of {len(prompts)} prompts have more tokens than the text encoder takes: their ends are cut off",
+                file=sys.stderr,
+            )
         claim(pictures)
     agree(ranks, device)  # nobody writes before the folder is known to be ours
 
@@ -123,12 +127,27 @@ def draw_folder(
             pipeline.unet.to(memory_format=torch.channels_last)
     for low in range(0, len(missing), batch):
         chunk = missing[low : low + batch]
-        images = _draw(pipeline, pictures, chunk, side // factor, device, DTYPES[precision])
+        images = _draw(pipeline, pictures, chunk, side // pipeline.vae_scale_factor, device, DTYPES[precision])
         for item, image in zip(chunk, images, strict=True):
             pictures.save(*item, image.permute(1, 2, 0).numpy())
         on_progress(len(share) - len(missing) + low + len(chunk), len(share))
     agree(ranks, device)  # whoever goes on finds all images
     return pictures
+
+
+def side_of(model: str, revision: str | None, options: DrawOptions) -> int:
+    """Return the side of the images in pixels. Loads no weights.
+
+    Raises:
+        UserError: one that the model cannot draw.
+    """
+    unet, vae = load_unet_config(model, revision), load_component_config(model, "vae", revision)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = unet["sample_size"] * factor if options.resolution is None else options.resolution
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    if side < 1 or side % multiple:
+        raise UserError(f"--resolution {side}: must be a multiple of {multiple} for {model}")
+    return side
 
 
 def weights_digest(pipeline: Any) -> str:

@@ -107,14 +107,24 @@ def claim(pictures: Pictures) -> None:
                 f"--out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
             )
         return
-    if pictures.folder.exists() and any(pictures.folder.iterdir()):
+    # Before anything is made: what cannot be written must leave nothing that a second run would stumble over.
+    manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
+    data = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
+    if not _is_unclaimed(pictures.folder):
         raise UserError(f"--out {pictures.folder}: is not empty and holds no images of ours; choose another folder")
     try:
         (pictures.folder / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {pictures.folder}: not writable: {error.strerror.lower()}") from None
-    manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
-    write_atomically(path, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
+    write_atomically(path, data)
+
+
+def _is_unclaimed(folder: Path) -> bool:
+    """Whether a folder holds nothing, or no more than a run leaves that ended before it wrote its manifest."""
+    if not folder.exists():
+        return True
+    found = [entry for entry in folder.iterdir() if not (entry.name.startswith(".manifest.json.") and entry.suffix == ".partial")]
+    return not found or (found == [folder / "images"] and found[0].is_dir() and not any(found[0].iterdir()))
 
 
 def open_pictures(folder: str | Path) -> Pictures:

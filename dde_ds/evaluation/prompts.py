@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from dde_ds.data.pickapic import captions_of
 from dde_ds.errors import UserError
+from dde_ds.untrusted import parse_json, read_regular
 
 # The name of the prompt's column, in this order, in a parquet file and in JSON lines.
 COLUMNS = ("caption", "prompt", "text")
@@ -22,7 +24,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str],
         limit: keep only the first so many distinct prompts.
 
     Raises:
-        UserError: a missing or unreadable file, no such column, an empty prompt, no prompt at all.
+        UserError: a missing or unreadable file, no such column, an empty prompt, half a surrogate pair, no prompt at all.
     """
     path = Path(path)
     readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -57,9 +59,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line)
+        except json.JSONDecodeError:
             raise UserError(f"--prompts {path}, line {number}: not valid JSON: {line[:80]!r}") from None
+        except ValueError as error:
+            raise UserError(f"--prompts {path}, line {number}: {error}") from None
         if isinstance(row, dict):
             column = next((name for name in COLUMNS if name in row), None)
             if column is None:
@@ -75,23 +79,26 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise UserError(f"--prompts {path}: pyarrow is not installed, which reads parquet: pip install -e '.[shard]'") from None
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"--prompts {path}: not readable as parquet: {str(error).splitlines()[0]}") from None
-    names = file.schema_arrow.names
-    column = next((name for name in COLUMNS if name in names), None)
-    if column is None:
-        raise UserError(f"--prompts {path}: no column {' or '.join(COLUMNS)}; found {', '.join(names)}")
-    number = 0
-    for batch in file.iter_batches(columns=[column]):
-        for prompt in batch[column].to_pylist():
-            yield f"row {number}", prompt
-            number += 1
+        file = pq.ParquetFile(path.absolute())  # pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there
+        names = file.schema_arrow.names
+        column = next((name for name in COLUMNS if name in names), None)
+        if column is None:
+            raise UserError(f"--prompts {path}: no column {' or '.join(COLUMNS)}; found {', '.join(names)}")
+        row = 0
+        for batch in file.iter_batches(columns=[column]):
+            for prompt in captions_of(batch[column], f"--prompts {path}", row):
+                yield f"row {row}", prompt
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"--prompts {path}: not readable as parquet: {' '.join(str(error).split())[:300]}") from None
 
 
 def _lines(path: Path) -> list[str]:
     try:
         # Not splitlines(): a prompt may hold a form feed or U+2028, which are no line ends of these formats.
-        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+        return read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts {path}: not readable: {error.strerror.lower()}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path}: not UTF-8 at byte {error.start}") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"--prompts {path}, line {line}: not UTF-8 at byte {error.start}") from None

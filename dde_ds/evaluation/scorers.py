@@ -13,6 +13,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ def build_scorers(specifications: Sequence[str], device: torch.device) -> list[S
         if name == INCEPTION:
             found[name] = InceptionScorer(sources or None, device)
             continue
-        model, _, processor = sources.partition(",")
+        model, _, processor = (sources, "", "") if Path(sources).expanduser().exists() else sources.partition(",")
         kind = OpenClipScorer if KINDS[name].weights else AestheticScorer if name == "aesthetic" else ClipScorer
         found[name] = kind(name, model or None, processor or None, device)
     return list(found.values())

@@ -220,13 +220,16 @@ def test_other_settings_are_said_beside_the_numbers(world, tmp_path, evaluated, 
     assert "base and strong were drawn with different settings: guidance 7.5 and 12.0" in capsys.readouterr().out
 
 
-def test_names():
+def test_names(tmp_path):
     assert name_sources(["a/base", "runs/x/export"]) == {"base": "a/base", "export": "runs/x/export"}
     assert name_sources(["hub/base", "runs/x/export", "runs/y/export"]) == {
         "hub-base": "hub/base",
         "x-export": "runs/x/export",
         "y-export": "runs/y/export",
     }
+    (tmp_path / "lr=1e-5" / "export").mkdir(parents=True)  # a path that exists is that path
+    path = str(tmp_path / "lr=1e-5" / "export")
+    assert name_sources(["a/base", path, f"b={path}"]) == {"base": "a/base", "export": path, "b": path}
     assert name_sources(["b=runs/x", "n=runs/x"]) == {"b": "runs/x", "n": "runs/x"}
     for bad in (["a", "a"], ["n=a", "n=b"], ["=a", "b"], ["n=", "b"], ["a/..", "b"], ["x/y=a", "b"]):
         with pytest.raises(UserError, match="--base and --model"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dde_ds.cli import report_errors
 from dde_ds.distributed import Ranks
 from dde_ds.errors import UserError
+from dde_ds.evaluation import commands
 from dde_ds.evaluation.draw import DrawOptions, draw_folder
 from dde_ds.evaluation.generate import initial_noise
-from dde_ds.evaluation.pictures import open_pictures, require_whole
+from dde_ds.evaluation.pictures import Pictures, claim, open_pictures, require_whole
 from tests.conftest import ROOT
 from tests.launching import LAUNCHER, environment, free_port
 from tests.pipelines import save_sd
@@ -169,9 +173,60 @@ def test_bad_options(tmp_path, sd_model):
     ):
         with pytest.raises(UserError, match=named):
             DrawOptions(**options)
+    # Before any weights are read: this model has none.
+    weightless = shutil.copytree(sd_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="--resolution 18: must be a multiple of 4"):
-        draw(sd_model, tmp_path / "images", options=DrawOptions(resolution=18))
+        draw(weightless, tmp_path / "images", options=DrawOptions(resolution=18))
     assert not (tmp_path / "images").exists()
+
+
+def test_a_mended_prompts_file_works_with_the_same_folder(tmp_path, sd_model, capsys):
+    """A run that ended between folder and manifest, as an earlier version did at half a surrogate pair, leaves nothing in the way."""
+    path, out = tmp_path / "p.jsonl", tmp_path / "out"
+    path.write_text(json.dumps("fire") + "\n" + '"party \\ud83c"')
+    arguments = ["--model", str(sd_model), "--prompts", str(path), "--out", str(out), "--steps", "1", "--images-per-prompt", "1"]
+    assert generate(*arguments) == 1
+    assert "p.jsonl, line 2: text holds half a surrogate pair" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(UnicodeEncodeError):  # whoever calls it from Python
+        claim(Pictures(out, ["party \ud83c"], {"images_per_prompt": 1}))
+    assert not out.exists()
+    (out / "images").mkdir(parents=True)
+    (out / ".manifest.json.host-1.partial").write_text("{")
+    path.write_text(json.dumps("fire") + "\n" + '"party \\ud83c\\udf89 abcdefghijklmnopqrstuvwxyz"')
+    assert generate(*arguments) == 0
+    printed = capsys.readouterr()
+    assert "2 images" in printed.out
+    assert "1 of 2 prompts have more tokens than the text encoder takes" in printed.err
+    assert open_pictures(out).prompts == ["fire", "party \U0001f389 abcdefghijklmnopqrstuvwxyz"]
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "holiday.png").touch()
+    with pytest.raises(UserError, match="is not empty and holds no images of ours"):
+        draw(sd_model, tmp_path / "mine")
+
+
+def generate(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--revision", "--prompts"):
+        parser.add_argument(name)
+    parser.add_argument("--out", type=Path)
+    commands.add_drawing(parser)
+    return report_errors(lambda: commands.generate(parser.parse_args(arguments)))
+
+
+def test_ctrl_c_is_no_traceback(tmp_path, drawn, sd_model, capsys):
+    def interrupted(done: int, total: int) -> None:
+        if done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    def act() -> None:
+        draw_folder(str(sd_model), None, PROMPTS, tmp_path, OPTIONS, ALONE, CPU, 2, interrupted)
+
+    assert report_errors(act) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by Ctrl-C; what is whole is kept"
+    assert len(list((tmp_path / "images").iterdir())) == 4
+    draw(sd_model, tmp_path)
+    assert_same_within_rounding(pixels(drawn), pixels(tmp_path))
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])

@@ -28,7 +28,15 @@ def test_the_same_prompts_from_every_kind_of_file(tmp_path):
     [
         ("p.csv", b"a", "unknown kind of file '.csv'"),
         ("p.txt", b"\n \n", "holds no prompt"),
-        ("p.txt", b"\xff\xfe", "not UTF-8 at byte 0"),
+        ("p.txt", b"\xff\xfe", "line 1: not UTF-8 at byte 0"),
+        ("p.txt", b"a\nb \xed\xa0\xbc", "line 2: not UTF-8 at byte 4"),
+        (
+            "p.jsonl",
+            b'{"prompt": "\\ud83d\\udc15"}\n{"prompt": "party \\ud83c"}',
+            r"line 2: text holds half a surrogate pair: 'party \\ud83c'",
+        ),
+        ("p.jsonl", b'"\\udc15"', "line 1: text holds half a surrogate pair"),
+        ("p.jsonl", b"[" * 100_000, "line 1: nested deeper"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2: not valid JSON"),
         ("p.jsonl", b'{"words": "a"}', "no key caption or prompt or text; found words"),
         ("p.jsonl", b'{"prompt": 3}', "line 1: the prompt is 3"),
@@ -40,6 +48,23 @@ def test_bad_files(tmp_path, name, data, named):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=named):
         read_prompts(tmp_path / name)
+
+
+def test_half_a_surrogate_pair_in_parquet(tmp_path):
+    halves = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0])), pa.py_buffer(b"a\xed\xa0\xbc")]
+    )
+    pq.write_table(pa.table({"prompt": halves}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet, row 1: the caption is not UTF-8 text"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_columns_as_other_programs_write_them(tmp_path, kind, monkeypatch):
+    (tmp_path / "v2:a [b]").mkdir()
+    pq.write_table(pa.table({"prompt": pa.array(PROMPTS).cast(kind)}), tmp_path / "v2:a [b]" / "p.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts("v2:a [b]/p.parquet") == (PROMPTS, 0)
 
 
 def test_missing_file_and_column(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dde_ds.data import sharding
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
@@ -175,20 +177,43 @@ def test_parquet_without_images(tmp_path, parquet, sd_model):
     assert not output.exists()
 
 
-def test_a_killed_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
-    """KILL after the first shard: training refuses the folder, a second run finishes it."""
+def test_options_of_sharding_are_checked_before_models_are_loaded(tmp_path, parquet, sd_model, capsys):
+    """This model has no weights at all."""
+    weightless = shutil.copytree(sd_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    given = ["--input", str(parquet), "--model", str(weightless), "--output", str(tmp_path / "shards")]
+    for option, named in (
+        (["--resolution", "17"], "error: --resolution 17: must be a multiple of 2, the VAE's factor"),
+        (["--background", "whiet"], "error: --background whiet: expected a colour's name or #rrggbb"),
+        (["--background", "#ffffff80"], "error: --background #ffffff80: expected a colour's name or #rrggbb"),
+        (["--follow-links"], "error: --follow-links: is for the images of a pairs.jsonl"),
+    ):
+        assert sharding.run(sharding.parser(None).parse_args([*given, *option])) == 1
+        assert capsys.readouterr().err.startswith(named)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_stopped_sharding_is_no_shard_set(tmp_path, parquet, sd_model):
+    """Ctrl-C after the first shard is one line, KILL after another nothing: training refuses the folder, a third run finishes it."""
     output = tmp_path / "shards"
-    arguments = ["--input", parquet, "--model", sd_model, "--output", output, "--pairs-per-shard", "2", "--batch", "1"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + PATIENCE
-    while not (output / "00000.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    arguments = ["--input", parquet, "--model", sd_model, "--output", output, "--pairs-per-shard", "1", "--batch", "1"]
+    stderr = {}
+    for number, sent in enumerate((signal.SIGINT, signal.SIGKILL)):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tools" / "shard_pickapic.py", *arguments],
+            **{"cwd": ROOT, "env": environment(), "stderr": subprocess.PIPE, "text": True},
+        )
+        deadline = time.monotonic() + PATIENCE
+        before = len(list(output.glob("[0-9]*.json")))
+        while len(list(output.glob("[0-9]*.json"))) == before:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(sent)
+        stderr[number] = process.communicate()[1]
+        if number == 0:
+            assert process.returncode == 130, stderr[0]
+    assert stderr[0].splitlines()[-1] == "stopped by Ctrl-C; whole shards are kept, a second run goes on"
+    assert "Traceback" not in stderr[0]
     (output / "manifest.json").unlink(missing_ok=True)  # where the tool was quicker than the kill
     (line,) = error_lines(alone(write_config(tmp_path / "run.yaml", sd_model, output)))
     assert "no manifest.json" in line
