@@ -101,7 +101,7 @@ def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, monkeyp
     monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(folder)])
     assert tool("inspect_shards.py")["main"]() == 0
     assert printed().count(SHOWN) == 4
-    _print_rows({NASTY: 2})
+    _print_rows({NASTY: 2}, {})
     assert SHOWN in printed()
     row = {"scorer": NASTY, "model": NASTY, "mean": 1.0, "deviation": 0.0, "splits": 1, "count": 2}
     settings = {NASTY: {"images_per_prompt": 1, "scheduler": NASTY}, "other": {"images_per_prompt": 1, "scheduler": "x"}}

@@ -74,13 +74,16 @@ def remake(settings: dict, folder: Path) -> str:
             "vae-dtype": str(settings["vae_dtype"]).removeprefix("torch."),
             "text-dtype": str(settings["text_dtype"]).removeprefix("torch."),
         }
-    except (KeyError, TypeError, AttributeError):
+        if "background" in settings:  # no earlier version asked for one
+            options["background"] = "#" + bytes(list(settings["background"])).hex()
+    except (KeyError, TypeError, ValueError, AttributeError):
         return "python tools/shard_pickapic.py …  # the manifest does not say with which options"
     words = [
         "--input",
         *inputs,
         *(f"--{name}={value}" for name, value in options.items()),
         *(["--flip"] if settings["flip"] else []),
+        *(["--keep-no-caption"] if settings.get("no_caption") == "kept" else []),
     ]
     return shlex.join(["python", "tools/shard_pickapic.py", *words])
 
