@@ -7,8 +7,9 @@ range ends in one line that names the key. The learning rate is what is written:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -16,15 +17,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dde_ds.errors import UserError, nearest
-from dde_ds.text import without_passwords
+from dde_ds.strict_yaml import dump_yaml, parse_yaml, read_yaml
+from dde_ds.text import half_surrogate, without_passwords
+
+MANY = 10**9
+"""Limit of what counts steps, pairs or files: beyond it lie typing errors, and numbers that no machine gets through."""
+LONGEST_TEXT = 4096
+"""Characters of a text. Linux takes no longer path."""
 
 
 def _require(condition: bool, key: str, value: Any, expected: str) -> None:
     if not condition:
-        raise UserError(f"{key} is {value!r}: {expected}")
+        raise UserError(f"{key} is {_shown(value)}: {expected}")
+
+
+def _number(key: str, value: float, low: float, high: float = MANY) -> None:
+    _require(value >= low, key, value, f"must be {low} or more")
+    _require(value <= high, key, value, f"must be {high:,} or less")
+
+
+def _positive(key: str, value: float, high: float = MANY) -> None:
+    _require(value > 0, key, value, "must be above 0")
+    _require(value <= high, key, value, f"must be {high:,} or less")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxdict = 8
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, cut short where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 @dataclass(frozen=True)
@@ -49,7 +74,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(
-            re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9]\d+)", self.gradient_checkpointing) is not None,
+            re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9][0-9]{1,8})", self.gradient_checkpointing) is not None,
             "model.gradient_checkpointing",
             self.gradient_checkpointing,
             "must be auto, none, selective, every_2, every_3, … or full",
@@ -114,9 +139,9 @@ class ObjectiveConfig:
     """Winner and loser of a pair get the same noise. Lowers the variance of their difference; the field's standard."""
 
     def __post_init__(self):
-        _require(self.beta > 0, "objective.beta", self.beta, "must be above 0")
+        _positive("objective.beta", self.beta)
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
-        _require(self.correction_weight >= 0, "objective.correction_weight", self.correction_weight, "must be 0 or more")
+        _number("objective.correction_weight", self.correction_weight, 0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +153,7 @@ class SourceConfig:
     """Share of the pairs that come from here, in proportion to the other sources' weights; resolved to a thousandth."""
 
     def __post_init__(self):
-        _require(self.weight > 0, "data.sources weight", self.weight, "must be above 0")
+        _positive("data.sources weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -166,11 +191,11 @@ class DataConfig:
     def __post_init__(self):
         _require((self.path is None) != (not self.sources), "data.path", self.path, "give either data.path or data.sources")
         _require(0 <= self.caption_dropout < 1, "data.caption_dropout", self.caption_dropout, "must lie in [0, 1)")
-        _require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be 1 or more")
-        _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
-        _require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "must be 0 or more")
-        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "must be above 0")
-        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "must be above 0")
+        _number("data.block_shards", self.block_shards, 1)
+        _number("data.workers", self.workers, 0, 256)
+        _number("data.max_bad_samples", self.max_bad_samples, 0)
+        _positive("data.cache_gb", self.cache_gb)
+        _positive("data.timeout_s", self.timeout_s, 86_400)
 
     @property
     def weighted_paths(self) -> list[tuple[str, float]]:
@@ -191,8 +216,8 @@ class BatchConfig:
     """Pairs of one forward and backward pass on one rank (2 latents each). As many as fit; changes speed and memory, not the result."""
 
     def __post_init__(self):
-        _require(self.pairs >= 1, "batch.pairs", self.pairs, "must be 1 or more")
-        _require(self.micro >= 1, "batch.micro", self.micro, "must be 1 or more")
+        _number("batch.pairs", self.pairs, 1, 10**7)
+        _number("batch.micro", self.micro, 1, 10**5)
 
     def accumulation(self, world: int) -> int:
         """Micro-batches of one optimizer step on each of ``world`` ranks.
@@ -207,8 +232,8 @@ class BatchConfig:
         fits = f"batch.pairs {' or '.join(map(str, near))}"
         if self.pairs % world == 0:
             share = self.pairs // world
-            micros = [n for n in range(1, share + 1) if share % n == 0 and n <= 4 * self.micro]
-            fits += f", or batch.micro {', '.join(map(str, micros))}"
+            micros = [n for n in range(1, min(share, 4 * self.micro) + 1) if share % n == 0]
+            fits += f", or batch.micro {', '.join(map(str, micros[-8:]))}"
         raise UserError(
             f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro {self.micro}; what fits: {fits}"
         )
@@ -239,12 +264,12 @@ class OptimizerConfig:
     four GPUs; SDXL needs two. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more")
+        _positive("optimizer.learning_rate", self.learning_rate)
+        _number("optimizer.warmup_steps", self.warmup_steps, 0)
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more")
-        _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be 0 or more")
+        _positive("optimizer.eps", self.eps)
+        _number("optimizer.weight_decay", self.weight_decay, 0)
+        _number("optimizer.max_grad_norm", self.max_grad_norm, 0)
         _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
@@ -267,8 +292,9 @@ class LoraConfig:
     add the feed-forward layers, ``conv1`` and ``conv2`` the convolutions."""
 
     def __post_init__(self):
-        _require(self.rank >= 1, "lora.rank", self.rank, "must be 1 or more")
-        _require(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "must be above 0, or null")
+        _number("lora.rank", self.rank, 1, 4096)
+        if self.alpha is not None:
+            _positive("lora.alpha", self.alpha)
         _require(len(self.targets) >= 1, "lora.targets", self.targets, "must name at least one layer")
 
     @property
@@ -305,9 +331,10 @@ class CheckpointConfig:
     """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""
 
     def __post_init__(self):
-        _require(self.every >= 1, "checkpoint.every", self.every, "must be 1 or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
-        _require(self.keep_every is None or self.keep_every >= 1, "checkpoint.keep_every", self.keep_every, "must be 1 or more")
+        _number("checkpoint.every", self.every, 1)
+        _number("checkpoint.keep", self.keep, 1)
+        if self.keep_every is not None:
+            _number("checkpoint.keep_every", self.keep_every, 1)
 
 
 @dataclass(frozen=True)
@@ -317,7 +344,7 @@ class GuardsConfig:
     ``skipped.jsonl``; nothing of them is trained. 1 ends the run at the first."""
 
     def __post_init__(self):
-        _require(self.max_skipped_in_a_row >= 1, "guards.max_skipped_in_a_row", self.max_skipped_in_a_row, "must be 1 or more")
+        _number("guards.max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
 
 
 @dataclass(frozen=True)
@@ -338,8 +365,9 @@ class SamplesConfig:
     """Seed of the drawings' noise."""
 
     def __post_init__(self):
-        _require(self.every >= 1, "samples.every", self.every, "must be 1 or more")
-        _require(self.inference_steps >= 1, "samples.inference_steps", self.inference_steps, "must be 1 or more")
+        _number("samples.every", self.every, 1)
+        _number("samples.inference_steps", self.inference_steps, 1, 1000)
+        _require(0 <= self.seed < 2**63, "samples.seed", self.seed, "must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)
@@ -355,8 +383,8 @@ class EvaluationConfig:
     """Pairs of a look: a forward pass each. The standard error of a share is at most 0.5/√pairs."""
 
     def __post_init__(self):
-        _require(self.every >= 1, "evaluation.every", self.every, "must be 1 or more")
-        _require(self.pairs >= 1, "evaluation.pairs", self.pairs, "must be 1 or more")
+        _number("evaluation.every", self.every, 1)
+        _number("evaluation.pairs", self.pairs, 1)
 
 
 @dataclass(frozen=True)
@@ -373,7 +401,7 @@ class LogConfig:
     """Name of the project or experiment at the trackers."""
 
     def __post_init__(self):
-        _require(self.every >= 1, "log.every", self.every, "must be 1 or more")
+        _number("log.every", self.every, 1)
 
 
 @dataclass(frozen=True)
@@ -425,10 +453,11 @@ class RunConfig:
     """Of data order, noise, timesteps and caption dropout, each a pure function of (seed, pairs consumed)."""
 
     def __post_init__(self):
-        _require(self.steps >= 1, "steps", self.steps, "must be 1 or more")
+        _number("steps", self.steps, 1)
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
-        _require(self.max_hours is None or self.max_hours > 0, "max_hours", self.max_hours, "must be above 0, or null")
-        _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "must be above 0")
+        if self.max_hours is not None:
+            _positive("max_hours", self.max_hours)
+        _positive("timeout_minutes", self.timeout_minutes, 100_000)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
         for key, usual in (("placement", "auto"), ("dtype", "policy")):
             value = getattr(self.reference, key)
@@ -455,7 +484,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Return :meth:`as_data` as YAML."""
-        return yaml.safe_dump(self.as_data(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.as_data())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -465,13 +494,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: a missing or malformed file, an unknown or missing key, a value of the wrong type or out of range.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror.lower()}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path}: {(error.strerror or str(error)).lower()}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"--config {path}: expected keys and values, found {type(data).__name__}")
+        raise UserError(f"--config {path}: expected keys and values, found {_shown(data)}")
     for override in overrides:
         _override(data, override)
     return config_of(data)
@@ -485,23 +514,27 @@ def config_of(data: Any) -> RunConfig:
 def _override(data: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: expected key=value, such as optimizer.learning_rate=1e-6")
+        raise UserError(f"override {_shown(override)}: expected key=value, such as optimizer.learning_rate=1e-6")
     *parents, leaf = key.split(".")
     for parent in parents:
         data[parent] = {} if data.get(parent) is None else data[parent]
         data = data[parent]
         if not isinstance(data, dict):
-            raise UserError(f"override {override!r}: {parent!r} holds a value, not keys")
+            raise UserError(f"override {_shown(override)}: {parent!r} holds a value, not keys")
     try:
-        data[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not valid YAML; put it in quotes") from None
+        data[leaf] = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {_shown(override)}: {error}; text may need quotes of its own: {key}='\"…\"'") from None
+    if "#" in text and isinstance(data[leaf], str) and "#" not in data[leaf]:
+        raise UserError(
+            f"override {_shown(override)}: YAML takes what follows # for a comment; put the text in quotes: {key}='\"…\"'"
+        )
 
 
 def _build(cls: type, data: Any, prefix: str) -> Any:
     """A dataclass from plain data, every key and type checked. ``prefix`` is the dotted key of ``data``, with its dot."""
     if not isinstance(data, dict):
-        raise UserError(f"{prefix.rstrip('.')} is {data!r}: expected keys and values")
+        raise UserError(f"{prefix.rstrip('.')} is {_shown(data)}: expected keys and values")
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
@@ -527,25 +560,33 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         parts = typing.get_args(kind)
         fixed = parts[-1] is not Ellipsis
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
-            raise UserError(f"{key} is {value!r}: expected a list" + (f" of {len(parts)}" if fixed else ""))
+            raise UserError(f"{key} is {_shown(value)}: expected a list" + (f" of {len(parts)}" if fixed else ""))
         return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, key + ".")
-    if kind is float and not isinstance(value, bool):
-        try:
-            number = float(value)  # also "1e-5", which YAML 1.1 reads as a string
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)  # neither NaN nor infinity came here
+    if kind is str and isinstance(value, str):
+        _check_text(value, key)
+        return value
+    if isinstance(value, kind) and kind is not float and (kind is bool or not isinstance(value, bool)):
         return value
     names = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
-    raise UserError(f"{key} is {value!r}: expected {names[kind]}")
+    raise UserError(f"{key} is {_shown(value)}: expected {names[kind]}")
+
+
+def _check_text(text: str, key: str) -> None:
+    """Refuse what no path, file or tokenizer takes."""
+    if "\0" in text:
+        raise UserError(f"{key} is {_shown(text)}: must not hold a NUL character")
+    if half_surrogate(text):
+        raise UserError(f"{key} is {_shown(text)}: must not hold half a surrogate pair")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{key} has {len(text):,} characters: must have {LONGEST_TEXT:,} or fewer")
 
 
 def _plain(value: Any) -> Any:
-    """Return tuples as lists, so that safe_dump writes plain YAML, and text without passwords."""
+    """Return tuples as lists, so that PyYAML writes plain YAML, and text without passwords."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, str):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,9 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
     )
     assert run.objective.beta == 500.0
     assert run.samples.prompts == ("a", "b")
+    assert load_config(file, [r'samples.prompts=["\ud83c\udf89 party", 0777, no, 2024-01-01]']).samples.prompts == (
+        *("🎉 party", "0777", "no", "2024-01-01"),
+    )
     assert run.objective.timestep_range == (200, 700)
     assert run.optimizer.learning_rate == 1e-6  # YAML 1.1 reads 1e-6 as text
     again = tmp_path / "again.yaml"
@@ -74,6 +79,38 @@ def test_sources(file, tmp_path):
         ("data.sources=[a]", "data.sources[0] is 'a': expected keys and values"),
         ("data.sources=[{path: a, weight: 0}]", "data.sources weight is 0.0: must be above 0"),
         ("steps", "override 'steps': expected key=value"),
+        ("seed=0777", "seed is '0777': expected a whole number"),
+        ("max_hours=1:00", "max_hours is '1:00': expected a finite number"),
+        ("data.flip=yes", "data.flip is 'yes': expected true or false"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate is inf: expected a finite number"),
+        ("steps=1000000000000000000", "steps is 1000000000000000000: must be 1,000,000,000 or less"),
+        (f"steps={'9' * 5000}", "steps is '999"),
+        ("data.workers=1000000000", "data.workers is 1000000000: must be 256 or less"),
+        ("data.block_shards=1000000000000000000", "data.block_shards is 1000000000000000000: must be 1,000,000,000 or less"),
+        ("data.timeout_s=1e300", "data.timeout_s is 1e+300: must be 86,400 or less"),
+        ("timeout_minutes=1e300", "timeout_minutes is 1e+300: must be 100,000 or less"),
+        ("max_hours=1e300", "max_hours is 1e+300: must be 1,000,000,000 or less"),
+        ("batch.pairs=1000000000000000003", "batch.pairs is 1000000000000000003: must be 10,000,000 or less"),
+        ("batch.micro=1000000000", "batch.micro is 1000000000: must be 100,000 or less"),
+        ("samples.seed=-1", "samples.seed is -1: must lie in [0, 2^63)"),
+        ("samples.seed=99999999999999999999", "samples.seed is 99999999999999999999: must lie in [0, 2^63)"),
+        ("samples.inference_steps=1000000000", "samples.inference_steps is 1000000000: must be 1,000 or less"),
+        ("lora={rank: 1000000000}", "lora.rank is 1000000000: must be 4,096 or less"),
+        ("objective.beta=1e300", "objective.beta is 1e+300: must be 1,000,000,000 or less"),
+        (f"model.gradient_checkpointing=every_{'9' * 3000}", "model.gradient_checkpointing is 'every_999"),
+        (f"model.path={'a' * 5000}", "model.path has 5,000 characters: must have 4,096 or fewer"),
+        (r'output="a\0b"', r"output is 'a\x00b': must not hold a NUL character"),
+        (
+            r'samples.prompts=["\ud83c"]',
+            r"""override 'samples.prompts=["\\ud83c"]': not valid YAML: line 1, column 2: text holds half""",
+        ),
+        (
+            "data={path: a, path: b}",
+            "override 'data={path: a, path: b}': not valid YAML: line 1, column 11: the key path is there twice",
+        ),
+        ("output=runs/a #1", "override 'output=runs/a #1': YAML takes what follows # for a comment"),
+        ("output=[a", "override 'output=[a': not valid YAML"),
+        (f"lora.rank{'.x' * 2000}=1", "lora.rank is {"),
         ("steps.x=1", "override 'steps.x=1': 'steps' holds a value"),
     ],
 )
@@ -91,9 +128,28 @@ def test_missing_key_and_file(tmp_path):
         load_config(path)
     with pytest.raises(UserError, match="no such file"):
         load_config(tmp_path / "none.yaml")
-    path.write_text("a: [")
-    with pytest.raises(UserError, match="not valid YAML"):
+    for text, message in (
+        ("a: [", "not valid YAML: line 1, column 5"),
+        ("", "expected keys and values, found None"),
+        ("steps: 1\nsteps: 2", "not valid YAML: line 2, column 1: the key steps is there twice"),
+        ("output: é", "not utf-8 text: byte 8 is 0xe9; save it as UTF-8"),
+    ):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=f"^--config {path}: {message}"):
+            load_config(path)
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-16")
+    assert load_config(path).steps == 10
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):  # and not a wait for somebody to write to it
         load_config(path)
+
+
+def test_a_written_configuration_is_read_as_it_was(file, tmp_path):
+    """Text that this YAML takes for a number is put in quotes."""
+    run = load_config(file, ['samples.prompts=["1e5", "0777", "true", "🎉", "a: b # c"]', "optimizer.learning_rate=1e-17"])
+    (tmp_path / "again.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == run
 
 
 def test_accumulation_is_derived():
@@ -105,6 +161,10 @@ def test_accumulation_is_derived():
     )
     with pytest.raises(UserError, match=r"batch\.pairs 6 or 9"):
         BatchConfig(pairs=8, micro=1).accumulation(3)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"or batch\.micro 1, 3, 9$"):
+        BatchConfig(pairs=9_999_999, micro=7).accumulation(1)
+    assert time.perf_counter() - started < 1
 
 
 def test_learning_rate_is_what_is_written():
