@@ -51,13 +51,16 @@ def open_regular(path: str | Path):
     return os.fdopen(handle, "rb")
 
 
-def read_json(path: str | Path, limit: int = JSON_BYTES) -> Any:
+def read_json(path: str | Path, limit: int = JSON_BYTES, unique_keys: bool = False) -> Any:
     """Return what a JSON file holds. Raises as :func:`read_regular` and :func:`parse_json`."""
-    return parse_json(read_regular(path, limit), limit)
+    return parse_json(read_regular(path, limit), limit, unique_keys)
 
 
-def parse_json(data: bytes | str, limit: int = JSON_BYTES) -> Any:
+def parse_json(data: bytes | str, limit: int = JSON_BYTES, unique_keys: bool = False) -> Any:
     """Return what JSON text holds.
+
+    Args:
+        unique_keys: refuse an object that has a key twice, of which the last would count. For what people write by hand.
 
     Raises:
         ValueError: text that is no JSON, is longer than ``limit``, is nested deeper than :data:`JSON_DEPTH`, or holds half a
@@ -66,13 +69,21 @@ def parse_json(data: bytes | str, limit: int = JSON_BYTES) -> Any:
     if len(data) > limit:
         raise ValueError(f"larger than {limit:,} bytes")
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     _check(value)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice} is there twice")
+    return found
 
 
 def _check(value: Any) -> None:

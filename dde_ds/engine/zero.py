@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from dde_ds.config import RunConfig
-from dde_ds.engine import lowbit
+from dde_ds.engine import accepted, lowbit
 from dde_ds.engine.reference import NO_TIMER, reference_config, resolve_placement
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
+from dde_ds.shipped import deepspeed_file, deepspeed_names
+from dde_ds.untrusted import read_json
 
 # What is read here of a DeepSpeed configuration is an object or not there; each after the one that it lies in.
 SECTIONS = {
@@ -59,7 +61,7 @@ def initialize(
     Args:
         policy: the UNet to train; all of its parameters that require gradients are trained.
         reference: another copy of it, or None for an objective without one.
-        config: a DeepSpeed configuration, as a dict or the path of its JSON.
+        config: a DeepSpeed configuration, as a dict, the path of its JSON, or the name of a shipped one such as ``zero2``.
         reference_placement: ``replicated``, ``sharded`` or ``cpu``, see :mod:`dde_ds.engine.reference`; ``auto`` is sharded beside a
             ZeRO-3 policy, on the CPU where that policy's weights are, and replicated beside any other.
         reference_dtype: ``policy``, ``bf16`` or ``fp32``.
@@ -175,9 +177,11 @@ def read_config(config: dict | str | Path) -> dict:
     else:
         where = f"deepspeed {config}"
         try:
-            found = json.loads(Path(config).read_text(encoding="utf-8"))
+            found = read_json(deepspeed_file(config), unique_keys=True)
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such file; shipped are {', '.join(deepspeed_names())}") from None
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror.lower()}") from None
+            raise UserError(f"{where}: {(error.strerror or str(error)).lower()}") from None
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
     _check_sections(found, where)
@@ -230,6 +234,7 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
         UserError: the JSON says something else than the run configuration; both keys are named.
     """
     config = read_config(run.deepspeed)
+    accepted.check_accepted(config, f"deepspeed {run.deepspeed}")
     _check_stage(run, config)
     zero = config["zero_optimization"]
     accumulation = run.batch.accumulation(world)
@@ -249,10 +254,6 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
         "optimizer.params.eps": (run.optimizer.eps, "optimizer.eps"),
         "optimizer.params.weight_decay": (run.optimizer.weight_decay, "optimizer.weight_decay"),
     }
-    if "scheduler" in config:
-        raise UserError(
-            f"{run.deepspeed}: scheduler is set, but optimizer.warmup_steps states the schedule; remove it from the JSON"
-        )
     for dotted, (value, key) in stated.items():
         *parents, leaf = dotted.split(".")
         place = config
@@ -264,6 +265,7 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
             raise UserError(
                 f"{run.deepspeed}: {dotted} is {place[leaf]!r}, but {key} of the run says {value!r}; remove it from the JSON"
             )
+        place[leaf] = value  # 8.0 and true are equal to 8 and 1, but no such numbers
     if "zero_hpz_partition_size" in zero:
         node = on_a_node or world
         if zero["zero_hpz_partition_size"] == "auto":
@@ -280,6 +282,7 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
         config.pop("data_types", None)
     else:  # DeepSpeed's default is the model's own type, whose sums lose their late terms
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    accepted.ask_deepspeed(config, f"deepspeed {run.deepspeed}")
     return config
 
 
@@ -296,7 +299,7 @@ def _leave_out_reduction(zero: dict, precision: str) -> None:
 def _check_stage(run: RunConfig, config: dict) -> None:
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{run.deepspeed}: zero_optimization.stage is {stage}: must be 0, 1, 2 or 3")
     if stage == 0 and run.precision == "bf16":
         raise UserError(
