@@ -228,7 +228,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,4})", line)
+        # As the launcher reads it, which looks at nothing behind the number: a comment, say.
+        found = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,4})(?:[\s#].*)?", line)
         if not found or not valid_host(found[1]) or int(found[2]) < 1:
             raise UserError(
                 f"--hostfile {path}: line {number} is {line!r}: expected a host name and its GPUs, such as node1 slots=8"

@@ -171,6 +171,16 @@ def test_hostfile(tmp_path):
     assert set(read_hostfile(ROOT / "launchers" / "hostfile.example").values()) == {8}
 
 
+def test_a_hostfile_as_deepspeed_reads_it(tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text(
+        "node1 slots=4 # in the first rack\nnode2 slots=4\t#again\nnode3 slots=4#\n # node9 slots=4\nnode4 slots=4 max_slots=8\n"
+    )
+    assert read_hostfile(path) == fetch_hostfile(str(path)) == dict.fromkeys(("node1", "node2", "node3", "node4"), 4)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -179,7 +189,8 @@ def test_hostfile(tmp_path):
         ("node1;reboot slots=8", "line 1 is"),
         ("node1", "line 1 is 'node1'"),
         ("node1 slots=0", "line 1 is"),
-        ("node1 slots=8 max=9", "line 1 is"),
+        ("node1 slots=8x", "line 1 is"),
+        ("node1 slots=8# no space needed\nnode2 # slots=8", "line 2 is"),
         ("node1 slots=8\nnode1 slots=8", "line 2: node1 is there twice"),
         ("node1 slots=8\nnode2 slots=4", "equal numbers of slots, found node1 8, node2 4"),
         ("", "found none"),
