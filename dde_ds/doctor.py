@@ -210,14 +210,12 @@ def _traffic(device: torch.device) -> tuple[bool, str]:
 def _shards(run: RunConfig) -> str:
     """What every node must read alike, held-out pairs too: opened as the run would open them."""
     data = run.data
-    shards = open_sources(data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, strict=not data.max_bad_samples)
+    remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
+    shards = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples, key=data.key)
     found = f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
     if not run.evaluation.path:
         return found
-    try:
-        held_out = open_sources([(run.evaluation.path, 1.0)], data.cache_dir, data.cache_gb, data.timeout_s)
-    except UserError as error:  # which speaks of data.path, as of any shards
-        raise Failed(f"evaluation.path {str(error).removeprefix('data.path ')}") from None
+    held_out = open_sources([(run.evaluation.path, 1.0)], **remote, key="evaluation.path")
     return f"{found}; {run.evaluation.path}: {sum(held_out.counts)} pairs, digest {held_out.digest[:8]}"
 
 

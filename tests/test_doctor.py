@@ -11,6 +11,7 @@ import pytest
 
 from dde_ds import doctor
 from dde_ds.config import load_config
+from dde_ds.errors import UserError
 from dde_ds.ranks import Ranks
 from tests.launching import PATIENCE, environment, free_port, write_config
 
@@ -131,7 +132,7 @@ def test_held_out_pairs_and_the_ledgers_folder_are_looked_at_too(config, sd_shar
         return load_config(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
     assert doctor._shards(run(evaluation__path=sd_shards)).count(": 20 pairs, digest ") == 2
-    with pytest.raises(doctor.Failed, match=r"^evaluation.path /nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"^evaluation.path /nowhere: no such folder"):
         doctor._shards(run(evaluation__path="/nowhere"))
     ranks = Ranks(0, 1, 0)
     (tmp_path / "file").touch()

@@ -24,7 +24,7 @@ from dde_ds.text import verbatim
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("folder", help="folder or URL of shards")
     parser.add_argument("--sheet", type=Path, help="write decoded pairs to this .html or .png")
     parser.add_argument("--pairs", type=int, default=16, help="pairs on the sheet, evenly taken from all")
@@ -41,7 +41,7 @@ def main() -> int:
             raise UserError(f"--sheet {args.sheet}: expected a name that ends in .html or .png")
         if args.pairs < 1:
             raise UserError(f"--pairs {args.pairs}: must be 1 or more")
-        shards = ShardSet(args.folder)
+        shards = ShardSet(args.folder, key="folder")
         try:
             table = summary(shards.manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # training does not need what is shown here

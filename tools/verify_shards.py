@@ -21,7 +21,7 @@ from dde_ds.text import printable
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="read no pair: sizes, indexes and tar headers only")
     args = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> int:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("checking", total=None)
             problems = verify(args.folder, args.quick, lambda done, total: progress.update(bar, completed=done, total=total))
-        manifest = ShardSet(args.folder, check_sizes=False).manifest
+        manifest = ShardSet(args.folder, check_sizes=False, key="folder").manifest
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -117,14 +117,17 @@ def open_sources(
     cache_gb: float = 100.0,
     timeout: float = 60.0,
     strict: bool = True,
+    key: str = "data.path",
 ) -> ShardSet | MixedShards:
     """The shards of one path, or of several with their weights. ``strict`` compares the files' sizes now, not as they are read.
+    Messages call a single path ``key``, and one of several ``data.sources[…].path``.
 
     Raises:
         UserError: as :class:`ShardSet` and :class:`MixedShards`.
     """
     cache = Cache(cache_dir, int(cache_gb * 1e9)) if cache_dir else None
-    sets = [ShardSet(path, cache, timeout, check_sizes=strict) for path, _ in paths]
+    keys = [key] if len(paths) == 1 else [f"data.sources[{number}].path" for number in range(len(paths))]
+    sets = [ShardSet(path, cache, timeout, strict, key) for (path, _), key in zip(paths, keys, strict=True)]
     return sets[0] if len(sets) == 1 else MixedShards(sets, [weight for _, weight in paths])
 
 

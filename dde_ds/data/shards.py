@@ -83,27 +83,35 @@ class ShardSet:
         cache: where ranges of remote shards are kept.
         timeout: seconds that one attempt at a remote range may take.
         check_sizes: compare the sizes of local files with the manifest now. Turn it off where damage is to be met sample by sample.
+        key: what names the folder, for messages: a key of the configuration, or what a command calls it.
 
     Raises:
         UserError: no manifest, another format, a missing file, or one whose size is not what the manifest says.
     """
 
-    def __init__(self, folder: str | Path, cache: Cache | None = None, timeout: float = 60.0, check_sizes: bool = True):
-        self.storage = open_storage(folder, cache, timeout)
+    def __init__(
+        self,
+        folder: str | Path,
+        cache: Cache | None = None,
+        timeout: float = 60.0,
+        check_sizes: bool = True,
+        key: str = "data.path",
+    ):
+        self.storage = open_storage(folder, cache, timeout, key)
         self.folder = folder if self.storage.is_remote else self.storage.folder
         if not self.storage.is_remote:
             if not self.folder.is_dir():
-                raise UserError(f"data.path {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
+                raise UserError(f"{key} {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
             if self.storage.size("manifest.json") is None:
                 raise UserError(
-                    f"data.path {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
+                    f"{key} {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
                 )
         try:
             # A transfer that was cut short is tried again; a local file is what it is.
             is_whole = is_whole_manifest if self.storage.is_remote else lambda data: True
             raw = self.storage.fetch("manifest.json", 0, None, is_whole)
         except DamagedData as error:
-            raise UserError(f"data.path {folder}: manifest.json: {error}; is this a folder of shards?") from None
+            raise UserError(f"{key} {folder}: manifest.json: {error}; is this a folder of shards?") from None
         self.manifest = read_manifest(raw, self.storage.where("manifest.json"))
         self._mend = REMAKE if self.manifest["format"] == FORMAT else REMAKE_OLDER
         self.digest = hashlib.sha256(raw).hexdigest()

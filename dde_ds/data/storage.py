@@ -108,12 +108,21 @@ class RemoteFolder:
         timeout: seconds that one attempt may take.
         attempts: how often a range is asked for before it is an error.
         first_delay: seconds before the second attempt; doubled before each further one, up to half as much again by chance.
+        key: what names the URL, for messages.
     """
 
     is_remote = True
 
-    def __init__(self, url: str, cache: Cache | None = None, timeout: float = 60.0, attempts: int = 5, first_delay: float = 0.5):
-        self.url = url.rstrip("/")
+    def __init__(
+        self,
+        url: str,
+        cache: Cache | None = None,
+        timeout: float = 60.0,
+        attempts: int = 5,
+        first_delay: float = 0.5,
+        key: str = "data.path",
+    ):
+        self.url, self.key = url.rstrip("/"), key
         self.cache, self.timeout, self.attempts, self.first_delay = cache, timeout, attempts, first_delay
         self.counters: dict[str, int] = {"bytes": 0, "cache_hits": 0, "cache_misses": 0}
         self._owner, self._fs = os.getpid(), None
@@ -178,7 +187,7 @@ class RemoteFolder:
     def _filesystem(self) -> Any:
         """This process's driver: its threads and connections do not survive a fork."""
         if self._fs is None or self._owner != os.getpid():
-            self._fs, self._root = filesystem(self.url)
+            self._fs, self._root = filesystem(self.url, self.key)
             self._owner = os.getpid()
         return self._fs
 
@@ -229,11 +238,13 @@ def is_url(path: str) -> bool:
     return ":" in head and not Path(path).exists()
 
 
-def open_storage(path: str | Path, cache: Cache | None = None, timeout: float = 60.0) -> LocalFolder | RemoteFolder:
-    """The folder at a path or URL.
+def open_storage(
+    path: str | Path, cache: Cache | None = None, timeout: float = 60.0, key: str = "data.path"
+) -> LocalFolder | RemoteFolder:
+    """The folder at a path or URL, which messages call ``key``.
 
     Raises:
         UserError: as :func:`filesystem`.
     """
     path = str(path).removeprefix("file://")
-    return RemoteFolder(path, cache, timeout) if is_url(path) else LocalFolder(path)
+    return RemoteFolder(path, cache, timeout, key=key) if is_url(path) else LocalFolder(path)

@@ -33,7 +33,7 @@ def verify(
     Raises:
         UserError: no manifest, or one that cannot be believed: nothing can be said of the shards then.
     """
-    shards = ShardSet(folder, check_sizes=False)
+    shards = ShardSet(folder, check_sizes=False, key="folder")
     if shards.storage.is_remote:
         raise UserError(f"{folder}: only a local folder can be verified; every read of a remote one is checked as it is made")
     files = [*shards.manifest["prompts"]["files"], *shards.manifest["shards"]]

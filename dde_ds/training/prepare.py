@@ -80,16 +80,16 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None
     before any weight is loaded."""
     data = run.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
-    training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples)
-    _check_fit(run, training, f"data.path {data.name}")
+    training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples, key=data.key)
+    _check_fit(run, training, f"{data.key} {data.name}")
     if data.flip and not training.manifest["settings"]["flip"]:
         raise UserError(f"data.flip is true, but {data.name} holds no mirrored latents; shard the pairs with --flip")
-    held_out = open_sources([(run.evaluation.path, 1.0)], **remote) if run.evaluation.path else None
+    held_out = open_sources([(run.evaluation.path, 1.0)], **remote, key="evaluation.path") if run.evaluation.path else None
     if held_out:
         _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
     trained_on = {one.digest for one in (training.sets if isinstance(training, MixedShards) else [training])}
     if held_out and held_out.digest in trained_on:
-        raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of data.path; held-out pairs are needed")
+        raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of {data.key}; held-out pairs are needed")
     return training, held_out
 
 

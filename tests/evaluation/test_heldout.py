@@ -120,3 +120,19 @@ def test_training_pairs_are_no_held_out_pairs(tmp_path, sd_model, sd_shards, sdx
         open_shards(load_config(config, [f"evaluation.path={sd_shards}"]))
     with pytest.raises(UserError, match=r"evaluation.path .* made for 'sdxl' models"):
         open_shards(load_config(config, [f"evaluation.path={sdxl_shards}"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.path=/nowhere", r"^evaluation\.path /nowhere: no such folder"),
+        ("evaluation.path=ftp://host/shards", r"^evaluation\.path ftp://host/shards: expected a folder or a URL of"),
+        ("data.path=/nowhere", r"^data\.path /nowhere: no such folder"),
+        ("data={sources: [{path: /nowhere}]}", r"^data\.sources /nowhere: no such folder"),
+        ("data={sources: [{path: SHARDS}, {path: /nowhere}]}", r"^data\.sources\[1\]\.path /nowhere: no such folder"),
+    ],
+)
+def test_missing_shards_are_called_by_their_own_key(tmp_path, sd_model, sd_shards, override, message):
+    config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
+    with pytest.raises(UserError, match=message):
+        open_shards(load_config(config, [override.replace("SHARDS", str(sd_shards))]))
