@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -10,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from dde_ds import planner
-from dde_ds.config import config_of, load_config
+from dde_ds import __version__, planner
+from dde_ds.config import LONGEST_TIMEOUT, config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
 from dde_ds.ranks import end_process, read_environment, read_hostfile
@@ -27,9 +28,11 @@ def command() -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dde-ds", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dde-ds", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dde_ds {__version__}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    commands = parser.add_subparsers(dest="command", required=True)
+    own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
     check.set_defaults(
         act=lambda args: validate(
@@ -119,6 +122,8 @@ def report_errors(act: Callable[[], int | None], over_ranks: bool = True) -> int
 def diagnose(args: argparse.Namespace) -> int:
     from dde_ds import doctor
 
+    if not 0 < args.timeout_minutes <= LONGEST_TIMEOUT:
+        raise UserError(f"--timeout-minutes {args.timeout_minutes:g}: must be above 0, and {LONGEST_TIMEOUT:,} or less")
     return doctor.diagnose(load_config(args.config, args.overrides) if args.config else None, args.timeout_minutes)
 
 

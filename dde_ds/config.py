@@ -23,6 +23,8 @@ from dde_ds.text import half_surrogate, without_passwords
 
 MANY = 10**9
 """Limit of what counts steps, pairs or files: beyond it lie typing errors, and numbers that no machine gets through."""
+LONGEST_TIMEOUT = 100_000
+"""Minutes to wait for other ranks: two months."""
 LONGEST_TEXT = 4096
 """Characters of a text. Linux takes no longer path."""
 
@@ -200,6 +202,11 @@ class DataConfig:
     @property
     def weighted_paths(self) -> list[tuple[str, float]]:
         return [(source.path, source.weight) for source in self.sources] or [(self.path, 1.0)]
+
+    @property
+    def key(self) -> str:
+        """What names the shards, for a message."""
+        return "data.path" if self.path is not None else "data.sources"
 
     @property
     def name(self) -> str:
@@ -457,7 +464,7 @@ class RunConfig:
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
         if self.max_hours is not None:
             _positive("max_hours", self.max_hours)
-        _positive("timeout_minutes", self.timeout_minutes, 100_000)
+        _positive("timeout_minutes", self.timeout_minutes, LONGEST_TIMEOUT)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
         for key, usual in (("placement", "auto"), ("dtype", "policy")):
             value = getattr(self.reference, key)

@@ -21,6 +21,7 @@ import time
 import traceback
 from typing import NoReturn
 
+from dde_ds import __version__
 from dde_ds.config import load_config
 from dde_ds.errors import OtherRankError, RankError, UserError
 from dde_ds.ranks import end_process, read_environment
@@ -30,7 +31,8 @@ STOPPED, JOINING = 75, 30.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dde_ds {__version__}")
     parser.add_argument("--config", required=True, help="YAML of a run; launchers/recipes holds commented ones")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the configuration")
     parser.add_argument(

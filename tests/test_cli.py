@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import pytest
 
-from dde_ds import load_config
+from dde_ds import __version__, load_config
 from dde_ds.cli import main
+from tests.conftest import ROOT
 from tests.launching import write_config
 
 
@@ -58,3 +63,46 @@ def test_commands_of_one_process_do_not_look_at_the_launchers_variables(
     assert "environment" not in capsys.readouterr().err
     assert main(["doctor", config]) == 1
     assert "error: environment: " in capsys.readouterr().err
+
+
+def test_version(capsys):
+    for arguments in (["-m", "dde_ds.cli", "--version"], ["launchers/train.py", "--version"]):
+        shown = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert (shown.returncode, shown.stdout) == (0, f"dde_ds {__version__}\n"), shown.stderr
+
+
+def test_options_are_taken_by_their_whole_names_only(tmp_path, capsys):
+    """A name cut short may mean another option in a later version, and hides a typing error."""
+    for arguments in (
+        ["validate", "run.yaml", "--rank", "2"],
+        ["plan", "run.yaml", "--node=2"],
+        ["report", "run", "--out", "x"],
+        ["--vers"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert "usage: dde-ds" in capsys.readouterr().err
+    started = subprocess.run(
+        [sys.executable, "launchers/train.py", "--config", "run.yaml", "--resum"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (started.returncode, "unrecognized arguments: --resum" in started.stderr) == (2, True)
+
+
+def test_every_parser_takes_whole_names_only():
+    files = [path for folder in ("dde_ds", "launchers", "tools") for path in (ROOT / folder).rglob("*.py")]
+    calls = [
+        (path.name, node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and any(ast.unparse(part).endswith("ArgumentParser") for part in (node.func, *node.args))
+    ]
+    assert len(calls) > 12
+    for name, call in calls:
+        assert "allow_abbrev=False" in ast.unparse(call), name
+
+
+def test_absurd_numbers(capsys):
+    for value in ("1e300", "nan", "0", "-1"):
+        assert main(["doctor", "--timeout-minutes", value]) == 1
+        assert capsys.readouterr().err.startswith("error: --timeout-minutes ")

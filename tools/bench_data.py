@@ -11,6 +11,7 @@ Every ratio is of two measurements in one run. Nothing is asserted: numbers are 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -41,8 +42,9 @@ BATCH = 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)
     read = commands.add_parser("read", help="pairs/s and MB/s of SDXL's shapes: sequential and shuffled, cold and warm")
     read.add_argument("--pairs", type=int, default=2000)
     read.add_argument("--repeats", type=int, default=15, help="epochs of each reader in each row")

@@ -45,7 +45,7 @@ LEAST_SECONDS = 1.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="pairs of a micro-batch")
     parser.add_argument("--repeats", type=int, default=31, help="at the least: short calls are repeated for a second")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the predictions")

@@ -88,7 +88,7 @@ class MadeUpShards:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default=str(ROOT / "launchers" / "demo" / "base"), help="diffusers folder or hub id")
     parser.add_argument(
         "--unet-config", type=Path, help="config.json of a UNet, to be given random weights, in the place of --model"

@@ -60,7 +60,7 @@ class Setting:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("demo_compare"))
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)

@@ -246,7 +246,7 @@ def train_denoiser(args, captions, latents, tokenizer, vae, generator) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--pairs", type=Path, required=True, help="parquet in Pick-a-Pic's columns, images of 64x64")
     parser.add_argument("--output", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--vae-steps", type=int, default=2400)

@@ -23,7 +23,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of both command lines."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     options.add_argument(
         "--input",
         nargs="+",

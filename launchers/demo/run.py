@@ -32,7 +32,7 @@ from dde_ds.rows import read_rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("demo_run"))
     parser.add_argument("--zero", choices=("2", "3"), default="2", help="DeepSpeed ZeRO stage of the policy")
     parser.add_argument("--images", type=int, default=2, help="images a held-out caption")
