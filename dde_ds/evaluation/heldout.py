@@ -73,7 +73,7 @@ class HeldOut:
         """This rank's share of each number, from (2,n) errors: the sum over ranks is the number. 0-d float64 tensors.
 
         ``loss`` is the objective's own, comparable between runs of one objective; ``loss_uniform`` is the Diffusion-DPO loss at
-        β = 2000, and ``accuracies`` the share of pairs with m < 0, comparable between all; the drifts are d(θ) - d(base).
+        β = 2000, and ``accuracies`` the share of pairs with m < 0, those with m = 0 as one half, comparable between all; the drifts are d(θ) - d(base).
         """
         chosen, rejected = policy - base
         m = chosen - rejected
@@ -84,7 +84,7 @@ class HeldOut:
         numbers = {
             "loss": own,
             "loss_uniform": losses.logistic_loss(losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),
-            "accuracies": (m < 0).double(),
+            "accuracies": losses.share_ahead(-m),
             "drift_chosen": chosen,
             "drift_rejected": rejected,
         }

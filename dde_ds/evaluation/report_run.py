@@ -18,7 +18,7 @@ from dde_ds.text import without_passwords
 # One chart each, of the keys that a run has; whatever stands in no group gets a chart of its own.
 GROUPS = (
     ("Loss", ("loss",)),
-    ("Accuracy: share of pairs with z > 0", ("rewards/accuracies",)),
+    ("Accuracy: share of pairs with z > 0, those with z = 0 as one half", ("rewards/accuracies",)),
     ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
     ("Drift of the errors, policy - reference", ("drift/chosen", "drift/rejected")),
     (

@@ -34,3 +34,9 @@ def logistic_loss(logits: Tensor) -> Tensor:
 def logistic_weight(logits: Tensor) -> Tensor:
     """-∂loss/∂z = σ(-z) of each pair, (B,): near 0 a pair is learnt, near 1 it is far on the wrong side."""
     return torch.sigmoid(-logits)
+
+
+def share_ahead(lead: Tensor) -> Tensor:
+    """Return 1 where ``lead``, such as z or -m, is above 0, and 0 where it is below. Where it is 0, as before the first step, policy and
+    reference tell a pair no better than a coin: one half. Of ``lead``'s shape and type."""
+    return (1 + lead.sign()) / 2

@@ -18,7 +18,7 @@ from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec
 
 SATURATED = 0.01
 TIMESTEP_BUCKETS = 10
-# Rows of what is summed by timestep: pairs with m < 0, reward margins, the winner's drift, its reference error, and how many pairs.
+# Rows of what is summed by timestep: pairs with m < 0, of those with m = 0 one half, reward margins, the winner's drift, its reference error, and how many pairs.
 BY_TIMESTEP = ("accuracy", "margin", "drift", "reference", "pairs")
 
 
@@ -149,14 +149,14 @@ class Objective:
     def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         chosen_drift, rejected_drift = errors[:2] - errors[2:]
         scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
-        margins, ahead = scale * (chosen_drift - rejected_drift), (chosen_drift < rejected_drift).to(z.dtype)
+        margins, ahead = scale * (chosen_drift - rejected_drift), losses.share_ahead(rejected_drift - chosen_drift)
         weight = self.link.weight(z)
         metrics = {
             "loss": loss,
             "rewards/chosen": (scale * chosen_drift).mean(),
             "rewards/rejected": (scale * rejected_drift).mean(),
             "rewards/margins": margins.mean(),
-            "rewards/accuracies": (z > 0).to(z.dtype).mean(),
+            "rewards/accuracies": losses.share_ahead(z).mean(),
             # Without the correction, which is the same for all pairs of a timestep: comparable between objectives.
             "rewards/margin_accuracies": ahead.mean(),
             "drift/chosen": chosen_drift.mean(),

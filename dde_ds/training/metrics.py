@@ -49,7 +49,7 @@ class Averages:
     def read(self, timesteps: int) -> dict[str, float]:
         """Means over all micro-batches and ranks since the last call. Collective.
 
-        Share of pairs with m < 0, reward margin, and the winners' drift in parts of the reference's error also by tenths of the
+        Share of pairs with m < 0 (those with m = 0 count one half), reward margin, and the winners' drift in parts of the reference's error also by tenths of the
         ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one. Nothing where all steps were skipped.
         """
         self.commit()

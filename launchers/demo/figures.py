@@ -44,7 +44,7 @@ def curves(rows: list[dict], path: Path) -> None:
     steps = [row["step"] for row in rows]
     panels = {
         "loss": {"loss": "loss"},
-        "accuracy": {"rewards/accuracies": "share of pairs with z > 0"},
+        "accuracy": {"rewards/accuracies": "share of pairs with z > 0, of z = 0 one half"},
         "rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         "error drift: policy - reference": {"drift/chosen": "chosen", "drift/rejected": "rejected"},
         "errors": {"error/policy_chosen": "policy, chosen", "error/policy_rejected": "policy, rejected"},

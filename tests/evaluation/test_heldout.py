@@ -114,6 +114,14 @@ def test_a_drawing_ends_where_it_is_told_to(sd_model, unets):
     assert polled == [1, 2]
 
 
+def test_pairs_that_are_level_count_one_half(held_out, unets):
+    schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
+    looked = HeldOut(ShardSet(held_out), schedule)
+    errors = looked.errors(unets[0])
+    found = looked.summary(build_objective("dde", schedule), errors, errors)
+    assert found["accuracies"].item() == pytest.approx(0.5)
+
+
 def test_training_pairs_are_no_held_out_pairs(tmp_path, sd_model, sd_shards, sdxl_shards):
     config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
     with pytest.raises(UserError, match=r"evaluation.path .* holds the pairs of data.path"):

@@ -210,6 +210,19 @@ def test_metrics(schedule):
     assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
 
 
+def test_pairs_that_are_level_count_one_half(schedule):
+    """As all are before the first step: a coin is right on half of them."""
+    _, reference, noise = predictions()
+    level = build_objective("dde", schedule)(reference, reference, noise, T)
+    assert level.metrics["rewards/accuracies"] == level.metrics["rewards/margin_accuracies"] == 0.5
+    assert level.by_timestep[0].sum() == PAIRS / 2
+    half = reference.clone()
+    half[0] = noise[0]  # the first winner is predicted without an error, all others as before
+    out = build_objective("dde", schedule)(half, reference, noise, T)
+    assert out.metrics["rewards/accuracies"].item() == pytest.approx((1 + (PAIRS - 1) / 2) / PAIRS)
+    assert out.metrics["rewards/accuracies"] == out.metrics["rewards/margin_accuracies"]
+
+
 def test_timestep_probabilities(schedule):
     segment = build_objective("dde", schedule, timestep_range=(200, 700)).timestep_probabilities
     assert not segment[:200].any()
