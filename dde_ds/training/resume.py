@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -55,12 +56,31 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
     state = first_does(lambda: checkpoint.read_state(chosen))
     if run.steps < state["step"]:
         raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
-    for key, value in identity(run, shards).items():
-        if state["identity"].get(key) != value:
-            raise UserError(
-                f"{key} is {value!r}, but {chosen} was trained with {state['identity'].get(key)!r}: a resumed run would not be the same run"
-            )
+    if changed := differences(identity(run, shards), state["identity"]):
+        raise UserError(
+            f"{', '.join(changed)} in {chosen}: a resumed run would not be the same run; set it back, or start another one in a new output "
+            "folder, from this one's export/ if its training is to count"
+        )
     return Origin(chosen, state, tuple(checkpoints[checkpoints.index(chosen) + 1 :]))
+
+
+def differences(own: dict, found: dict, prefix: str = "") -> list[str]:
+    """Return what differs between two identities, a text for each value: ``objective.beta is 300, was 500``."""
+    lines = []
+    for key in {**own, **(found if prefix else {})}:  # a later version may know more than this one
+        value, other = own.get(key), found.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            lines += differences(value, other, f"{prefix}{key}.")
+        elif value != other:
+            lines.append(f"{prefix}{key} is {_short(value)}, was {_short(other)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    """A value for a message: numbers as they are written, digests by their beginning."""
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:8]}…"
+    return json.dumps(value, ensure_ascii=False).removesuffix(".0")
 
 
 def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
