@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dde_ds", "dde_ds.*"]),
+    package_data={"dde_ds.models": ["architectures/*.json"]},
     python_requires=">=3.10",
     # Ranges that are meant to work; constraints.txt holds the exact versions that are tested.
     install_requires=[

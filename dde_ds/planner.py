@@ -38,14 +38,23 @@ def plan_run(args: argparse.Namespace) -> None:
         raise UserError(f"--mfu {args.mfu:g}: must lie in (0, 1]")
     device = chosen_device(args.gpu, args.gpu_memory)
     # The libraries take seconds to load: not before the arguments are known to be right.
+    from dde_ds.data.mixture import open_sources
     from dde_ds.engine.plan import make_plan
+    from dde_ds.models.known import shipped_unet
     from dde_ds.models.quiet import quiet_libraries
     from dde_ds.training.planning import shards_are_there, task_of
     from dde_ds.training.prepare import open_shards
 
     quiet_libraries()
-    task = task_of(run, open_shards(run)[0] if shards_are_there(run) else None)
-    plan = make_plan(run, task, args.nodes, args.gpus, device, args.mfu)
+    unet, shards, data = shipped_unet(run.model.path, run.model.revision), None, run.data
+    if shards_are_there(run) and unet is None:
+        shards = open_shards(run)[0]
+    elif shards_are_there(run):  # and there is no model to compare them with
+        shards = open_sources(
+            data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, not data.max_bad_samples, data.key
+        )
+    plan = make_plan(run, task_of(run, shards, unet), args.nodes, args.gpus, device, args.mfu)
+    plan["model"]["architecture"] = "model.path" if unet is None else "shipped copy"
     if args.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -81,7 +90,10 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     held = " + ".join(f"{part} {_gib(memory[part])}" for part in parts if memory[part])
     modes = ", ".join(f"{mode} {_gib(value)}" for mode, value in memory["activations_by_mode"].items())
     rows = [
-        ("model", [f"{model['parameters']:,} parameters, {model['trained']:,} of them trained, latents {'x'.join(map(str, model['latent']))}, prompts of {model['tokens']} tokens"]),
+        ("model", [
+            f"{model['parameters']:,} parameters, {model['trained']:,} of them trained, latents {'x'.join(map(str, model['latent']))}, prompts of {model['tokens']} tokens",
+            *(["architecture: shipped copy, since the model is not on this machine"] if model["architecture"] == "shipped copy" else []),
+        ]),
         ("settings", [f"ZeRO-{chosen['stage']} ({chosen['deepspeed']}), {chosen['precision']}, {chosen['optimizer']}, gradient checkpointing "
                       f"{chosen['gradient_checkpointing']}, reference {chosen['reference'] or 'none'}"]),
         ("batch", [f"{batch['pairs']} pairs a step = {batch['nodes']} nodes x {batch['ranks'] // batch['nodes']} ranks x {batch['accumulation']} "

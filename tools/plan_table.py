@@ -8,7 +8,6 @@ with the fastest gradient checkpointing that leaves a micro-batch large enough t
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dde_ds.config import RunConfig, load_config
 from dde_ds.engine.devices import Device
 from dde_ds.engine.plan import MODES, Task, rank_memory, usable
 from dde_ds.models.cost import TOKENS
+from dde_ds.models.known import read_architecture
 from dde_ds.models.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def main() -> int:
     quiet_libraries()
     rows = []
     for recipe, architecture, side, enough in MODELS:
-        unet = json.loads((ROOT / "tests" / "architectures" / f"{architecture}.json").read_text())
+        unet = read_architecture(architecture)
         task = Task(unet, (unet["in_channels"], side, side), TOKENS, pair_bytes=0)
         for memory in MEMORIES:
             device = Device("", 0.0, memory)

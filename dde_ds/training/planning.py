@@ -15,7 +15,7 @@ from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.devices import peak_flops
 from dde_ds.engine.plan import HELD_BACK, MODES, Task, pick_checkpointing, stored_pair_bytes
-from dde_ds.models.cost import Adapters
+from dde_ds.models.cost import TOKENS, Adapters
 from dde_ds.models.unet import load_component_config, load_unet_config
 
 
@@ -23,15 +23,20 @@ def shards_are_there(run: RunConfig) -> bool:
     return all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths)
 
 
-def task_of(run: RunConfig, shards: ShardSet | MixedShards | None) -> Task:
+def task_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: dict | None = None) -> Task:
     """Model and data of a run, from configurations and manifests. Shards that are not made yet, None, are taken to hold latents of the
     size that the model was trained at.
+
+    Args:
+        known_unet: of :func:`dde_ds.models.known.shipped_unet`; nothing is read of the model then.
 
     Raises:
         UserError: a model's configuration that cannot be had.
     """
-    unet = load_unet_config(run.model.path, run.model.revision)
-    tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
+    unet, tokens = known_unet, TOKENS
+    if known_unet is None:
+        unet = load_unet_config(run.model.path, run.model.revision)
+        tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
     adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
     if shards is None:
         latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])

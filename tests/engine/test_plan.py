@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,12 @@ from dde_ds.engine.traffic import step_traffic
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.cost import Adapters, Sizes, forward_flops, made_up_batch, pair_flops, parameter_sizes, run_pass, training_pass
+from dde_ds.models.known import KNOWN, read_architecture, shipped_unet
 from dde_ds.models.unet import predict
 from dde_ds.training.planning import Utilisation, task_of
 from tests.conftest import ROOT
 from tests.launching import write_config
 
-ARCHITECTURES = ROOT / "tests" / "architectures"
 TINY = {
     **{"sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 2},
     **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
@@ -33,15 +34,11 @@ LATENT, TOKENS = (4, 16, 16), 8
 H100 = find_device("H100")
 
 
-def architecture(name: str) -> dict:
-    return json.loads((ARCHITECTURES / f"{name}.json").read_text())
-
-
 @pytest.mark.parametrize(
     ("name", "side", "parameters", "tflop"), [("sd15", 64, 859_520_964, 0.803), ("sdxl", 128, 2_567_463_684, 6.761)]
 )
 def test_the_public_architectures(name, side, parameters, tflop):
-    config, latent = architecture(name), (4, side, side)
+    config, latent = read_architecture(name), (4, side, side)
     assert sum(parameter_sizes(config).trained) == parameters
     assert parameter_sizes(config).frozen == ()
     assert forward_flops(config, latent) / 1e12 == pytest.approx(tflop, abs=5e-4)
@@ -196,7 +193,7 @@ def test_the_plan_of_a_run(run, sd_shards):
 def test_8_bit_moments_of_sdxl_need_two_gpus(run):
     eight = replace(run, optimizer=replace(run.optimizer, type="adamw_8bit"))
     with pytest.raises(UserError, match="2,567,463,684 are trained on 1: take more ranks"):
-        make_plan(eight, Task(architecture("sdxl"), (4, 128, 128), 77, 1000), 1, 1, H100)
+        make_plan(eight, Task(read_architecture("sdxl"), (4, 128, 128), 77, 1000), 1, 1, H100)
 
 
 def test_checkpointing_that_fits(run):
@@ -357,3 +354,37 @@ def test_a_plan_takes_every_file_of_ours(run):
 def test_contradictions_end_in_a_line(run):
     with pytest.raises(UserError, match="no such file"):
         make_plan(replace(run, deepspeed="nowhere.json"), task_of(run, None), 1, 1, H100)
+
+
+def test_a_public_model_is_planned_without_a_hub(monkeypatch, tmp_path, capsys):
+    """By the architecture that comes with the project, from any working directory, and without a word to the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
+    for path in {load_config(recipe).model.path for recipe in (ROOT / "launchers/recipes").glob("*.yaml")}:
+        assert path in KNOWN
+        assert shipped_unet(path) == read_architecture(KNOWN[path])
+    assert shipped_unet("nobody/nothing") is None
+    assert main(["plan", str(ROOT / "launchers/recipes/sd15_dde.yaml"), "model.gradient_checkpointing=full"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert (
+        "859,520,964 parameters, 859,520,964 of them trained, latents 4x64x64, prompts of 77 tokens architecture: shipped copy"
+        in text
+    )
+    (tmp_path / "stabilityai/stable-diffusion-xl-base-1.0").mkdir(parents=True)  # a folder of that name is what is meant
+    assert shipped_unet("stabilityai/stable-diffusion-xl-base-1.0") is None
+
+
+def test_a_model_in_the_hubs_cache_is_read_from_there(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    path = "stabilityai/stable-diffusion-xl-base-1.0"
+    repository = tmp_path / f"models--{path.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for name in ("model_index.json", "unet/config.json", "text_encoder/config.json"):
+        assert shipped_unet(path) is not None
+        file = repository / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert shipped_unet(path) is None

@@ -17,6 +17,7 @@ from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import blocks, set_checkpointing
 from dde_ds.models.cost import made_up_batch
+from dde_ds.models.known import read_architecture
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import load_unet, predict
 from tests.conftest import ROOT
@@ -252,7 +253,7 @@ def test_blocks_are_gathered_at_once(model, blockwise, layerwise):
     assert list(classes) == SHARDED["leaf_module"]["classes"]
     leaves = tuple(pydoc.locate(name) for name in classes)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads((ROOT / f"tests/architectures/{model}.json").read_text()))
+        unet = UNet2DConditionModel.from_config(read_architecture(model))
     assert [module for module in unet.modules() if isinstance(module, leaves)] == blocks(unet)
 
     def gathered(module: torch.nn.Module, leaves: tuple) -> list[int]:
