@@ -19,9 +19,7 @@ TAKEN = (
 )
 """Keys that a configuration may set. The run has its own word for some of them, and DeepSpeed ignores others for want of a use."""
 REASONS = {
-    **dict.fromkeys(
-        ("wandb", "comet", "tensorboard", "csv_monitor"), "the run says who gets its numbers: log.wandb_project, log.tensorboard"
-    ),
+    **dict.fromkeys(("wandb", "comet", "tensorboard", "csv_monitor"), "log.trackers of the run says who gets its numbers"),
     **dict.fromkeys(("data_efficiency", "curriculum_learning"), "the order of the pairs is the run's own"),
     **dict.fromkeys(("amp", "torch_autocast"), "precision states the type of policy and reference"),
     **dict.fromkeys(("progressive_layer_drop", "compression_training", "quantize_training"), "it would change what is trained"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dde_ds import load_config
+from tests.conftest import DEMO, shard
 from tests.distributed.grid import EVERY, KINDS, RANKS, TRAJECTORIES, Setting, covering, run, trajectory, write_grid_config
 from tests.launching import launch_many
 from tests.plain_loop import plain_steps
@@ -81,6 +82,28 @@ def few(configs, tmp_path_factory):
 def test_a_setting_changes_nothing(few, setting):
     assert few[setting][0][0] == torch.tensor(2.0).log().item()
     assert_follows(few[setting], setting.kind, LOSS, NORM)
+
+
+@pytest.mark.grid
+def test_rounding_at_the_default_beta(parquet, tmp_path, capsys):
+    """What ds_configs/README.md says of a trained base: β and the weights of the timesteps multiply float32's rounding."""
+    config = write_grid_config(tmp_path / "run.yaml", DEMO / "base", shard(parquet, DEMO / "base", tmp_path / "shards"))
+    zero2, zero3 = (Setting("sd", 2, stage, 2, "none", "replicated") for stage in (2, 3))
+    changes = ("steps=20", "objective={beta: 2000}", "optimizer.learning_rate=1e-5")
+    runs = {
+        "ZeRO-2": run(zero2, config, tmp_path / "two", *changes),
+        "the same again": run(zero2, config, tmp_path / "again", *changes),
+        "ZeRO-3": run(zero3, config, tmp_path / "three", *changes),
+        "micro-batches of 1": run(zero2, config, tmp_path / "micro", *changes, "batch.micro=1"),
+    }
+    assert [outcome.code for outcome in launch_many(list(runs.values()), 2)] == [0] * 4
+    losses = [[loss for loss, _ in trajectory(tmp_path / name)] for name in ("two", "again", "three", "micro")]
+    apart = [max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) for other in losses]
+    with capsys.disabled():
+        print({name: f"{value:.0e}" for name, value in zip(runs, apart, strict=True)})
+    assert {other[0] for other in losses} == {losses[0][0]}
+    assert apart[1] == 0
+    assert max(apart) < 2e-4
 
 
 @pytest.mark.grid

@@ -23,7 +23,7 @@ def completed(tmp_path, found: dict) -> dict:
     ("key", "message"),
     [
         *(
-            (name, r"the run says who gets its numbers: log\.wandb_project")
+            (name, r"log\.trackers of the run says who gets its numbers")
             for name in ("wandb", "comet", "tensorboard", "csv_monitor")
         ),
         *((name, "the order of the pairs") for name in ("data_efficiency", "curriculum_learning")),
