@@ -25,6 +25,8 @@ MANY = 10**9
 """Limit of what counts steps, pairs or files: beyond it lie typing errors, and numbers that no machine gets through."""
 LONGEST_TIMEOUT = 100_000
 """Minutes to wait for other ranks: two months."""
+PATHS = re.compile(r"(path|output|deepspeed|ledger|cache_dir)$")
+"""Keys whose text is a path, or may be one."""
 LONGEST_TEXT = 4096
 """Characters of a text. Linux takes no longer path."""
 
@@ -590,6 +592,9 @@ def _check_text(text: str, key: str) -> None:
         raise UserError(f"{key} is {_shown(text)}: must not hold half a surrogate pair")
     if len(text) > LONGEST_TEXT:
         raise UserError(f"{key} has {len(text):,} characters: must have {LONGEST_TEXT:,} or fewer")
+    # Linux takes no longer name, and says so with an error wherever it is asked whether the file is there.
+    if PATHS.search(key) and any(len(part.encode()) > 255 for part in text.split("/")):
+        raise UserError(f"{key} is {_shown(text)}: must have no name of more than 255 bytes in it")
 
 
 def _plain(value: Any) -> Any:

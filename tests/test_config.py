@@ -98,6 +98,10 @@ def test_sources(file, tmp_path):
         ("lora={rank: 1000000000}", "lora.rank is 1000000000: must be 4,096 or less"),
         ("objective.beta=1e300", "objective.beta is 1e+300: must be 1,000,000,000 or less"),
         (f"model.gradient_checkpointing=every_{'9' * 3000}", "model.gradient_checkpointing is 'every_999"),
+        *(
+            (f"{key}=runs/{'ä' * 130}", f"{key} is 'runs/äää")
+            for key in ("output", "model.path", "data.path", "evaluation.path", "deepspeed", "reference.ledger", "data.cache_dir")
+        ),
         (f"model.path={'a' * 5000}", "model.path has 5,000 characters: must have 4,096 or fewer"),
         (r'output="a\0b"', r"output is 'a\x00b': must not hold a NUL character"),
         (

@@ -132,8 +132,8 @@ def soon(monkeypatch):
 
 
 def attempt_soon(monkeypatch, timeout: float) -> None:
-    def quick(self, url, cache=None, timeout=60.0, longest=timeout):
-        INIT(self, url, cache, min(timeout, longest), attempts=5, first_delay=0.01)
+    def quick(self, url, cache=None, timeout=60.0, longest=timeout, key="data.path"):
+        INIT(self, url, cache, min(timeout, longest), attempts=5, first_delay=0.01, key=key)
 
     monkeypatch.setattr(RemoteFolder, "__init__", quick)
 
