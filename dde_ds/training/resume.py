@@ -37,8 +37,8 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
         say: takes one line for the user.
 
     Raises:
-        UserError: nothing is there to resume; every checkpoint is damaged; one could not be
-            read; or the newest whole one is of another run.
+        UserError: nothing is there to resume; every checkpoint is damaged; one could not be read; or the newest whole one is
+            of another run.
     """
     folder = Path(run.output)
     if resume is None:

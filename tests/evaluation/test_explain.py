@@ -12,8 +12,9 @@ from PIL import Image
 
 from dde_ds import build_objective
 from dde_ds.cli import main
-from dde_ds.engine.checkpoint import MANIFEST, TABLE
+from dde_ds.engine.checkpoint import STATE, TABLE
 from dde_ds.evaluation import explain
+from tests.engine.test_checkpoint import list_anew
 from tests.launching import write_config
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -207,13 +208,20 @@ def recorded(tmp_path, sd_model, sd_shards, schedule):
                 correction = tail(weights(STABLE_DIFFUSION)[1] * averages[0])[LOGGED]
                 rows.append({"step": step, "timesteps": LOGGED, "correction": correction.tolist()})
         (tmp_path / "correction.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        checkpoint = tmp_path / "checkpoints" / "step-00000021"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / MANIFEST).write_text("{}")
-        safetensors.save_file(objective.state_dict(), checkpoint / TABLE)
+        save_table(tmp_path, 21, objective)
         return averages, count
 
     return record
+
+
+def save_table(run: Path, step: int, objective) -> None:
+    """A checkpoint of which nothing but the correction table is ever read."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    safetensors.save_file(objective.state_dict(), folder / TABLE)
+    for name in (STATE, "state-00000-000.safetensors"):
+        (folder / name).write_text("not read")
+    list_anew(folder)
 
 
 def binned(values: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -302,10 +310,7 @@ def test_a_run_that_cannot_be_explained(tmp_path, sd_model, sd_shards, schedule,
     assert main(explained(tmp_path)) == 1
     assert "no checkpoint there yet" in capsys.readouterr().err
 
-    checkpoint = tmp_path / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / MANIFEST).write_text("{}")
-    safetensors.save_file(build_objective("dde", schedule).state_dict(), checkpoint / TABLE)
+    save_table(tmp_path, 2, build_objective("dde", schedule))
     assert main(explained(tmp_path)) == 1
     assert "holds no sample yet" in capsys.readouterr().err
 
