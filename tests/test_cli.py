@@ -9,7 +9,7 @@ import pytest
 from dde_ds import __version__, load_config
 from dde_ds.cli import main
 from tests.conftest import ROOT
-from tests.launching import write_config
+from tests.launching import RANK_VARIABLES, write_config
 
 
 def test_validate(tmp_path, sd_model, sd_shards, capsys):
@@ -44,6 +44,8 @@ def test_validate_finds_what_would_stop_a_run(tmp_path, sd_model, sd_shards, sdx
 def test_commands_of_one_process_do_not_look_at_the_launchers_variables(
     tmp_path, sd_model, sd_shards, monkeypatch, capsys, variables
 ):
+    for name in RANK_VARIABLES:  # an earlier test's process group may have left them in this process
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     config = str(write_config(tmp_path / "run.yaml", sd_model, sd_shards))
