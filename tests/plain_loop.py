@@ -67,7 +67,9 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
         t = batch["timesteps"]
         noise = batch["noise"].to(dtype).repeat(2, 1, 1, 1)
         noisy = scheduler.add_noise(batch["latents"].to(dtype), noise, t.repeat(2))
-        conditions = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]} if "pooled" in batch else None
+        conditions = None
+        if "time_ids" in batch:
+            conditions = {"text_embeds": batch["pooled_prompt_embeds"].to(dtype), "time_ids": batch["time_ids"]}
 
         def errors(unet, noisy=noisy, t=t, batch=batch, conditions=conditions, noise=noise):
             predicted = unet(noisy, t.repeat(2), batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions).sample

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dde_ds import UserError
 from dde_ds.config import ModelConfig
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.unet import load_unet, predict
+from dde_ds.models.unet import Conditioning, load_unet, predict
 
 MODES = ("none", "selective", "every_2", "every_3", "full")
 
@@ -21,17 +21,17 @@ def unet(request) -> UNet2DConditionModel:
     return load_unet(str(request.getfixturevalue(request.param))).train()
 
 
-def batch_of(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+def conditioning_of(unet: UNet2DConditionModel) -> Conditioning:
     generator = torch.Generator().manual_seed(0)
-    batch = {"prompt_embeds": torch.randn(4, 7, unet.config.cross_attention_dim, generator=generator)}
+    embeds = torch.randn(4, 7, unet.config.cross_attention_dim, generator=generator)
     if unet.config.addition_embed_type == "text_time":
-        batch |= {"pooled": torch.randn(4, 16, generator=generator), "time_ids": torch.full((4, 6), 16.0)}
-    return batch
+        return Conditioning(embeds, torch.randn(4, 16, generator=generator), torch.full((4, 6), 16.0))
+    return Conditioning(embeds)
 
 
 def forward(unet: UNet2DConditionModel) -> torch.Tensor:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    return predict(unet, latents, torch.tensor([3, 700, 3, 700]), batch_of(unet))
+    return predict(unet, latents, torch.tensor([3, 700, 3, 700]), conditioning_of(unet))
 
 
 def gradients(unet: UNet2DConditionModel) -> list[torch.Tensor]:

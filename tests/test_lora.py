@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 
 from dde_ds import UserError, build_objective, load_config
 from dde_ds.models import lora
+from dde_ds.training.batches import Batch
 from dde_ds.training.reference import adapters_off
 from dde_ds.training.step import micro_step
 from tests.conftest import ROOT
@@ -81,12 +82,13 @@ def test_merged_and_loaded_adapters_are_the_trained_model(tmp_path, request, kin
 def test_the_reference_is_the_base_with_the_adapters_off(sd_model, schedule, dtype):
     policy, base = with_adapters(sd_model).to(dtype), load(sd_model).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    batch = {
-        "latents": torch.randn(4, 4, 8, 8, generator=generator),
-        "noise": torch.randn(2, 4, 8, 8, generator=generator),
-        "timesteps": torch.tensor([300, 600]),
-        "prompt_embeds": torch.randn(4, 7, 16, generator=generator),
-    }
+    batch = Batch(
+        latents=torch.randn(4, 4, 8, 8, generator=generator),
+        noise=torch.randn(2, 4, 8, 8, generator=generator),
+        timesteps=torch.tensor([300, 600]),
+        prompt_embeds=torch.randn(4, 7, 16, generator=generator),
+        positions=torch.arange(2),
+    )
     objective, reference = build_objective("dde", schedule, beta=50), adapters_off(policy)
 
     def step():
@@ -101,10 +103,10 @@ def test_the_reference_is_the_base_with_the_adapters_off(sd_model, schedule, dty
     later = step()
     assert later.loss.item() != first.loss.item()
     with torch.no_grad():
-        both = batch["timesteps"].repeat(2)
-        noisy = schedule.add_noise(batch["latents"], batch["noise"].repeat(2, 1, 1, 1), both).to(dtype)
-        expected = base(noisy, both, batch["prompt_embeds"].to(dtype)).sample
-        assert torch.equal(reference(noisy, both, batch), expected)
+        both = batch.timesteps.repeat(2)
+        noisy = schedule.add_noise(batch.latents, batch.noise.repeat(2, 1, 1, 1), both).to(dtype)
+        expected = base(noisy, both, batch.prompt_embeds.to(dtype)).sample
+        assert torch.equal(reference(noisy, both, batch.conditioning), expected)
     assert len(adapters_of(policy)) > 0  # on again, and trained
 
 

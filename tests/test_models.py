@@ -12,7 +12,7 @@ from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.encode import Encoder
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.speed import compile_blocks, use_channels_last
-from dde_ds.models.unet import load_unet, predict, unet_digest
+from dde_ds.models.unet import Conditioning, load_unet, predict, unet_digest
 from dde_ds.training.reference import adapters_off
 
 
@@ -60,7 +60,7 @@ def test_attention_is_pytorchs_fused_one(request, model):
 def test_channels_last_carries_through(sd_model):
     """Every convolution of images sees it, though the weights lie as ZeRO leaves them, and the numbers stay."""
     unet, found = load_unet(str(sd_model)), []
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), {"prompt_embeds": torch.randn(2, 7, 16)}
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), Conditioning(torch.randn(2, 7, 16))
     expected = predict(unet, *inputs)
     use_channels_last(unet)
     for module in unet.modules():
@@ -76,7 +76,7 @@ def test_compiled_blocks(sd_model):
     """Every way of checkpointing has the same gradients, eager PyTorch's but for bfloat16's rounding, and a pass without gradients predicts
     what training does, to the bit: a reference begins where its policy does."""
     eager = load_unet(str(sd_model)).bfloat16()
-    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), {"prompt_embeds": torch.randn(4, 7, 16)}
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), Conditioning(torch.randn(4, 7, 16))
 
     def passes(unet, mode):
         set_checkpointing(unet, mode)
@@ -103,7 +103,7 @@ def test_compiled_blocks(sd_model):
 def test_compiled_blocks_with_adapters(sd_model):
     """Which come and go between two passes of the same compiled UNet."""
     unet = load_unet(str(sd_model))
-    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), {"prompt_embeds": torch.randn(4, 7, 16)}
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), Conditioning(torch.randn(4, 7, 16))
     with torch.no_grad():
         base = predict(unet, *inputs)
     add_adapters(unet, 4, 4.0, ["to_q", "ff.net.2"], seed=0)

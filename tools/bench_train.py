@@ -15,6 +15,7 @@ measured. The split of the time comes from further steps, in which the device is
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -50,6 +51,7 @@ from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.ranks import end_process
+from dde_ds.training.batches import Batch
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.metrics import Averages, RunLog
@@ -310,9 +312,9 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
         number = next(numbers)
         with accumulating(policy):
             for _ in range(args.accumulate):
-                batch = next(batches)
+                batch = Batch(**next(batches))
                 if ledger:
-                    batch["reference_errors"] = torch.ones(2 * args.micro)
+                    batch = dataclasses.replace(batch, reference_errors=torch.ones(2 * args.micro))
                 out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
                 ended("forward")
                 policy.backward(guards.watch(out.loss, batch))
@@ -348,15 +350,15 @@ def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple
     def step(ended: Callable[[str], None]) -> None:
         for _ in range(args.accumulate):
             batch = dataset.collate([dataset.pair(next(positions)) for _ in range(args.micro)])
-            batch = {key: value.to(device) for key, value in batch.items()}
-            both, target = batch["timesteps"].repeat(2), batch["noise"].repeat(2, 1, 1, 1)
-            noisy = schedule.add_noise(batch["latents"].float(), target, both)
+            batch = Batch(**batch).to(device)
+            both, target = batch.timesteps.repeat(2), batch.noise.repeat(2, 1, 1, 1)
+            noisy = schedule.add_noise(batch.latents.float(), target, both)
             ended("data")
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                reference_prediction = predict(reference, noisy.to(dtype), both, batch)
+                reference_prediction = predict(reference, noisy.to(dtype), both, batch.conditioning)
             ended("reference")
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                prediction = predict(policy, noisy, both, batch)
+                prediction = predict(policy, noisy, both, batch.conditioning)
             winner, loser = (prediction.float() - target).pow(2).mean((1, 2, 3)).chunk(2)
             reference_winner, reference_loser = (reference_prediction.float() - target).pow(2).mean((1, 2, 3)).chunk(2)
             loss = -F.logsigmoid(-0.5 * BETA * ((winner - loser) - (reference_winner - reference_loser))).mean()

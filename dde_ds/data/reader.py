@@ -1,7 +1,7 @@
 """From positions to micro-batches: a map-style dataset, a sampler of this rank's slices, a DataLoader around both.
 
 A micro-batch of B pairs is a dict of tensors: ``latents`` (2B,C,H,W) winners then losers, ``noise`` (B or 2B,C,H,W),
-``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled`` (2B,P) and ``time_ids`` (2B,6), and ``positions`` (B,).
+``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled_prompt_embeds`` (2B,P) and ``time_ids`` (2B,6), and ``positions`` (B,).
 
 Position, which the trainer counts at its optimizer steps, is all the state there is: what was prefetched beyond it is
 simply read again after a resume. So ranks, workers, prefetch and micro-batches change nothing of what is trained on.
@@ -35,6 +35,9 @@ MENDS = {
     "SIGBUS": ", most likely for want of room in /dev/shm: give the container more (docker run --shm-size), or lower data.workers",
 }
 """What to do where a worker was killed by a signal."""
+
+PROMPT_NAMES = {"pooled": "pooled_prompt_embeds"}
+"""Names of a prompt's tensors in the shards, and diffusers' names for them, which a batch has."""
 
 REPORT = "report"
 """Key under which a worker hands over its :class:`Report` beside the tensors."""
@@ -89,7 +92,8 @@ class PairDataset(Dataset):
         sample = self.shards.read(*place)
         shape = sample["latents"].shape
         timestep, noise, drop_caption = self.draws(position, shape)
-        prompt = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
+        stored = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
+        prompt = {PROMPT_NAMES.get(name, name): value for name, value in stored.items()}
         # One coin for both images of a pair: what tells them apart must not be which way they face.
         latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
         if "logvar" in sample:
@@ -128,7 +132,7 @@ class PairDataset(Dataset):
             values = [pair[key] for pair in pairs]
             if key in ("latents", "time_ids", "noise"):  # (2,…) each → winners, then losers; shared noise is (1,…)
                 values = [value[side] for side in range(len(values[0])) for value in values]
-            elif key in ("prompt_embeds", "pooled"):  # one caption for both
+            elif key in ("prompt_embeds", "pooled_prompt_embeds"):  # one caption for both
                 values = values * 2
             batch[key] = default_collate(values)
         return batch

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.unet import predict
+from dde_ds.models.unet import Conditioning, predict
 
 TOKENS = 77
 """Length of CLIP's prompts, which SD1.5 and SDXL are conditioned by."""
@@ -94,13 +94,13 @@ def training_pass(
     return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters)
 
 
-def made_up_batch(config: Any, latents: int, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """What :func:`dde_ds.models.unet.predict` takes beside latents: conditioning of the shapes that ``config``, a dict, asks for."""
-    batch = {"prompt_embeds": torch.zeros(latents, tokens, config["cross_attention_dim"])}
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        batch |= {"pooled": torch.zeros(latents, pooled), "time_ids": torch.zeros(latents, 6)}
-    return batch
+def made_up_conditioning(config: Any, latents: int, tokens: int = TOKENS) -> Conditioning:
+    """Return conditioning of the shapes that a UNet of this ``config``, a dict, takes."""
+    embeds = torch.zeros(latents, tokens, config["cross_attention_dim"])
+    if config.get("addition_embed_type") != "text_time":
+        return Conditioning(embeds)
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return Conditioning(embeds, torch.zeros(latents, pooled), torch.zeros(latents, 6))
 
 
 class Meter(TorchDispatchMode):
@@ -137,7 +137,7 @@ class Meter(TorchDispatchMode):
         del self._seen[key]
 
 
-def run_pass(unet: torch.nn.Module, noisy: Tensor, batch: dict[str, Tensor]) -> Pass:
+def run_pass(unet: torch.nn.Module, noisy: Tensor, conditioning: Conditioning) -> Pass:
     """A forward and backward pass, counted. On real tensors as well, which is how the count is tested."""
     # DeepSpeed takes a gradient into its buckets as soon as it is there.
     hooks = [
@@ -146,8 +146,8 @@ def run_pass(unet: torch.nn.Module, noisy: Tensor, batch: dict[str, Tensor]) -> 
         if parameter.requires_grad
     ]
     timesteps = torch.zeros(len(noisy), dtype=torch.int64)
-    with Meter([*unet.parameters(), noisy, timesteps, *batch.values()]) as meter:
-        prediction = predict(unet, noisy, timesteps, batch)
+    with Meter([*unet.parameters(), noisy, timesteps, *(value for value in conditioning if value is not None)]) as meter:
+        prediction = predict(unet, noisy, timesteps, conditioning)
         kept = meter.bytes
         prediction.backward(torch.ones_like(prediction))
     for hook in hooks:
@@ -167,9 +167,9 @@ def _parameter_sizes(key: str, adapters: Adapters | None) -> Sizes:
 def _forward_flops(key: str, latent: tuple[int, int, int], tokens: int) -> int:
     with torch.device("meta"):
         unet, noisy = _build(key), torch.zeros(1, *latent)
-        batch = made_up_batch(json.loads(key), 1, tokens)
+        conditioning = made_up_conditioning(json.loads(key), 1, tokens)
         with FlopCounterMode(display=False) as flops, torch.no_grad():
-            predict(unet, noisy, torch.zeros(1, dtype=torch.int64), batch)
+            predict(unet, noisy, torch.zeros(1, dtype=torch.int64), conditioning)
     return flops.get_total_flops()
 
 
@@ -193,8 +193,8 @@ def _training_pass(
                 empty = torch.empty(value.shape, dtype=dtype)
                 setattr(module, name, torch.nn.Parameter(empty, requires_grad=value.requires_grad))
         set_checkpointing(unet.train(), checkpointing)
-        batch = made_up_batch(json.loads(key), 2 * pairs, tokens)
-        return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), batch)
+        conditioning = made_up_conditioning(json.loads(key), 2 * pairs, tokens)
+        return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), conditioning)
 
 
 def _build(key: str, adapters: Adapters | None = None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,18 +117,27 @@ def load_scheduler_config(path: str, revision: str | None = None) -> dict:
         raise UserError(f"model.path {path}: scheduler not loadable: {' '.join(str(error).split())}") from None
 
 
-def predict(unet, noisy_latents: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,), conditioned by the batch's embeddings.
+class Conditioning(NamedTuple):
+    """What a UNet is told beside latents and timesteps."""
+
+    prompt_embeds: Tensor
+    """(N,S,D)."""
+    pooled_prompt_embeds: Tensor | None = None
+    """(N,P), SDXL's."""
+    time_ids: Tensor | None = None
+    """(N,6) float32, SDXL's sizes and crops in pixels."""
+
+
+def predict(unet: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """Return the UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,).
 
     ``unet`` may be the model or a DeepSpeed engine around it; latents and embeddings are cast to its type.
     """
     dtype = next(unet.parameters()).dtype
-    conditions = None
-    if "pooled" in batch:  # time_ids stay float32: a size of 765 pixels has no bfloat16
-        conditions = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
-    return unet(
-        noisy_latents.to(dtype), timesteps, batch["prompt_embeds"].to(dtype), added_cond_kwargs=conditions, return_dict=False
-    )[0]
+    embeds, pooled, time_ids = conditioning
+    # time_ids stay float32: a size of 765 pixels has no bfloat16.
+    added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
+    return unet(noisy_latents.to(dtype), timesteps, embeds.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
 
 
 def _from_hub(path: str, name: str, revision: str | None) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dde_ds.errors import UserError
 from dde_ds.rows import RowFile
+from dde_ds.training.batches import Batch
 
 MEND = (
     "lower optimizer.learning_rate and go on with --resume from the last checkpoint; or, in a new output folder, try precision=fp32 or "
@@ -24,25 +23,24 @@ class Guards:
     anyway, carries the flag to all ranks, and one look before the weights, :func:`dde_ds.engine.update.update`'s, is enough.
     """
 
-    def __init__(self, max_in_a_row: int, steps: int = 0, in_a_row: int = 0):
-        """``steps`` and ``in_a_row``: :meth:`counts` of the checkpoint that the run goes on from."""
-        self._max_in_a_row = max_in_a_row
+    def __init__(self, max_in_a_row: int, steps: int = 0, in_a_row: int = 0, log: RowFile | None = None):
+        """Begin with :meth:`counts` of the checkpoint that the run goes on from.
+
+        Args:
+            log: ``skipped.jsonl``, on one rank.
+        """
+        self._max_in_a_row, self._log = max_in_a_row, log
         self.steps, self.in_a_row = steps, in_a_row
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._log: RowFile | None = None
 
     def counts(self) -> dict[str, int]:
         """Skipped steps since the run began, and those at its end."""
         return {"steps": self.steps, "in_a_row": self.in_a_row}
 
-    def write_to(self, run_folder: Path, first_step: int) -> None:
-        """Keep ``skipped.jsonl``. On one rank."""
-        self._log = RowFile(run_folder / "skipped.jsonl", first_step)
-
-    def watch(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def watch(self, loss: Tensor, batch: Batch) -> Tensor:
         """A micro-batch's loss as it goes into the backward pass."""
         finite = loss.detach().isfinite()
-        self._seen.append((finite, batch["positions"], batch["timesteps"]))
+        self._seen.append((finite, batch.positions, batch.timesteps))
         return loss * torch.where(finite, 1.0, torch.nan)
 
     def passed(self) -> None:

@@ -15,13 +15,14 @@ class Heartbeat:
     """Writes ``heartbeat``, ``{"time": seconds since 1970, "step": …}``, at most every ten seconds. One rank alone keeps it: the others
     move with it or not at all."""
 
-    def __init__(self, run_folder: Path):
-        self._file = run_folder / "heartbeat"
+    def __init__(self, run_folder: Path | None):
+        """``run_folder`` is None on the other ranks, where it does nothing."""
+        self._file = run_folder / "heartbeat" if run_folder else None
         self._written = -float("inf")
 
     def beat(self, step: int) -> None:
         now = time.monotonic()
-        if now - self._written < EVERY_SECONDS:
+        if self._file is None or now - self._written < EVERY_SECONDS:
             return
         self._written = now
         staged = self._file.with_name(".heartbeat.partial")

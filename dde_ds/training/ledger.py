@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -26,15 +27,19 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.unet import unet_digest
 from dde_ds.objective.objective import Objective
+from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
 
 FORMAT = "dde_ds ledger 1"
 
 
 class Ledger:
-    """One run's view of the file, the same on all ranks: what it held when the run was started, and what the run adds."""
+    """One run's view of the file, the same on all ranks: what it held when the run was started, and what the run adds.
 
-    def __init__(self, path: Path, identity: dict, errors: Tensor, pairs: int):
+    A run without a file has one too: ``path`` is None, it covers nothing and keeps nothing.
+    """
+
+    def __init__(self, path: Path | None, identity: dict, errors: Tensor, pairs: int):
         self.path, self._identity, self._errors, self._pairs = path, identity, errors, pairs
         self._known = errors.isfinite().all(1)
         self._added: list[tuple[Tensor, Tensor]] = []
@@ -42,21 +47,21 @@ class Ledger:
     def covers(self, first_step: int, last_step: int) -> bool:
         """Whether it holds the pairs of the optimizer steps from ``first_step`` (counted from 0) up to, not including, ``last_step``."""
         known = self._known[first_step * self._pairs : last_step * self._pairs]
-        return len(known) == (last_step - first_step) * self._pairs and bool(known.all())
+        return bool(self.path) and len(known) == (last_step - first_step) * self._pairs and bool(known.all())
 
-    def fill(self, batches: Iterator[dict]) -> Iterator[dict]:
+    def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same micro-batches, with ``reference_errors`` (2B,) in those of steps that it covers: the whole step or nothing, so that
         all ranks run the reference or none does, which under ZeRO-3 they do together."""
         for batch in batches:
-            step = int(batch["positions"][0]) // self._pairs
+            step = batch.step(self._pairs)
             if self.covers(step, step + 1):
-                batch["reference_errors"] = self._errors[batch["positions"]].T.flatten()
+                batch = replace(batch, reference_errors=self._errors[batch.positions].T.flatten())
             yield batch
 
-    def add(self, batch: dict, reference_errors: Tensor) -> None:
+    def add(self, batch: Batch, reference_errors: Tensor | None) -> None:
         """Keep the errors, (2B,), of a micro-batch that the reference has seen, until :meth:`write`. Waits for no device."""
-        if "reference_errors" not in batch:
-            self._added.append((batch["positions"], reference_errors.view(2, -1).T))
+        if self.path and batch.reference_errors is None and reference_errors is not None:
+            self._added.append((batch.positions, reference_errors.view(2, -1).T))
 
     def write(self, ranks: Ranks) -> None:
         """Put what was added since the last call into the file. Collective; the first rank writes.
@@ -82,14 +87,14 @@ class Ledger:
         _write(self.path, grown, self._identity)
 
 
-def open_ledger(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective, ranks: Ranks) -> Ledger | None:
-    """The run's ledger as the first rank reads it, empty where there is no file yet; None where the run has none. Collective.
+def open_ledger(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective, ranks: Ranks) -> Ledger:
+    """The run's ledger as the first rank reads it, empty where there is no file yet, or where the run names none. Collective.
 
     Raises:
         UserError: a damaged file, or one of another reference, data, seed or sampling: the message names what differs.
     """
     if not run.reference.ledger or not objective.needs_reference:
-        return None
+        return Ledger(None, {}, torch.empty(0, 2), run.batch.pairs)
     path, found = Path(run.reference.ledger), None
     if ranks.is_first:
         try:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from dde_ds.config import RunConfig
-from dde_ds.data.draws import Draws
-from dde_ds.data.mixture import order_of
-from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
+from dde_ds.data.reader import RankSlices
 from dde_ds.distributed import start
 from dde_ds.errors import UserError
 from dde_ds.models import unet as models
 from dde_ds.models.quiet import quiet_libraries
+from dde_ds.training.batches import open_batches
 from dde_ds.training.ledger import open_ledger
 from dde_ds.training.prepare import build_run_objective, open_shards, treat_alike
 from dde_ds.training.reference import frozen_model
-from dde_ds.training.step import reference_step
+from dde_ds.training.step import errors_of
 
 
 def fill_ledger(run: RunConfig) -> None:
@@ -43,14 +42,11 @@ def fill_ledger(run: RunConfig) -> None:
         reference.requires_grad_(False).eval()
         treat_alike(run, reference)
         objective.to(device)
-        draws = Draws(
-            run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip
-        )
-        dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws)
         slices = [RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, step, step + 1) for step in missing]
-        batches = micro_batches(dataset, [own for each in slices for own in each], run.data.workers, device.type == "cuda")
+        batches = open_batches(run, shards, objective, [own for each in slices for own in each], device)
+        model, dtype = frozen_model(reference), models.DTYPES[run.precision]
         for number, batch in enumerate(batches, 1):
-            ledger.add(batch, reference_step(frozen_model(reference), objective, batch, device, models.DTYPES[run.precision]))
+            ledger.add(batch, errors_of(model, objective.schedule, batch, device, dtype))
             if number % (accumulation * run.checkpoint.every) == 0:
                 ledger.write(ranks)
         ledger.write(ranks)

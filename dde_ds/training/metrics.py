@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dde_ds.distributed import mean_over_ranks
 from dde_ds.objective.objective import BY_TIMESTEP, Objective, ObjectiveOutput
-from dde_ds.rows import RowFile
-from dde_ds.training.track import send_images, send_row
+from dde_ds.rows import RowFile, is_metrics, last_numbers, read_rows
+from dde_ds.training.track import finish, send_images, send_row
 from dde_ds.warn import reason, warn_once
 
 
@@ -137,15 +137,29 @@ class Clock:
 
 
 class RunLog:
-    """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row."""
+    """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row.
 
-    def __init__(self, folder: Path, resume_step: int, trackers: Sequence[Any] = ()):
-        self._trackers = trackers
-        self._metrics = RowFile(folder / "metrics.jsonl", resume_step)
-        self._correction = RowFile(folder / "correction.jsonl", resume_step)
+    Args:
+        folder: the run's; None on ranks that write nothing.
+        resume_step: later rows of an earlier try are dropped.
+        every, steps: a row is due every so many steps, and after the last.
+    """
+
+    def __init__(self, folder: Path | None, resume_step: int, trackers: Sequence[Any] = (), every: int = 1, steps: int = 0):
+        self._trackers, self._every, self._steps = trackers, every, steps
+        self.last: dict[str, float] = last_numbers(read_rows(folder / "metrics.jsonl", is_metrics)) if folder else {}
+        """Numbers of the last row."""
+        self._metrics = RowFile(folder / "metrics.jsonl", resume_step) if folder else None
+        self._correction = RowFile(folder / "correction.jsonl", resume_step) if folder else None
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0 or step == self._steps
 
     def write(self, step: int, position: int, row: dict[str, float], objective: Objective | None = None) -> None:
-        """Without ``objective`` its table gets no row."""
+        """Write a step's row; without ``objective`` its table gets none."""
+        self.last = row
+        if not self._metrics or not self._correction:
+            return
         self._metrics.write({"step": step, "position": position, **row})
         with _going_on():
             send_row(self._trackers, step, row)
@@ -155,10 +169,21 @@ class RunLog:
             values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
             self._correction.write({"step": step, "timesteps": timesteps.tolist(), "correction": values})
 
+    def amend(self, step: int, position: int, numbers: dict[str, float]) -> None:
+        """Write more numbers of the last row's step: of an evaluation that a request to stop had cut off."""
+        whole = self.last | numbers
+        self.write(step, position, numbers)
+        self.last = whole
+
     def show(self, step: int, images: Tensor) -> None:
         """Send sample images, (N,3,H,W) uint8, to the trackers."""
         with _going_on():
             send_images(self._trackers, step, images)
+
+    def close(self) -> None:
+        """Let the trackers send what they still hold back."""
+        with _going_on():
+            finish(self._trackers)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dde_ds.models.unet import predict
+from dde_ds.models.unet import Conditioning, predict
 
-Reference = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
-"""(noisy latents (2B,C,H,W) in the models' type, timesteps (2B,), the micro-batch on the device) → predictions (2B,C,H,W). Called
+Reference = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(noisy latents (2B,C,H,W) in the models' type, timesteps (2B,), conditioning on the device) → predictions (2B,C,H,W). Called
 without gradients, before the policy's own pass."""
 
 
@@ -20,10 +20,10 @@ def adapters_off(unet: Any) -> Reference:
     The UNet inside a DeepSpeed engine, not the engine: ZeRO-3 gathers by hooks on the modules.
     """
 
-    def predictions(noisy: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def predictions(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         unet.disable_adapters()
         try:
-            return predict(unet, noisy, timesteps, batch)
+            return predict(unet, noisy, timesteps, conditioning)
         finally:
             unet.enable_adapters()
 
@@ -32,4 +32,4 @@ def adapters_off(unet: Any) -> Reference:
 
 def frozen_model(reference: Any) -> Reference:
     """A second UNet, or a DeepSpeed engine around one."""
-    return lambda noisy, timesteps, batch: predict(reference, noisy, timesteps, batch)
+    return lambda noisy, timesteps, conditioning: predict(reference, noisy, timesteps, conditioning)

@@ -103,17 +103,24 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
     }
 
 
-def cut_off(run: RunConfig, step: int) -> tuple[bool, bool]:
-    """Whether ``step``'s look at the held-out pairs and its drawing are due and missing: a request to stop cuts them off."""
-    look_due, drawing_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
-    rows = read_rows(Path(run.output) / "metrics.jsonl", is_metrics) if run.evaluation.path and step and look_due else []
-    looked = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
-    drawn = not run.samples.prompts or not drawing_due or (step > 0 and drawing(run, step).exists())
-    return not looked, not drawn
+class MissingOutputs(NamedTuple):
+    """What was due after a step and is not there: a request to stop cuts it off."""
+
+    evaluation: bool
+    samples: bool
 
 
-def drawing(run: RunConfig, step: int) -> Path:
-    """File of the pictures that are drawn after ``step``."""
+def missing_outputs(run: RunConfig, step: int) -> MissingOutputs:
+    """Return what ``step`` still owes: its row of evaluation, its sample images."""
+    evaluation_due, samples_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
+    rows = read_rows(Path(run.output) / "metrics.jsonl", is_metrics) if run.evaluation.path and step and evaluation_due else []
+    evaluated = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
+    drawn = not run.samples.prompts or not samples_due or (step > 0 and sample_path(run, step).exists())
+    return MissingOutputs(not evaluated, not drawn)
+
+
+def sample_path(run: RunConfig, step: int) -> Path:
+    """Return the file of the images that are drawn after ``step``."""
     return Path(run.output) / "samples" / f"step-{step:08d}.png"
 
 

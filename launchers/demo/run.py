@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from judge import accuracy, read_vendors, train_judge
 from parts import HERE, PAIRS, ROOT, launch, rank_count, say, shard
-from scoring import CaptionSet, Drawn
+from scoring import CaptionSet, Drawn, latent_spread
 
 from dde_ds.config import RunConfig, load_config
 from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance, win_rate
-from dde_ds.evaluation.heldout import error_drift, latent_spread
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.rows import read_rows
+from dde_ds.training.heldout import error_drift
 
 
 def main() -> int:

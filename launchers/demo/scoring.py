@@ -11,7 +11,11 @@ from judge import Judge
 from torch import Tensor
 
 from dde_ds.evaluation.generate import PromptSet
-from dde_ds.evaluation.heldout import latent_spread
+
+
+def latent_spread(latents: Tensor) -> float:
+    """Return the mean over samples of a latent's own standard deviation, (N,C,H,W): it grows when a model overshoots its images."""
+    return float(latents.flatten(1).std(1).mean())
 
 
 @dataclass(frozen=True)

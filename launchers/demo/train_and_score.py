@@ -35,12 +35,12 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.distributed import agree, gather_rows, start
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance
-from dde_ds.evaluation.heldout import HeldOut
 from dde_ds.files import discard, write_atomically
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.ranks import Ranks, end_process
+from dde_ds.training.heldout import HeldOut
 from dde_ds.training.loop import DONE, STOPPED, train
 
 BASE = str(HERE / "base")

@@ -13,8 +13,8 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import WeightReader, list_checkpoints, read_state
 from dde_ds.engine.export import KOHYA_FILE
-from dde_ds.evaluation.heldout import error_drift
 from dde_ds.models.unet import load_unet
+from dde_ds.training.heldout import error_drift
 from tests.conftest import DEMO, shard
 from tests.launching import alone, launch, rows, shipped, write_config
 from tests.plain_loop import plain_losses

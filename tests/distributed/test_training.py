@@ -21,8 +21,8 @@ from dde_ds import NoiseSchedule, load_config
 from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.checkpoint import list_checkpoints
-from dde_ds.evaluation.heldout import error_drift
 from dde_ds.rows import read_rows
+from dde_ds.training.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
 from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
 from tests.pipelines import save_sd

@@ -19,7 +19,7 @@ from dde_ds.engine.state import EMA
 from dde_ds.engine.update import accumulating
 from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.cost import made_up_batch
+from dde_ds.models.cost import made_up_conditioning
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.quiet import quiet_libraries
 from dde_ds.models.unet import predict
@@ -102,7 +102,7 @@ def held(
         reference = initialize_reference(made(unet, dtype), config, placement)
         predictions = frozen_model(reference)
     noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
-    batch = made_up_batch(unet, 2, 8)
+    batch = made_up_conditioning(unet, 2, 8)
     timesteps = torch.zeros(2, dtype=torch.int64)
     found = {"gradients": 0}
     for _ in range(2):  # optimizer steps: the moments are made in the first

@@ -18,7 +18,16 @@ from dde_ds.engine.plan import MODES, Task, kept_checkpoints, make_plan, nearest
 from dde_ds.engine.traffic import step_traffic
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.cost import Adapters, Sizes, forward_flops, made_up_batch, pair_flops, parameter_sizes, run_pass, training_pass
+from dde_ds.models.cost import (
+    Adapters,
+    Sizes,
+    forward_flops,
+    made_up_conditioning,
+    pair_flops,
+    parameter_sizes,
+    run_pass,
+    training_pass,
+)
 from dde_ds.models.known import KNOWN, read_architecture, shipped_unet
 from dde_ds.models.unet import predict
 from dde_ds.training.planning import Utilisation, task_of
@@ -50,14 +59,16 @@ def tiny(mode: str):
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(TINY).train()
     set_checkpointing(unet, mode)
-    return unet, torch.randn(2, *LATENT), made_up_batch(TINY, 2, TOKENS)
+    return unet, torch.randn(2, *LATENT), made_up_conditioning(TINY, 2, TOKENS)
 
 
 @pytest.mark.parametrize("mode", ["none", "every_2", "full"])
 def test_activations_are_what_autograd_keeps(mode):
     """On real tensors, by autograd's own hooks: they see all but what selective checkpointing stores by itself."""
     unet, noisy, batch = tiny(mode)
-    own = {tensor.untyped_storage()._cdata for tensor in [*unet.parameters(), noisy, *batch.values()]}
+    own = {
+        tensor.untyped_storage()._cdata for tensor in [*unet.parameters(), noisy, *(value for value in batch if value is not None)]
+    }
     kept = {}
 
     def pack(tensor):

@@ -16,10 +16,10 @@ from dde_ds.engine.lowbit import check_partition
 from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import blocks, set_checkpointing
-from dde_ds.models.cost import made_up_batch
+from dde_ds.models.cost import made_up_conditioning
 from dde_ds.models.known import read_architecture
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.unet import load_unet, predict
+from dde_ds.models.unet import Conditioning, load_unet, predict
 from tests.conftest import ROOT
 
 
@@ -281,7 +281,7 @@ def test_adapters_of_the_first_block(monkeypatch, sd_model, look_first):
         unet = load_unet(str(sd_model))
         add_adapters(unet, 4, 4.0, ["conv1", "to_q"], seed=0)
         policy, _ = initialize(unet, None, config | {"gradient_accumulation_steps": 1, "train_batch_size": 2})
-        batch = made_up_batch(unet.config, 2, 7)
+        batch = made_up_conditioning(unet.config, 2, 7)
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             inputs = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), batch)
@@ -340,7 +340,7 @@ def test_selective_checkpointing_refuses_deepspeeds_linear_layers(sd_model, monk
     set_checkpointing(unet, "selective")
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     with pytest.raises(RuntimeError, match="would give wrong gradients"):
-        predict(unet, torch.randn(1, 4, 8, 8), torch.tensor([3]), {"prompt_embeds": torch.randn(1, 7, 16)})
+        predict(unet, torch.randn(1, 4, 8, 8), torch.tensor([3]), Conditioning(torch.randn(1, 7, 16)))
 
 
 @pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])

@@ -11,7 +11,7 @@ from dde_ds import NoiseSchedule, UserError, build_objective, load_config
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
 from dde_ds.evaluation.generate import PromptSet
-from dde_ds.evaluation.heldout import HeldOut, error_drift
+from dde_ds.training.heldout import HeldOut, error_drift
 from dde_ds.training.prepare import open_shards
 from tests.conftest import DEMO, shard
 from tests.launching import write_config

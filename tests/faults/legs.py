@@ -63,14 +63,14 @@ def _one_rank(rank: int, config: Path, legs: Sequence[Leg], look_at, outcomes: d
 @contextlib.contextmanager
 def faults(leg: Leg, rank: int) -> Iterator[None]:
     from dde_ds.evaluation.generate import PromptSet
-    from dde_ds.evaluation.heldout import HeldOut
     from dde_ds.training import loop
+    from dde_ds.training.heldout import HeldOut
 
     original = loop.micro_step
 
     def micro_step(policy, reference, objective, batch, device):
         out = original(policy, reference, objective, batch, device)
-        step = int(batch["positions"][0]) // 8 + 1
+        step = batch.step(8) + 1
         if policy.is_gradient_accumulation_boundary():
             if (rank, step) in leg.bad_loss:
                 out.loss = out.loss * torch.nan

@@ -15,6 +15,7 @@ from dde_ds.distributed import start
 from dde_ds.engine.update import update
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.unet import load_unet
+from dde_ds.training.batches import Batch
 from dde_ds.training.guards import Guards
 from dde_ds.training.metrics import Averages
 from dde_ds.training.reference import frozen_model
@@ -58,13 +59,13 @@ def test_the_host_waits_for_nothing(tmp_path, sd_model, sd_shards, name):
     config = complete_config(load_config(path, [shipped(tmp_path, name)]), 1)
     policy, reference = initialize(*(load_unet(str(sd_model), precision="bf16") for _ in range(2)), config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})).to(DEVICE)
-    batch = {
-        "latents": torch.randn(4, 4, 8, 8).to(DEVICE),
-        "noise": torch.randn(2, 4, 8, 8).to(DEVICE),
-        "timesteps": torch.tensor([3, 700]).to(DEVICE),
-        "prompt_embeds": torch.randn(4, 7, 16).to(DEVICE),
-        "positions": torch.tensor([0, 1]).to(DEVICE),
-    }
+    batch = Batch(
+        latents=torch.randn(4, 4, 8, 8).to(DEVICE),
+        noise=torch.randn(2, 4, 8, 8).to(DEVICE),
+        timesteps=torch.tensor([3, 700]).to(DEVICE),
+        prompt_embeds=torch.randn(4, 7, 16).to(DEVICE),
+        positions=torch.tensor([0, 1]),
+    )
     guards, averages = Guards(1), Averages()
 
     def micro_batch() -> None:

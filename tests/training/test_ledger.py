@@ -13,6 +13,7 @@ from dde_ds import UserError, load_config
 from dde_ds.config import RunConfig
 from dde_ds.distributed import Ranks
 from dde_ds.errors import RankError
+from dde_ds.training.batches import Batch
 from dde_ds.training.ledger import FORMAT, Ledger, open_ledger
 from dde_ds.training.prepare import build_run_objective, open_shards
 from tests.conftest import shard
@@ -38,10 +39,12 @@ def opened(run: RunConfig) -> Ledger:
     return open_ledger(run, open_shards(run)[0], build_run_objective(run), ALONE)
 
 
-def batch_at(*positions: int) -> tuple[dict, torch.Tensor]:
+def batch_at(*positions: int) -> tuple[Batch, torch.Tensor]:
     """A micro-batch of these positions, and errors that tell winner and loser of each: position + 0.25 and + 0.5."""
     at = torch.tensor(positions)
-    return {"positions": at}, torch.cat([at + 0.25, at + 0.5]).float()
+    nothing = torch.empty(0)
+    batch = Batch(latents=nothing, noise=nothing, timesteps=nothing, positions=at, prompt_embeds=nothing)
+    return batch, torch.cat([at + 0.25, at + 0.5]).float()
 
 
 def test_what_is_added_is_there_for_the_next_run(run):
@@ -54,11 +57,11 @@ def test_what_is_added_is_there_for_the_next_run(run):
     assert ledger.covers(0, 1)
     assert not ledger.covers(0, 2), "two of the second step's eight pairs are there"
     filled = [next(ledger.fill(iter([batch_at(*positions)[0]]))) for positions in ((2, 3), (8, 9))]
-    assert filled[0]["reference_errors"].tolist() == [2.25, 3.25, 2.5, 3.5]
-    assert "reference_errors" not in filled[1], "the whole step or nothing"
+    assert filled[0].reference_errors.tolist() == [2.25, 3.25, 2.5, 3.5]
+    assert filled[1].reference_errors is None, "the whole step or nothing"
     ledger.add(filled[0], torch.full((4,), 7.0))  # they came from the ledger
     ledger.write(ALONE)
-    assert next(opened(run).fill(iter([batch_at(2)[0]])))["reference_errors"].tolist() == [2.25, 2.5]
+    assert next(opened(run).fill(iter([batch_at(2)[0]]))).reference_errors.tolist() == [2.25, 2.5]
     # Another batch size asks for other positions in a step, and nothing else.
     assert opened(changed(run, "batch.pairs=10")).covers(0, 1)
 
@@ -120,7 +123,7 @@ def test_what_only_weighs_the_errors_may_differ(run):
         "steps=9",
     ):
         opened(changed(run, override))
-    assert opened(changed(run, "objective.name=sft")) is None
+    assert opened(changed(run, "objective.name=sft")).path is None
 
 
 def test_damage_is_found(run, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from dde_ds import NoiseSchedule, build_objective
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.unet import load_unet
+from dde_ds.training.batches import Batch
 from dde_ds.training.guards import Guards
 from dde_ds.training.metrics import Averages
 from dde_ds.training.reference import frozen_model
@@ -21,15 +24,16 @@ def work(model, mode: str, schedule: NoiseSchedule, device: str):
     set_checkpointing(policy, mode)
     objective = build_objective("dde", schedule).to(device)
     width = policy.config.cross_attention_dim
-    batch = {
-        "latents": torch.randn(4, 4, 8, 8, device=device),
-        "noise": torch.randn(2, 4, 8, 8, device=device),
-        "timesteps": torch.tensor([3, 700]).to(device),
-        "prompt_embeds": torch.randn(4, 7, width, device=device),
-    }
+    batch = Batch(
+        latents=torch.randn(4, 4, 8, 8, device=device),
+        noise=torch.randn(2, 4, 8, 8, device=device),
+        timesteps=torch.tensor([3, 700]).to(device),
+        prompt_embeds=torch.randn(4, 7, width, device=device),
+        positions=torch.tensor([0, 1]),
+    )
     if policy.config.addition_embed_type == "text_time":
-        batch |= {"pooled": torch.randn(4, 16, device=device), "time_ids": torch.ones(4, 6, device=device)}
-    batch["positions"] = torch.tensor([0, 1]).to(device)
+        sizes = {"pooled_prompt_embeds": torch.randn(4, 16, device=device), "time_ids": torch.ones(4, 6, device=device)}
+        batch = dataclasses.replace(batch, **sizes)
     guards, averages = Guards(1), Averages()
     yield
     for _ in range(2):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from dde_ds import NoiseSchedule, build_objective
+from dde_ds.training.batches import Batch
 from dde_ds.training.reference import frozen_model
-from dde_ds.training.step import micro_step, reference_step
+from dde_ds.training.step import errors_of, micro_step
 
 ZERO_TERMINAL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
 
@@ -22,12 +24,13 @@ def test_the_rounding_of_x_t_stays_out_of_a_v_models_error(sd_model):
     reference = copy.deepcopy(policy).requires_grad_(False)
     objective = build_objective("dde", NoiseSchedule.from_scheduler(ZERO_TERMINAL | {"prediction_type": "v_prediction"}))
     generator = torch.Generator().manual_seed(0)
-    batch = {
-        "latents": torch.randn(8, 4, 8, 8, generator=generator).half(),
-        "noise": torch.randn(4, 4, 8, 8, generator=generator),
-        "timesteps": torch.full((4,), 999),
-        "prompt_embeds": torch.randn(8, 7, policy.config.cross_attention_dim, generator=generator),
-    }
+    batch = Batch(
+        latents=torch.randn(8, 4, 8, 8, generator=generator).half(),
+        noise=torch.randn(4, 4, 8, 8, generator=generator),
+        timesteps=torch.full((4,), 999),
+        prompt_embeds=torch.randn(8, 7, policy.config.cross_attention_dim, generator=generator),
+        positions=torch.arange(2),
+    )
     out = micro_step(policy, frozen_model(reference), objective, batch, torch.device("cpu"))
     assert out.loss.item() == torch.tensor(2.0).log().item()
     assert 1e-8 < out.metrics["error/policy_chosen"].item() < 5e-7
@@ -42,7 +45,7 @@ def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
     latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
     text = torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator)
     timesteps = torch.tensor([300, 600])
-    batch = {"latents": latents, "noise": noise, "timesteps": timesteps, "prompt_embeds": text}
+    batch = Batch(latents=latents, noise=noise, timesteps=timesteps, positions=torch.arange(2), prompt_embeds=text)
     out = micro_step(policy, frozen_model(reference), build_objective("uniform", schedule), batch, torch.device("cpu"))
     with torch.no_grad():
         noisy = schedule.add_noise(latents, noise, timesteps.repeat(2))
@@ -58,16 +61,17 @@ def test_a_reference_alone_finds_the_errors_that_it_finds_beside_a_policy(sd_mod
     policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet").to(policy_type)
     reference = frozen_model(copy.deepcopy(policy).to(reference_type).requires_grad_(False))
     generator = torch.Generator().manual_seed(0)
-    batch = {
-        "latents": torch.randn(4, 4, 8, 8, generator=generator).half(),
-        "noise": torch.randn(2, 4, 8, 8, generator=generator),
-        "timesteps": torch.tensor([300, 900]),
-        "prompt_embeds": torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator).half(),
-    }
+    batch = Batch(
+        latents=torch.randn(4, 4, 8, 8, generator=generator).half(),
+        noise=torch.randn(2, 4, 8, 8, generator=generator),
+        timesteps=torch.tensor([300, 900]),
+        prompt_embeds=torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator).half(),
+        positions=torch.arange(2),
+    )
     objective = build_objective("dde", schedule)
     out = micro_step(policy, reference, objective, batch, torch.device("cpu"))
-    alone = reference_step(reference, objective, batch, torch.device("cpu"), policy_type)
+    alone = errors_of(reference, schedule, batch, torch.device("cpu"), policy_type)
     assert alone.dtype == torch.float32 and alone.equal(out.reference_errors)
     # What the ledger hands over takes the reference's place.
-    again = micro_step(policy, None, objective, {**batch, "reference_errors": alone}, torch.device("cpu"))
+    again = micro_step(policy, None, objective, dataclasses.replace(batch, reference_errors=alone), torch.device("cpu"))
     assert again.loss.equal(out.loss)

@@ -1,0 +1,43 @@
+"""When a run saves a checkpoint, and what it says of itself in one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from dde_ds.config import RunConfig
+from dde_ds.data.mixture import MixedShards
+from dde_ds.data.shards import ShardSet
+from dde_ds.engine import checkpoint
+from dde_ds.objective.objective import Objective
+from dde_ds.training.guards import Guards
+from dde_ds.training.resume import state_at
+
+
+class Checkpoints:
+    """Saves when that is due.
+
+    Args:
+        damaged: checkpoints that were proved damaged on resume, and may be replaced.
+    """
+
+    def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, damaged: Collection[Path]):
+        self._run, self._shards, self._damaged = run, shards, damaged
+
+    def due(self, step: int, guards: Guards) -> bool:
+        """Return whether to save after ``step``: not among skipped steps, whose older checkpoints may be the last good ones."""
+        return step == self._run.steps or (step % self._run.checkpoint.every == 0 and not guards.in_a_row)
+
+    def save(self, step: int, policy: Any, objective: Objective, beside: dict) -> str:
+        """Write the checkpoint of ``step`` and return a line about it. Collective.
+
+        Args:
+            beside: what else to restore on resume, as JSON has it.
+        """
+        started, options = time.perf_counter(), self._run.checkpoint
+        state = state_at(self._run, self._shards, step) | beside
+        folder = Path(self._run.output) / "checkpoints"
+        path, size = checkpoint.save(folder, policy, objective, state, options.keep, options.keep_every, self._damaged)
+        return f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"

@@ -1,0 +1,46 @@
+"""Sample images of a run: the same prompts and noise each time, so that what changes is the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dde_ds.config import RunConfig
+from dde_ds.evaluation.generate import PromptSet, save_row
+from dde_ds.ranks import Ranks
+from dde_ds.training.metrics import RunLog
+from dde_ds.training.resume import sample_path
+from dde_ds.training.stop import StopRequest, unless_stopped
+from dde_ds.warn import reason, warn_once
+
+
+class Samples:
+    """Draws ``samples.prompts`` when that is due, never where there are none. Collective, since ZeRO-3's forward passes are."""
+
+    def __init__(self, run: RunConfig, policy: Any, ranks: Ranks, device: torch.device, stop: StopRequest, log: RunLog):
+        self._run, self._policy, self._ranks, self._stop, self._log = run, policy, ranks, stop, log
+        self._prompts = None
+        if run.samples.prompts:
+            dtype = next(policy.parameters()).dtype
+            self._prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype)
+
+    def due(self, step: int) -> bool:
+        return self._prompts is not None and (step % self._run.samples.every == 0 or step == self._run.steps)
+
+    def draw(self, step: int) -> None:
+        """Write ``samples/step-….png``. A request to stop leaves it out; a full disk is a warning."""
+        options = self._run.samples
+        images = unless_stopped(
+            lambda: self._prompts.draw(
+                self._policy.module, options.seed, options.inference_steps, options.guidance_scale, poll=self._stop.poll
+            )
+        )
+        if images is None or not self._ranks.is_first:
+            return
+        try:
+            save_row(images, sample_path(self._run, step))
+        except OSError as error:
+            warn_once(f"pictures in {Path(self._run.output) / 'samples'} could not be saved: {reason(error)}; the run goes on")
+        self._log.show(step, images)

@@ -1,0 +1,200 @@
+"""What a run holds while it trains, and how all of it is opened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dde_ds.config import RunConfig
+from dde_ds.data.reader import RankSlices, ReadingTotals
+from dde_ds.distributed import any_rank, first_does, ranks_of_a_node, start
+from dde_ds.engine import checkpoint
+from dde_ds.engine.zero import complete_config
+from dde_ds.objective.objective import Objective, ObjectiveOutput
+from dde_ds.ranks import Ranks
+from dde_ds.rows import RowFile
+from dde_ds.training.batches import Batch, open_batches
+from dde_ds.training.checkpoints import Checkpoints
+from dde_ds.training.folder import claimed
+from dde_ds.training.guards import Guards
+from dde_ds.training.heartbeat import Heartbeat
+from dde_ds.training.heldout import HeldOutEvaluator
+from dde_ds.training.ledger import Ledger, open_ledger
+from dde_ds.training.lock import Lock
+from dde_ds.training.metrics import Averages, Clock, RunLog
+from dde_ds.training.planning import Utilisation, chosen_checkpointing
+from dde_ds.training.prepare import build_run_objective, load_engines, open_folder, open_shards
+from dde_ds.training.progress import ProgressLine
+from dde_ds.training.reading import reading_row
+from dde_ds.training.reference import Reference
+from dde_ds.training.resume import choose_checkpoint
+from dde_ds.training.samples import Samples
+from dde_ds.training.signals import asked
+from dde_ds.training.stop import StopRequest
+from dde_ds.training.track import open_trackers
+from dde_ds.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Session:
+    """The parts of a run, each on every rank. A part that is switched off is there, is never due and does nothing."""
+
+    run: RunConfig
+    ranks: Ranks
+    device: torch.device
+    folder: Path
+    first_step: int
+    """Steps that were made before, in the checkpoint that the run goes on from."""
+    accumulation: int
+    """Micro-batches of an optimizer step on this rank."""
+
+    policy: Any
+    """DeepSpeed's engine."""
+    reference: Reference | None
+    """None where nothing compares with one, or all its errors are in the ledger."""
+    objective: Objective
+    batches: Iterator[Batch]
+
+    ledger: Ledger
+    guards: Guards
+    heartbeat: Heartbeat
+    lock: Lock | None
+    """Of the run folder, on the first rank."""
+    stop: StopRequest
+
+    averages: Averages
+    clock: Clock
+    utilisation: Utilisation
+    reading: ReadingTotals
+    health: Watch
+    log: RunLog
+    progress: ProgressLine
+    evaluator: HeldOutEvaluator
+    samples: Samples
+    checkpoints: Checkpoints
+
+    def take(self, batch: Batch, out: ObjectiveOutput) -> torch.Tensor:
+        """Count what a micro-batch came to, and return its loss as it goes into the backward pass."""
+        self.ledger.add(batch, out.reference_errors)
+        self.averages.add(out)
+        return self.guards.watch(out.loss, batch)
+
+    def row(self, step: int, grad_norm: float | None) -> dict[str, float]:
+        """Return the numbers of the steps since the last row. Collective.
+
+        Args:
+            grad_norm: of the last step before clipping; None where the step was skipped.
+        """
+        row = {**self.averages.read(self.objective.schedule.timesteps), **self.clock.read()}
+        row |= self.utilisation.row(row["perf/pairs_per_s"])
+        row |= reading_row(self.reading, self.run.data.max_bad_samples, row["perf/pairs_per_s"], self.device)
+        row |= {"learning_rate": self.run.optimizer.rate(step - 1), "guard/skipped_steps": self.guards.steps}
+        return row | ({} if grad_norm is None else {"grad_norm": grad_norm})
+
+
+def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session | None:
+    """Open everything that a run needs, and load the checkpoint that it goes on from. Collective.
+
+    Args:
+        resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
+        held: takes what must be given back when the run ends, however that comes about.
+
+    Returns:
+        The session, or None after a request to stop.
+
+    Raises:
+        UserError: unusable input.
+    """
+    deadline = None if run.max_hours is None else time.monotonic() + 3600 * run.max_hours
+    folder = Path(run.output)
+
+    # Shards and objective: what needs no other rank
+    shards, held_out_shards = open_shards(run)
+    objective = build_run_objective(run)
+
+    # Ranks
+    ranks, device = start(run.timeout_minutes)
+    if any_rank(asked(), device):  # while libraries were imported and the others waited for
+        return None
+    on_a_node = ranks_of_a_node(ranks, device)
+    ds_config = complete_config(run, ranks.world, on_a_node)
+
+    # Run folder: whether the run may write there, and what it goes on from
+    lock = held.enter_context(claimed(folder, resume, _warn))
+    resumed, state, damaged = choose_checkpoint(run, shards, resume, _warn)
+    first_step = state.get("step", 0)
+    ledger = open_ledger(run, shards, objective, ranks)
+    first_does(lambda: open_folder(folder, run))
+
+    # Models. All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
+    stop = StopRequest(folder, device, deadline)
+    with_reference = objective.needs_reference and not ledger.covers(first_step, run.steps)
+    checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world, on_a_node, device)
+    policy, reference = load_engines(run, ds_config, with_reference, checkpointing)
+    objective.to(device)
+    evaluator = HeldOutEvaluator(run, held_out_shards, objective, policy.module, ranks, stop)  # before weights are restored
+    if stop.agreed():
+        return None
+    if resumed is not None:
+        checkpoint.load(resumed, policy, objective)
+
+    # Data
+    slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
+    clock, reading, accumulation = Clock(), ReadingTotals(), run.batch.accumulation(ranks.world)
+    batches = ledger.fill(clock.timed(open_batches(run, shards, objective, slices, device, reading)))
+
+    # What is counted, and where it goes
+    writing = folder if ranks.is_first else None
+    averages = Averages()
+    averages.restore(state.get("averages", {}), accumulation, device)
+    skipped = RowFile(folder / "skipped.jsonl", first_step) if writing else None
+    guards = Guards(run.guards.max_skipped_in_a_row, **state.get("skipped", {}), log=skipped)
+    log = RunLog(writing, first_step, open_trackers(run, first_step) if writing else (), run.log.every, run.steps)
+    held.callback(log.close)
+    heartbeat = Heartbeat(writing)
+    heartbeat.beat(first_step)
+    progress = ProgressLine(first_step, run.steps, visible=ranks.is_first)
+    progress.say(
+        f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
+        f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
+        + (f"; {'no reference, but' if reference is None else 'reference errors into'} {ledger.path}" if ledger.path else "")
+        + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
+        + (f"; resumed after step {first_step}" if first_step else "")
+    )
+    return Session(
+        run=run,
+        ranks=ranks,
+        device=device,
+        folder=folder,
+        first_step=first_step,
+        accumulation=accumulation,
+        policy=policy,
+        reference=reference,
+        objective=objective,
+        batches=batches,
+        ledger=ledger,
+        guards=guards,
+        heartbeat=heartbeat,
+        lock=lock,
+        stop=stop,
+        averages=averages,
+        clock=clock,
+        utilisation=Utilisation(run, shards, with_reference, ranks.world, device),
+        reading=reading,
+        health=Watch(),
+        log=log,
+        progress=progress,
+        evaluator=evaluator,
+        samples=Samples(run, policy, ranks, device, stop, log),
+        checkpoints=Checkpoints(run, shards, damaged),
+    )
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", flush=True)
