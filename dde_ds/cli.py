@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,13 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
     check.set_defaults(
         act=lambda args: validate(
-            args.config, args.overrides, sum(read_hostfile(args.hostfile).values()) if args.hostfile else args.ranks
+            args.config, args.overrides, sum(read_hostfile(args.hostfile).values()) if args.hostfile else args.ranks, args.resume
         )
     )
     check.add_argument("config", help="YAML of a run")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value")
     check.add_argument("--ranks", type=int, default=1, help="how many GPUs will run it")
     check.add_argument("--hostfile", help="check this too, and count its slots, in the place of --ranks")
+    check.add_argument("--resume", action="store_true", help="check that the run can go on from its newest checkpoint")
     planner.add_command(commands)
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
     picture.set_defaults(act=explain)
@@ -70,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("--dtype", default="fp32", help="of the UNet, of adapters, or of a single file: fp32, bf16 or fp16")
     model.add_argument("--max-shard-size", metavar="5GB", help="split the folder's weights into files of at most this size")
     model.add_argument("--raw", action="store_true", help="the weights themselves, where the run kept a moving average of them")
+    model.add_argument("--model", metavar="PATH", help="where the run's base lies now, if it was moved: its content is compared")
+    model.add_argument("--revision", help="of --model, where it is a hub id")
+    model.add_argument("--variant", help="of --model's weight files, such as fp16")
     ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
     ledger.set_defaults(act=lambda args: fill_ledger(args.config, args.overrides))
     ledger.add_argument("config", help="YAML of a run with reference.ledger")
@@ -173,8 +178,16 @@ def export(args: argparse.Namespace) -> None:
     """A model from a checkpoint, without a GPU."""
     from dde_ds.engine import checkpoint
     from dde_ds.engine.export import export_checkpoint
+    from dde_ds.models.quiet import quiet_libraries
     from dde_ds.rows import is_metrics, last_numbers, read_rows
+    from dde_ds.training.check import WEIGHTS, base_identity
+    from dde_ds.training.prepare import build_run_objective
+    from dde_ds.training.resume import require_same_base
 
+    quiet_libraries()
+    for option in ("revision", "variant"):
+        if getattr(args, option) and not args.model:
+            raise UserError(f"--{option}: belongs to --model, which is not given")
     source = args.source
     chosen = [source] if (source / checkpoint.MANIFEST).is_file() else checkpoint.list_checkpoints(source / "checkpoints")
     if not chosen:
@@ -182,6 +195,16 @@ def export(args: argparse.Namespace) -> None:
     try:
         state = checkpoint.read_state(chosen[-1])
         run = config_of(state["config"])
+        if args.model:
+            run = replace(run, model=replace(run.model, path=args.model, revision=args.revision, variant=args.variant))
+        known = state["identity"]
+        if args.format != "lora" or args.model:  # adapters alone need no base
+            own = base_identity(run.model, build_run_objective(run), WEIGHTS in known and args.format != "kohya")
+            require_same_base(run.model.path, own, chosen[-1], known)
+        if args.model and WEIGHTS not in known:
+            print(
+                f"note: this checkpoint is of an earlier version and does not know its base's weights: {args.model} is taken for it"
+            )
         # Of the run folder, where the checkpoint still lies in one.
         rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl", is_metrics) if row["step"] <= state["step"]]
         metrics = last_numbers(rows)
@@ -197,7 +220,7 @@ def fill_ledger(config: str, overrides: list[str]) -> None:
     ledger_pass.fill_ledger(load_config(config, overrides))
 
 
-def validate(config: str, overrides: list[str], ranks: int) -> None:
+def validate(config: str, overrides: list[str], ranks: int, resume: bool = False) -> None:
     """Everything that would stop a run in its first minute, found without starting it."""
     run = load_config(config, overrides)
     if ranks < 1:
@@ -205,11 +228,23 @@ def validate(config: str, overrides: list[str], ranks: int) -> None:
     accumulation = run.batch.accumulation(ranks)
 
     from dde_ds.engine.zero import complete_config
+    from dde_ds.models.quiet import quiet_libraries
+    from dde_ds.training.check import check_start, require_writable
+    from dde_ds.training.ledger import check_ledger
     from dde_ds.training.prepare import build_run_objective, open_shards
+    from dde_ds.training.resume import check_folder
 
-    stage = complete_config(run, ranks)["zero_optimization"]["stage"]
-    shards, _ = open_shards(run)
+    quiet_libraries()
+    require_writable(Path(run.output))
+    ds_config = complete_config(run, ranks)
+    stage = ds_config["zero_optimization"]["stage"]
+    shards, held_out = open_shards(run)
     objective = build_run_objective(run)
+    base, said = check_start(run, shards, held_out, objective, ds_config, ranks, download=False)
+    check_folder(run, shards, base, resume)
+    check_ledger(run, shards, objective)
+    for line in said:
+        print(f"note: {line}")
     samples = sum(shards.counts)
     print(f"{objective.name}, ZeRO-{stage}, {run.precision}, latents {'x'.join(map(str, shards.latent_shape))}")
     print(f"{run.batch.pairs} pairs a step = {ranks} ranks x {accumulation} micro-batches of {run.batch.micro}")

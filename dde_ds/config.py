@@ -64,6 +64,10 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
 
+    variant: str | None = None
+    """Which of the weights are read, by the name that their files have: ``fp16`` for ``diffusion_pytorch_model.fp16.safetensors``. None takes
+    files without such a name, or the one variant there is where a part has none."""
+
     gradient_checkpointing: str = "auto"
     """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
     (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
@@ -77,6 +81,12 @@ class ModelConfig:
     """Convolutions in the memory format that tensor cores take. Turn it on on a GPU where it is faster: measure a few steps."""
 
     def __post_init__(self):
+        _require(
+            self.variant is None or re.fullmatch(r"[\w-]+", self.variant) is not None,
+            "model.variant",
+            self.variant,
+            "must be the part of a file's name between two dots, such as fp16, or null",
+        )
         _require(
             re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9][0-9]{1,8})", self.gradient_checkpointing) is not None,
             "model.gradient_checkpointing",
@@ -179,6 +189,10 @@ class DataConfig:
 
     workers: int = 2
     """Loader processes a rank. 0 reads in the training process. Changes nothing of what is trained on."""
+
+    allow_other_encoders: bool = False
+    """Take shards of another VAE or other text encoders than those of ``model.path``. For a model of which you know that they encode alike,
+    such as the same ones stored in half precision: to others the latents and embeddings mean something else."""
 
     max_bad_samples: int = 0
     """Damaged samples that a run may replace by their neighbours, each reported once, before it stops. 0 stops at the first."""

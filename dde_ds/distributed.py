@@ -145,14 +145,15 @@ def first_says(value: Any, ranks: Ranks) -> Any:
 
 def first_does(work: Callable[[], T]) -> T:
     """What ``work()`` gives on the first rank, or the UserError that it raises there, on every rank; plain data only. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
     held: list = [None, None]
     if dist.get_rank() == 0:
         try:
             held[0] = work()
         except UserError as error:
             held[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(held, src=0)
+    dist.broadcast_object_list(held, src=0)
     if held[1] is not None:
         raise UserError(held[1])
     return held[0]

@@ -28,7 +28,7 @@ from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_ma
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image, time_ids
-from dde_ds.untrusted import read_json
+from dde_ds.untrusted import JSON_BYTES, parse_json, read_regular
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.
 LOOKAHEAD = 2
@@ -64,7 +64,8 @@ class Recipe:
         return {
             "format": FORMAT,
             "model": self.model,
-            "weights": encoder.weights,
+            "weights": encoder.digests.full,
+            "weights_half": encoder.digests.half,
             "vae_dtype": str(encoder.vae_dtype),
             "text_dtype": str(encoder.text_dtype),
             "family": encoder.family,
@@ -122,7 +123,7 @@ def make_shards(
     if prompts_files + shards > MOST_FILES:
         raise UserError(f"--pairs-per-shard {recipe.pairs_per_shard}: makes {shards} shards, more than a manifest holds; raise it")
     settings = recipe.settings(encoder, source)
-    digest = _claim(output, settings)
+    settings, digest = _claim(output, settings)
     shapes = {name: list(value.shape[1:]) for name, value in encoder.prompts([""]).items()}
     parts = (("prompts-", prompts_files), ("", shards))
     remove_partials(output, {f"{kind}{number:05d}" for kind, count in parts for number in _own(count, rank, world)})
@@ -225,8 +226,12 @@ def _repeated(source: PairSource, survey: Survey, fingerprints: str) -> list[dic
     ]
 
 
-def _claim(output: Path, settings: dict) -> str:
-    """Mark the folder as belonging to these settings, or find that it does; give back their digest."""
+# A model is known by its weights, wherever it lies. Their second digest is missing in folders of earlier versions.
+FREE = ("model", "weights_half")
+
+
+def _claim(output: Path, settings: dict) -> tuple[dict, str]:
+    """Mark the folder as belonging to these settings, or find that it does; give back those that it was begun with, and their digest."""
     path = output / "settings.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -240,8 +245,9 @@ def _claim(output: Path, settings: dict) -> str:
             raise UserError(f"--output {output}: is not empty and holds no shards of ours; choose another folder")
         write_atomically(path, data)
     try:
-        before = read_json(path)
-        differing = [key for key in {**settings, **before} if before.get(key) != settings.get(key)]
+        data = read_regular(path, JSON_BYTES)
+        before = parse_json(data)
+        differing = [key for key in {**settings, **before} if key not in FREE and before.get(key) != settings.get(key)]
     except (ValueError, TypeError):
         raise UserError(f"--output {output}: its settings.json is damaged; delete the folder") from None
     if differing and "background" not in before:
@@ -255,7 +261,7 @@ def _claim(output: Path, settings: dict) -> str:
             f"--output {output}: was begun with other settings ({key} {before.get(key)!r}, now {settings.get(key)!r}); "
             "choose another folder or delete this one"
         )
-    return hashlib.sha256(data).hexdigest()
+    return before, hashlib.sha256(data).hexdigest()
 
 
 def _encode_prompts(captions: list[str], first: int, encoder: Encoder, batch: int) -> Iterator[Sample]:

@@ -42,6 +42,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--split", default="train", help="of a data set given by name")
     options.add_argument("--model", required=True, help="diffusers folder or hub id whose VAE and text encoders encode")
     options.add_argument("--revision", help="branch, tag or commit of a hub id")
+    options.add_argument("--variant", help="of the weights' files, such as fp16; default: those without, or the only one")
     options.add_argument("--output", type=Path, required=True, help="folder for the shards")
     options.add_argument("--resolution", type=int, help="side of the square images in pixels; default: the model's own")
     options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
@@ -175,7 +176,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
     torch.backends.cudnn.deterministic = True
     dtypes = (getattr(torch, name) if name else None for name in (args.vae_dtype, args.text_dtype))
-    encoder = Encoder(args.model, args.revision, device, *dtypes)
+    encoder = Encoder(args.model, args.revision, device, *dtypes, args.variant)
     started, first = time.perf_counter(), None
     rate = TextColumn("{task.fields[rate]:.1f} images/s")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), rate, TimeRemainingColumn())

@@ -24,7 +24,9 @@ from dde_ds.engine.state import EMA, WEIGHT, gather, moments
 from dde_ds.errors import UserError
 from dde_ds.files import follow_umask, publish, put_in_place, save_tensors, staged_path, sync
 from dde_ds.models import lora
-from dde_ds.models.unet import DTYPES, LOADING, family, load_scheduler_config, load_unet
+from dde_ds.models.optional import load_optional
+from dde_ds.models.parts import load_pipeline
+from dde_ds.models.unet import DTYPES, family, load_scheduler_config, load_unet
 
 FORMATS = ("folder", "lora", "kohya", "single")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -111,7 +113,7 @@ def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
     Raises:
         UserError: the base has no such parameters.
     """
-    unet = load_unet(run.model.path, run.model.revision)
+    unet = load_unet(run.model.path, run.model.revision, variant=run.model.variant)
     weights = unet.state_dict()  # the UNet's own tensors
     for name, value in lora.differences(trained, run.lora.scale) if run.lora else trained.items():
         if name not in weights:
@@ -124,11 +126,15 @@ def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
 
 
 def _pipeline(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> Any:
-    """The base's pipeline with the trained UNet in ``dtype``, its other parts in float32."""
-    from diffusers import DiffusionPipeline
-
-    unet = trained_unet(trained, run).to(dtype)
-    return DiffusionPipeline.from_pretrained(run.model.path, revision=run.model.revision, unet=unet, **LOADING)
+    """The base's pipeline with the trained UNet in ``dtype``, its other parts in float32. What nobody needs and cannot be read is left
+    out, and said."""
+    base = run.model.path, run.model.revision, run.model.variant
+    optional, reasons = load_optional(*base)
+    for part, reason in reasons.items():
+        print(f"export: the {part.replace('_', ' ')} of the base is left out: {reason}", flush=True)
+    if reasons.keys() & {"safety_checker"}:
+        optional["requires_safety_checker"] = False
+    return load_pipeline(*base, unet=trained_unet(trained, run).to(dtype), **optional)
 
 
 def _write_folder(

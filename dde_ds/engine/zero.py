@@ -93,10 +93,9 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     config = copy.deepcopy(config)
     if not torch.distributed.is_initialized():
         distributed.start()
-    if config.get("torch_autocast", {}).get("enabled"):
-        raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
+    _refuse_autocast(config)
     _take_torch_adam(config)
-    _keep_linear(config, policy)
+    _keep_linear(config, is_selective(policy))
     config.setdefault("timers", {}).setdefault("throughput", dict(NO_TIMER))
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     zero = config.get("zero_optimization", {})
@@ -111,6 +110,25 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     optimizer = lowbit.client_optimizer(config)
     engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
     return engine
+
+
+def check_engine(config: dict, trained: int | None, ranks: int, selective: bool) -> None:
+    """Refuse of a configuration what :func:`initialize_policy` would, before models are loaded.
+
+    Args:
+        config: as :func:`complete_config` made it.
+        trained: elements that are trained, None where they are too few to matter.
+        selective: whether gradient checkpointing is known to be selective.
+
+    Raises:
+        UserError: a section that the run cannot have, or a package or compiler that is missing.
+    """
+    config = copy.deepcopy(config)
+    _refuse_autocast(config)
+    _take_torch_adam(config)
+    _keep_linear(config, selective)
+    if lowbit.client_optimizer(config) and trained:
+        lowbit.check_partition(trained, ranks)
 
 
 def initialize_reference(reference: torch.nn.Module, config: dict, placement: str = "auto", dtype: str = "policy") -> Any:
@@ -151,7 +169,12 @@ def _take_torch_adam(config: dict) -> None:
             parameters.setdefault("fused", True)  # one pass over the weights, on a CPU as well
 
 
-def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
+def _refuse_autocast(config: dict) -> None:
+    if config.get("torch_autocast", {}).get("enabled"):
+        raise UserError("deepspeed torch_autocast is enabled: it would cast the policy and not the reference; use bf16")
+
+
+def _keep_linear(config: dict, selective: bool) -> None:
     """PyTorch's own linear layers at stage 3, where DeepSpeed would by default replace them in the whole process.
 
     Its own multiply and then add the bias, which in bfloat16 rounds twice: a run would depend on its stage. And they add in place, to the
@@ -159,7 +182,7 @@ def _keep_linear(config: dict, policy: torch.nn.Module) -> None:
     gradients be wrong without a word. What they are for, not to keep gathered weights until the backward pass, checkpointing does as well.
     """
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False) and is_selective(policy):
+    if zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False) and selective:
         raise UserError(
             "deepspeed zero_optimization.memory_efficient_linear is true, but model.gradient_checkpointing is selective, which needs "
             "PyTorch's own; remove it from the JSON"

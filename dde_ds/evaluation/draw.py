@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dde_ds.distributed import Ranks, agree, first_says
+from dde_ds.distributed import Ranks, agree, first_does
 from dde_ds.errors import UserError, nearest
 from dde_ds.evaluation.generate import decode, embed, initial_noise, load_pipeline
 from dde_ds.evaluation.pictures import Pictures, claim
@@ -89,7 +89,7 @@ def draw_folder(
     kind = family(model, revision)
     side = side_of(model, revision, options)
     pipeline = load_pipeline(model, revision)
-    weights = first_says(weights_digest(pipeline) if ranks.is_first else None, ranks)
+    weights = first_does(lambda: weights_digest(pipeline), ranks)
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
     precision = options.precision or ("fp32" if device.type == "cpu" else "fp16")
     settings = {
@@ -113,8 +113,8 @@ def draw_folder(
                 f"{cut} of {len(prompts)} prompts have more tokens than the text encoder takes: their ends are cut off",
                 file=sys.stderr,
             )
-        claim(pictures)
-    agree(ranks, device)  # nobody writes before the folder is known to be ours
+    # Nobody writes before the folder is known to be ours.
+    pictures = replace(pictures, settings=first_does(lambda: claim(pictures).settings, ranks))
 
     # Each rank has its share whatever is there already: what one finds must not depend on what another has just made.
     share = list(pictures.items())[ranks.rank :: ranks.world]

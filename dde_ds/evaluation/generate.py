@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dde_ds.errors import UserError
 from dde_ds.files import write_atomically
-from dde_ds.models.unet import LOADING, family
+from dde_ds.models import parts
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -33,11 +32,19 @@ class PromptSet:
     Keeps the VAE and a DDIM sampler; the text encoders are let go after the embedding.
     """
 
-    def __init__(self, model: str, revision: str | None, prompts: Sequence[str], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: str,
+        revision: str | None,
+        prompts: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        variant: str | None = None,
+    ):
         from diffusers import DDIMScheduler
 
         self.prompts, self._device, self._dtype = list(prompts), device, dtype
-        self._pipeline = pipeline = load_pipeline(model, revision, unet=None)
+        self._pipeline = pipeline = load_pipeline(model, revision, variant, unet=None)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.to(device)
         with torch.no_grad():
@@ -105,25 +112,11 @@ def save_row(images: Tensor, path: Path) -> None:
     write_atomically(path, data.getvalue())  # what a full disk cut short would be held for drawn
 
 
-def load_pipeline(model: str, revision: str | None = None, **parts: Any) -> Any:
-    """The Stable Diffusion or SDXL pipeline of a folder or hub id, in float32, without progress bars and without safety checker.
-
-    ``parts`` replace the pipeline's own: ``unet=None`` loads none.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    xl = family(model, revision) == "sdxl"
-    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    unused = {} if xl else {"safety_checker": None, "feature_extractor": None}
-    try:
-        pipeline = kind.from_pretrained(model, revision=revision, **LOADING, **unused, **parts)
-    except OSError as error:
-        raise UserError(f"model {model}: not loadable: {' '.join(str(error).split())}") from None
+def load_pipeline(model: str, revision: str | None = None, variant: str | None = None, **replaced: Any) -> Any:
+    """:func:`dde_ds.models.parts.load_pipeline` without progress bars, its VAE decoding one image at a time."""
+    pipeline = parts.load_pipeline(model, revision, variant, **replaced)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # one image at a time: at 1024 pixels a batch would take the memory of the policy
+    pipeline.vae.enable_slicing()  # at 1024 pixels a batch would take the memory of the policy
     return pipeline
 
 

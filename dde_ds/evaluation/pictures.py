@@ -86,8 +86,11 @@ def settings_digest(settings: Mapping, prompts: list[str]) -> str:
     return hashlib.sha256(json.dumps([dict(settings), prompts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def claim(pictures: Pictures) -> None:
-    """Mark the folder as belonging to these settings, or find that it does.
+def claim(pictures: Pictures) -> Pictures:
+    """Mark the folder as belonging to these settings, or find that it does. The model is known by its weights: it may lie elsewhere now.
+
+    Returns:
+        The pictures with the settings that the folder was begun with.
 
     Raises:
         UserError: the folder was begun with other settings or prompts, or holds something else.
@@ -98,7 +101,7 @@ def claim(pictures: Pictures) -> None:
         differing = [
             f"{key} {before.settings.get(key)!r}, now {value!r}"
             for key, value in pictures.settings.items()
-            if before.settings.get(key) != value
+            if key not in ("model", "revision") and before.settings.get(key) != value
         ]
         if before.prompts != pictures.prompts:
             differing.append(f"{len(before.prompts)} prompts, now {len(pictures.prompts)} or others")
@@ -106,7 +109,7 @@ def claim(pictures: Pictures) -> None:
             raise UserError(
                 f"--out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
             )
-        return
+        return before
     # Before anything is made: what cannot be written must leave nothing that a second run would stumble over.
     manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
     data = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
@@ -117,6 +120,7 @@ def claim(pictures: Pictures) -> None:
     except OSError as error:
         raise UserError(f"--out {pictures.folder}: not writable: {error.strerror.lower()}") from None
     write_atomically(path, data)
+    return pictures
 
 
 def _is_unclaimed(folder: Path) -> bool:

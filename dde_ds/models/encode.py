@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from dde_ds.errors import UserError
-from dde_ds.models.unet import LOADING, family
+from dde_ds.models.base import family, find_variant, local_folder, unreadable, weight_files
+from dde_ds.models.parts import load_part, load_pipeline
+from dde_ds.models.remembered import remembered
+from dde_ds.models.unet import load_unet_config
 
 T = TypeVar("T")
 
@@ -159,6 +162,7 @@ class Encoder:
     Args:
         vae_dtype: None takes float32, and on a GPU float16 where the VAE's own configuration says that it does not overflow.
         text_dtype: None takes float32, and on a GPU float16.
+        variant: of the weights' files, such as ``fp16``; None finds it.
     """
 
     def __init__(
@@ -168,22 +172,17 @@ class Encoder:
         device: str = "cpu",
         vae_dtype: torch.dtype | None = None,
         text_dtype: torch.dtype | None = None,
+        variant: str | None = None,
     ):
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-
         self.family = family(path, revision)
-        kind = StableDiffusionXLPipeline if self.family == "sdxl" else StableDiffusionPipeline
         # The UNet is not needed here, and it is most of the pipeline.
-        parts = {"unet": None} | ({} if self.family == "sdxl" else {"safety_checker": None, "feature_extractor": None})
-        try:
-            self.pipeline = kind.from_pretrained(path, revision=revision, **LOADING, **parts)
-        except OSError as error:
-            raise UserError(f"--model {path}: {' '.join(str(error).split())}") from None
+        self.pipeline = load_pipeline(path, revision, variant, unet=None)
         half = torch.float16 if device.startswith("cuda") else torch.float32
         overflows = bool(getattr(self.pipeline.vae.config, "force_upcast", True))
         self.vae_dtype = vae_dtype or (torch.float32 if overflows else half)
         self.text_dtype = text_dtype or half
-        self.weights = self._digest()
+        loaded = (getattr(self.pipeline, name) for name in _encoders(self.family))
+        self.digests = encoders_digests(path, revision, variant, loaded)
         """SHA-256 over the weights of the VAE and the text encoders as they were loaded: shards of another model are other shards."""
         self.pipeline.set_progress_bar_config(disable=True)
         for name in ("vae", "text_encoder", "text_encoder_2"):
@@ -194,18 +193,9 @@ class Encoder:
         self.zero_empty_prompt = bool(getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False))
         """The pipeline samples without a caption by zeros, not by the encoded empty text (SDXL)."""
         self.scaling_factor = float(self.pipeline.vae.config.scaling_factor)
-        unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+        unet = load_unet_config(path, revision)
         self.resolution = unet["sample_size"] * self.pipeline.vae_scale_factor
         """Side in pixels of the images that the UNet was made for."""
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            part = getattr(self.pipeline, name, None)
-            for key, tensor in sorted(part.state_dict().items()) if part is not None else ():
-                digest.update(key.encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(tensor.item()).encode())
-        return digest.hexdigest()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C,H,W) of the latent of a square image.
@@ -275,3 +265,69 @@ def cut_captions(tokenizers: Iterable[Any], captions: Sequence[str]) -> np.ndarr
 def time_ids(image: Prepared, resolution: int) -> Tensor:
     """SDXL's micro-conditioning (6,): original size, crop corner, target size (arXiv 2307.01952, sec. 2.2)."""
     return torch.tensor([*image.original_size, *image.crop, resolution, resolution], dtype=torch.float32)
+
+
+class Digests(NamedTuple):
+    """SHA-256 of the weights of VAE and text encoders, of float32 and rounded to float16.
+
+    ``other`` are those of the same weights where transformers names those of the first text encoder otherwise: its versions do and do
+    not begin them with ``text_model.``. Shards of either have the same encoders.
+    """
+
+    full: str
+    half: str
+    other_full: str
+    other_half: str
+
+    def fit(self, settings: Mapping) -> bool:
+        """Whether shards with these settings were made by these encoders, or by the same ones stored in half precision."""
+        full, half = settings.get("weights"), settings.get("weights_half")
+        return full in (self.full, self.other_full) or half in (self.half, self.other_half)
+
+
+def encoders_digests(
+    path: str, revision: str | None = None, variant: str | None = None, loaded: Iterable[Any] | None = None
+) -> Digests:
+    """Return the digests of VAE and text encoders as loaded in float32. Remembered.
+
+    Args:
+        loaded: the parts, where they are there already; None loads them one after another.
+
+    Raises:
+        UserError: a part cannot be loaded.
+    """
+    import diffusers
+    import transformers
+
+    parts = _encoders(family(path, revision))
+    variant, files = find_variant(path, revision, variant), encoder_files(path, revision, variant)
+    folder = local_folder(path, revision, files)
+
+    def compute() -> str:
+        full, half, other_full, other_half = digests = tuple(hashlib.sha256() for _ in Digests._fields)
+        for name, part in zip(parts, loaded or (load_part(path, part, revision, variant) for part in parts), strict=True):
+            for key, tensor in sorted(part.state_dict().items()):
+                stem = key.removeprefix("text_model.")
+                other = ("text_model." + stem if stem == key else stem) if name == "text_encoder" else key
+                for digest, called in ((full, key), (half, key), (other_full, other), (other_half, other)):
+                    digest.update(called.encode())
+                for rounded, both in ((tensor, (full, other_full)), (tensor.half(), (half, other_half))):
+                    value = rounded.cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(rounded.item()).encode()
+                    for digest in both:
+                        digest.update(value)
+        return " ".join(digest.hexdigest() for digest in digests)
+
+    with unreadable(path):
+        what = f"encoders, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
+        return Digests(*remembered(what, [folder / name for name in files], compute).split())
+
+
+def encoder_files(path: str, revision: str | None = None, variant: str | None = None) -> list[str]:
+    """The configurations and weight files of VAE and text encoders, by their names in the pipeline."""
+    variant = find_variant(path, revision, variant)
+    parts = _encoders(family(path, revision))
+    return [f"{part}/{name}" for part in parts for name in ("config.json", *weight_files(path, part, revision, variant)[1])]
+
+
+def _encoders(kind: str) -> tuple[str, ...]:
+    return ("vae", "text_encoder", "text_encoder_2") if kind == "sdxl" else ("vae", "text_encoder")

@@ -6,6 +6,7 @@ B begins at zero. So an untouched adapter adds exactly nothing, and with the ada
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,23 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
     Raises:
         UserError: peft is missing, or a target is no layer that can have an adapter.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("lora is set, but peft is not installed: pip install -e '.[lora]'") from None
+    check_targets(unet, targets)
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
+
+
+def check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse, without a change to ``unet``, what :func:`add_adapters` could not do. A UNet without weights will do.
+
+    Raises:
+        UserError: as :func:`add_adapters`.
+    """
+    if find_spec("peft") is None:
+        raise UserError("lora is set, but peft is not installed: pip install -e '.[lora]'")
     for target in targets:
         found = [layer for name, layer in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in found):
@@ -35,10 +49,6 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
                 f"lora.targets names {target!r}: {'no linear layer or convolution' if found else 'nothing'} in the UNet ends in it; "
                 "to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1 and conv2 are such names"
             )
-    unet.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
 
 
 def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:

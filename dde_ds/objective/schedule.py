@@ -24,6 +24,7 @@ TERMINAL_ALPHA_CUMPROD = 2.0**-24
 # Of w and λ. diffusers' own schedules stay below 2²⁹; far above, β·w·m would leave float32, which ends in NaN.
 LARGEST_WEIGHT = 1e12
 
+MOST_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -153,8 +154,11 @@ def _betas(config: Mapping) -> Tensor:
             return torch.tensor(config["trained_betas"], dtype=torch.float64).flatten()
         except (TypeError, ValueError):
             raise UserError("scheduler trained_betas: expected a list of numbers") from None
+    kind = config.get("beta_schedule")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"scheduler beta_schedule is {kind!r}: expected a name")
     # Nothing is guessed: diffusers' schedulers differ in their defaults, and flow-matching ones have no betas at all.
-    needed = ["beta_schedule"] if config.get("beta_schedule") in SIGNAL_CURVES else ["beta_schedule", "beta_start", "beta_end"]
+    needed = ["beta_schedule"] if kind in SIGNAL_CURVES else ["beta_schedule", "beta_start", "beta_end"]
     missing = [key for key in needed if config.get(key) is None]
     if missing or config.get("snr_shift_scale"):
         what = f"no {', '.join(missing)}" if missing else f"snr_shift_scale is {config['snr_shift_scale']}, which is not supported"
@@ -162,9 +166,13 @@ def _betas(config: Mapping) -> Tensor:
             f"scheduler {config.get('_class_name', 'config')}: {what}; the scheduler of a DDPM-trained model is needed "
             "(flow matching and EDM are not)"
         )
-    steps = int(config.get("num_train_timesteps", 1000))
-    start, end = config.get("beta_start"), config.get("beta_end")
-    kind = config["beta_schedule"]
+    steps = config.get("num_train_timesteps", 1000)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MOST_TIMESTEPS:
+        raise UserError(f"scheduler num_train_timesteps is {steps!r}: expected a whole number from 2 to {MOST_TIMESTEPS}")
+    start, end = (config.get(key) for key in ("beta_start", "beta_end"))
+    for key, value in (("beta_start", start), ("beta_end", end)):
+        if key in needed and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
+            raise UserError(f"scheduler {key} is {value!r}: expected a number in (0, 1)")
     if kind == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if kind == "scaled_linear":

@@ -20,11 +20,12 @@ class Checkpoints:
     """Saves when that is due.
 
     Args:
+        base: as :func:`dde_ds.training.check.base_identity`.
         damaged: checkpoints that were proved damaged on resume, and may be replaced.
     """
 
-    def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, damaged: Collection[Path]):
-        self._run, self._shards, self._damaged = run, shards, damaged
+    def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], damaged: Collection[Path]):
+        self._run, self._shards, self._base, self._damaged = run, shards, base, damaged
 
     def due(self, step: int, guards: Guards) -> bool:
         """Return whether to save after ``step``: not among skipped steps, whose older checkpoints may be the last good ones."""
@@ -37,7 +38,7 @@ class Checkpoints:
             beside: what else to restore on resume, as JSON has it.
         """
         started, options = time.perf_counter(), self._run.checkpoint
-        state = state_at(self._run, self._shards, step) | beside
+        state = state_at(self._run, self._shards, self._base, step) | beside
         folder = Path(self._run.output) / "checkpoints"
         path, size = checkpoint.save(folder, policy, objective, state, options.keep, options.keep_every, self._damaged)
         return f"checkpoint {path.name}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s"

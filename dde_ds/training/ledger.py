@@ -110,11 +110,19 @@ def open_ledger(run: RunConfig, shards: ShardSet | MixedShards, objective: Objec
     return Ledger(path, own, errors, run.batch.pairs)
 
 
+def check_ledger(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective) -> None:
+    """Raises:
+    UserError: the run has a ledger that :func:`open_ledger` would refuse. Nothing is written.
+    """
+    if run.reference.ledger and objective.needs_reference and Path(run.reference.ledger).exists():
+        read_ledger(Path(run.reference.ledger), identity(run, shards, objective))
+
+
 def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective) -> dict:
     """What the errors at a position follow from. As JSON has it."""
     probable = objective.timestep_probabilities.nonzero().flatten().tolist()
     return {
-        "reference weights": unet_digest(run.model.path, run.model.revision),
+        "reference weights": unet_digest(run.model.path, run.model.revision, run.model.variant),
         "precision": run.precision,  # x_t is rounded to it
         "precision of the reference": run.reference_precision,
         "model.compile": run.model.compile,  # the same sums, rounded in other places

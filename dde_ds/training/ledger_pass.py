@@ -38,7 +38,8 @@ def fill_ledger(run: RunConfig) -> None:
     ledger = open_ledger(run, shards, objective, ranks)
     missing = [step for step in range(run.steps) if not ledger.covers(step, step + 1)]
     if missing:
-        reference = models.load_unet(run.model.path, run.model.revision, run.reference_precision).to(device)
+        path, revision, variant = run.model.path, run.model.revision, run.model.variant
+        reference = models.load_unet(path, revision, run.reference_precision, variant).to(device)
         reference.requires_grad_(False).eval()
         treat_alike(run, reference)
         objective.to(device)

@@ -50,7 +50,7 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     """Policy engine and reference. The reference is read when the policy has gone to its GPU, and both in the type that they compute in:
     of SDXL in bfloat16 a rank holds 5.1 GB in the host's memory meanwhile, beside pages of the file, which a node's ranks share and the
     system may drop."""
-    policy = models.load_unet(run.model.path, run.model.revision, run.precision)
+    policy = models.load_unet(run.model.path, run.model.revision, run.precision, run.model.variant)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
     set_checkpointing(policy, checkpointing)
@@ -60,7 +60,7 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
         return engine, None
     if run.lora:
         return engine, adapters_off(engine.module)
-    second = models.load_unet(run.model.path, run.model.revision, run.reference_precision)
+    second = models.load_unet(run.model.path, run.model.revision, run.reference_precision, run.model.variant)
     treat_alike(run, second)
     return engine, frozen_model(initialize_reference(second, ds_config, run.reference.placement, run.reference.dtype))
 

@@ -17,6 +17,8 @@ from dde_ds.distributed import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.rows import is_metrics, read_rows
+from dde_ds.training.check import SCHEDULE, WEIGHTS
+from dde_ds.training.folder import require_usable
 
 
 class Origin(NamedTuple):
@@ -28,11 +30,12 @@ class Origin(NamedTuple):
     """Later checkpoints, which were proved damaged."""
 
 
-def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: str | None, say) -> Origin:
+def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], resume: str | None, say) -> Origin:
     """The checkpoint to go on from, or none to start. Collective: the first rank's view of the folder counts, since a network
     file system may show each rank another one.
 
     Args:
+        base: as :func:`dde_ds.training.check.base_identity`.
         resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
         say: takes one line for the user.
 
@@ -54,14 +57,62 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, resume: st
             f"output {run.output}: all {len(checkpoints)} checkpoints are damaged; restore one from a copy, or delete the folder to start anew"
         )
     state = first_does(lambda: checkpoint.read_state(chosen))
+    require_same_run(run, shards, base, chosen, state)
+    return Origin(chosen, state, tuple(checkpoints[checkpoints.index(chosen) + 1 :]))
+
+
+def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], resume: bool) -> None:
+    """Find out whether the run folder can be started in or, with ``resume``, gone on from, as :func:`choose_checkpoint` would. One process;
+    checkpoints' files are not read through.
+
+    Raises:
+        UserError: as :func:`dde_ds.training.folder.require_usable` and :func:`choose_checkpoint`.
+    """
+    folder = Path(run.output)
+    require_usable(folder, "required" if resume else None)
+    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    if resume and not checkpoints:
+        raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
+    if resume:
+        require_same_run(run, shards, base, checkpoints[-1], checkpoint.read_state(checkpoints[-1]))
+
+
+def require_same_run(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], chosen: Path, state: dict) -> None:
+    """Compare a run with the one that the checkpoint ``chosen`` is of.
+
+    Args:
+        base: as :func:`dde_ds.training.check.base_identity`.
+        state: the checkpoint's ``state.json``.
+
+    Raises:
+        UserError: they differ; the message says in what.
+    """
     if run.steps < state["step"]:
         raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
-    if changed := differences(identity(run, shards), state["identity"]):
+    before = state["identity"]
+    require_same_base(run.model.path, base, chosen, before)
+    # Paths are free where the content is known. Checkpoints of earlier versions know the base by its path alone.
+    free = {*base, *(("model.path", "model.revision") if before.get(WEIGHTS) else ())}
+    own = {key: value for key, value in identity(run, shards, base).items() if key not in free}
+    if changed := differences(own, before):
         raise UserError(
             f"{', '.join(changed)} in {chosen}: a resumed run would not be the same run; set it back, or start another one in a new output "
             "folder, from this one's export/ if its training is to count"
         )
-    return Origin(chosen, state, tuple(checkpoints[checkpoints.index(chosen) + 1 :]))
+
+
+def require_same_base(path: str, base: dict[str, str], chosen: Path, before: dict) -> None:
+    """Compare a base's content with that of the base which the checkpoint ``chosen`` was trained from.
+
+    Raises:
+        UserError: they differ.
+    """
+    for key, what in ((WEIGHTS, "UNet has other weights"), (SCHEDULE, "scheduler has another noise schedule or prediction type")):
+        if before.get(key) not in (None, base.get(key, before.get(key))):
+            raise UserError(
+                f"model.path {path}: its {what} than the base that {chosen} was trained from (SHA-256 {base[key][:12]}, was "
+                f"{before[key][:12]}); name that base, wherever it lies now"
+            )
 
 
 def differences(own: dict, found: dict, prefix: str = "") -> list[str]:
@@ -83,10 +134,11 @@ def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).removesuffix(".0")
 
 
-def identity(run: RunConfig, shards: ShardSet | MixedShards) -> dict:
+def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str]) -> dict:
     """What a run may not change on resume: it would mix two orders, two objectives or two models in one. Ranks, micro-batches and
-    ZeRO stages may change."""
+    ZeRO stages may change, and so may paths: what lies there is known by its content."""
     return {
+        **base,
         "seed": run.seed,
         "batch.pairs": run.batch.pairs,
         "data": shards.digest,
@@ -124,13 +176,13 @@ def sample_path(run: RunConfig, step: int) -> Path:
     return Path(run.output) / "samples" / f"step-{step:08d}.png"
 
 
-def state_at(run: RunConfig, shards: ShardSet | MixedShards, step: int) -> dict:
+def state_at(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], step: int) -> dict:
     """What a checkpoint says of itself."""
     packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,
         "position": step * run.batch.pairs,
-        "identity": identity(run, shards),
+        "identity": identity(run, shards, base),
         "config": run.as_data(),
         "versions": {"dde_ds": __version__, **{name: version(name) for name in packages}},
     }

@@ -24,7 +24,8 @@ class Samples:
         self._prompts = None
         if run.samples.prompts:
             dtype = next(policy.parameters()).dtype
-            self._prompts = PromptSet(run.model.path, run.model.revision, run.samples.prompts, device, dtype)
+            model = run.model
+            self._prompts = PromptSet(model.path, model.revision, run.samples.prompts, device, dtype, model.variant)
 
     def due(self, step: int) -> bool:
         return self._prompts is not None and (step % self._run.samples.every == 0 or step == self._run.steps)

@@ -20,6 +20,7 @@ from dde_ds.objective.objective import Objective, ObjectiveOutput
 from dde_ds.ranks import Ranks
 from dde_ds.rows import RowFile
 from dde_ds.training.batches import Batch, open_batches
+from dde_ds.training.check import check_start
 from dde_ds.training.checkpoints import Checkpoints
 from dde_ds.training.folder import claimed
 from dde_ds.training.guards import Guards
@@ -125,9 +126,12 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
     on_a_node = ranks_of_a_node(ranks, device)
     ds_config = complete_config(run, ranks.world, on_a_node)
 
-    # Run folder: whether the run may write there, and what it goes on from
+    # Run folder: whether the run may write there, whether base and shards are whole and fit, and what it goes on from
     lock = held.enter_context(claimed(folder, resume, _warn))
-    resumed, state, damaged = choose_checkpoint(run, shards, resume, _warn)
+    base, said = first_does(lambda: check_start(run, shards, held_out_shards, objective, ds_config, ranks.world))
+    for line in said if ranks.is_first else ():
+        print(f"note: {line}", flush=True)
+    resumed, state, damaged = choose_checkpoint(run, shards, base, resume, _warn)
     first_step = state.get("step", 0)
     ledger = open_ledger(run, shards, objective, ranks)
     first_does(lambda: open_folder(folder, run))
@@ -192,7 +196,7 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
         progress=progress,
         evaluator=evaluator,
         samples=Samples(run, policy, ranks, device, stop, log),
-        checkpoints=Checkpoints(run, shards, damaged),
+        checkpoints=Checkpoints(run, shards, base, damaged),
     )
 
 

@@ -26,23 +26,16 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
     Raises:
         UserError: a tracker that is unknown, is not installed, or refuses.
     """
+    require_trackers(run)
     if not run.log.trackers:
         return []
-    try:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    except ImportError:
-        raise UserError("log.trackers is set, but accelerate is not installed: pip install -e '.[track]'") from None
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     sys.argv = [without_passwords(argument) for argument in sys.argv]  # which some send along with the configuration
     PartialState()  # accelerate's own log lines need it; it takes the process group that is there
-    available = {str(name) for name in get_available_trackers()}
     trackers = []
     for name in run.log.trackers:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"log.trackers names {name!r}{nearest(name, LOGGER_TYPE_TO_CLASS)}")
-        if name not in available:
-            raise UserError(f"log.trackers names {name!r}, which is not installed: pip install {name.replace('_', '-')}")
         kind = LOGGER_TYPE_TO_CLASS[name]
         try:
             tracker = _new(kind, name, run, resume_step)
@@ -56,6 +49,24 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
             ) from None
         trackers.append(tracker)
     return trackers
+
+
+def require_trackers(run: RunConfig) -> None:
+    """Raises:
+    UserError: a tracker of ``log.trackers`` that is unknown or not installed.
+    """
+    if not run.log.trackers:
+        return
+    try:
+        from accelerate import tracking
+    except ImportError:
+        raise UserError("log.trackers is set, but accelerate is not installed: pip install -e '.[track]'") from None
+    available = {str(name) for name in tracking.get_available_trackers()}
+    for name in run.log.trackers:
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"log.trackers names {name!r}{nearest(name, tracking.LOGGER_TYPE_TO_CLASS)}")
+        if name not in available:
+            raise UserError(f"log.trackers names {name!r}, which is not installed: pip install {name.replace('_', '-')}")
 
 
 def send_row(trackers: Sequence[Any], step: int, row: dict[str, float]) -> None:

@@ -1,0 +1,173 @@
+"""Whether a base pipeline can be trained, drawn with and exported, found out without reading its weights.
+
+Each part is built empty from its configuration, and compared with the names and shapes in the headers of its files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dde_ds.errors import UserError
+from dde_ds.models.base import (
+    TRAINED_AND_DRAWN,
+    are_here,
+    find_variant,
+    local_folder,
+    one_line,
+    unloadable,
+    weight_files,
+)
+from dde_ds.models.parts import build_empty, required_parts
+from dde_ds.models.unet import load_scheduler_config
+from dde_ds.untrusted import open_regular
+
+# How diffusers names the attention of VAEs that were saved before 2023, which it reads.
+OLD_NAMES = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+
+
+def check_base(path: str, revision: str | None = None, variant: str | None = None, download: bool = True) -> None:
+    """Find out that a base has all parts, each loadable, and that they fit each other.
+
+    Args:
+        variant: as ``model.variant``.
+        download: fetch the weights of a hub id. Otherwise only those are looked at that are on this machine already.
+
+    Raises:
+        UserError: what is wrong, where, and how to mend it.
+    """
+    parts = required_parts(path, revision)
+    variant = find_variant(path, revision, variant)
+    made = {}
+    for part in (part for part in parts if part in TRAINED_AND_DRAWN):
+        made[part] = build_empty(path, part, revision)
+        _, files = weight_files(path, part, revision, variant)
+        names = [f"{part}/{name}" for name in files]
+        if download or are_here(path, revision, names):
+            _compare(path, part, made[part], _shapes(path, local_folder(path, revision, names), names))
+    _check_tokenizers(path, revision, parts, made)
+    _check_scheduler(path, revision, parts["scheduler"])
+    _check_fit(path, made)
+    _check_passes(path, made)
+
+
+def _shapes(path: str, folder: Path, names: list[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name in names:
+        try:
+            open_regular(folder / name).close()  # a pipe would never answer
+            with safe_open(folder / name, framework="pt") as file:
+                found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"model.path {path}: {name} is damaged or no safetensors: {one_line(error)}; fetch it again") from None
+    return found
+
+
+def _compare(path: str, part: str, empty: torch.nn.Module, shapes: dict[str, list[int]]) -> None:
+    held = {_plain(name): shape for name, shape in shapes.items()}
+    expected = {_plain(name): list(value.shape) for name, value in empty.state_dict().items()}
+    if missing := sorted(expected.keys() - held.keys()):
+        raise UserError(
+            f"model.path {path}: {part} holds no {missing[0]} ({len(missing)} of {len(expected)} tensors are missing): its weights are not those "
+            "that its config.json speaks of"
+        )
+    for name, shape in expected.items():
+        # Old VAEs have attention by 1×1 convolutions.
+        if [size for size in shape if size != 1] != [size for size in held[name] if size != 1]:
+            raise UserError(
+                f"model.path {path}: {part} holds {name} of shape {held[name]}, its config.json speaks of {shape}: not its weights"
+            )
+
+
+def _plain(name: str) -> str:
+    """Return the name of a tensor without what library versions differ in."""
+    name = name.removeprefix("text_model.")
+    if ".attentions." in name and ".transformer_blocks." not in name:
+        for old, new in OLD_NAMES:
+            name = name.replace(old, new)
+    return name
+
+
+def _check_tokenizers(path: str, revision: str | None, parts: dict[str, str], made: dict[str, torch.nn.Module]) -> None:
+    from transformers import CLIPTokenizer
+
+    for part in (part for part in parts if part.startswith("tokenizer")):
+        folder = local_folder(path, revision, [f"{part}/*"])
+        with unloadable(path, part):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=part)
+            most, length = len(tokenizer), tokenizer.model_max_length
+            tokens = tokenizer("a", padding="max_length", max_length=4, truncation=True).input_ids
+        text = made[part.replace("tokenizer", "text_encoder")].config
+        if most > text.vocab_size or max(tokens) >= text.vocab_size:
+            raise UserError(
+                f"model.path {path}: {part} has {most} tokens, its text encoder knows {text.vocab_size}: they are not of one model"
+            )
+        if not isinstance(length, int) or not 2 <= length <= text.max_position_embeddings:
+            raise UserError(
+                f"model.path {path}: {part}/tokenizer_config.json: model_max_length is {length}, its text encoder takes "
+                f"{text.max_position_embeddings}"
+            )
+
+
+def _check_scheduler(path: str, revision: str | None, name: str) -> None:
+    import diffusers
+
+    config, kind = load_scheduler_config(path, revision), getattr(diffusers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise UserError(
+            f"model.path {path}: its model_index.json says that scheduler is {name!r}, which is no scheduler of diffusers"
+        )
+    with unloadable(path, "scheduler/scheduler_config.json"):
+        kind.from_config(config)
+        diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # what samples are drawn with
+
+
+def _check_fit(path: str, made: dict[str, torch.nn.Module]) -> None:
+    unet, vae = made["unet"].config, made["vae"].config
+    width = sum(made[part].config.hidden_size for part in made if part.startswith("text_encoder"))
+    for what, own, other in (
+        ("in_channels", unet.in_channels, ("the VAE's latents have", vae.latent_channels)),
+        ("cross_attention_dim", unet.cross_attention_dim, ("the text encoders' embeddings have", width)),
+    ):
+        if own != other[1]:
+            raise UserError(f"model.path {path}: {what} of the UNet is {own}, but {other[0]} {other[1]}: they are not of one model")
+
+
+@torch.no_grad()
+def _check_passes(path: str, made: dict[str, torch.nn.Module]) -> None:
+    """Run each part once on tensors without data: some values of a configuration are first met there."""
+    unet, vae = made["unet"].eval(), made["vae"].eval()
+    texts = {part: made[part].eval() for part in made if part.startswith("text_encoder")}
+    with torch.device("meta"):
+        for part, text in texts.items():
+            with unloadable(path, f"{part}/config.json"):
+                text(torch.zeros(1, text.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
+        side, channels = unet.config.sample_size, unet.config.in_channels
+        pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
+        if pixels % 8:
+            raise UserError(
+                f"model.path {path}: unet/config.json: sample_size {side} makes images of {pixels} pixels: expected a multiple of 8"
+            )
+        latents = torch.zeros(1, channels, side, side)
+        with unloadable(path, "vae/config.json"):
+            image = vae.decode(latents).sample
+            encoded = vae.encode(image).latent_dist.mean
+        if encoded.shape != latents.shape:
+            raise UserError(
+                f"model.path {path}: vae/config.json makes latents of {list(encoded.shape)} from images of {list(image.shape)}"
+            )
+        conditions = None
+        if "text_encoder_2" in texts:
+            conditions = {
+                "text_embeds": torch.zeros(1, texts["text_encoder_2"].config.projection_dim),
+                "time_ids": torch.zeros(1, 6),
+            }
+        with unloadable(path, "unet/config.json"):
+            embeddings = torch.zeros(1, texts["text_encoder"].config.max_position_embeddings, unet.config.cross_attention_dim)
+            out = unet(latents, torch.zeros(1, dtype=torch.long), embeddings, added_cond_kwargs=conditions).sample
+        if out.shape != latents.shape:
+            raise UserError(
+                f"model.path {path}: unet/config.json makes predictions of {list(out.shape)} from latents of {list(latents.shape)}"
+            )

@@ -1,0 +1,170 @@
+"""The parts of a base pipeline: loaded in float32, or built without weights to see what they would be."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from dde_ds.errors import UserError
+from dde_ds.models.base import (
+    TRAINED_AND_DRAWN,
+    family,
+    file_names,
+    find_variant,
+    local_folder,
+    pipeline_index,
+    read_object,
+    unloadable,
+    weight_files,
+)
+
+# float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
+# Only safetensors: weights in a .bin file are a pickle, which runs code.
+# low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
+LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
+KINDS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+"""Classes that a pipeline's parts may be of, as ``model_index.json`` names them."""
+PARTS = {"sd": ("unet", "vae", "text_encoder", "tokenizer"), "sdxl": tuple(KINDS)}
+"""What training, drawing and the export need, beside the scheduler."""
+NUMBERS = {
+    "unet": {"in_channels": 64, "sample_size": 2048, "cross_attention_dim": 2**16},
+    "vae": {"latent_channels": 64},
+    "text_encoder": {"max_position_embeddings": 2**16, "vocab_size": 2**24},
+    "text_encoder_2": {"max_position_embeddings": 2**16, "vocab_size": 2**24, "projection_dim": 2**16},
+}
+"""What is counted with beside the model itself, each a whole number from 1 to this."""
+# Layers in a row of real models: 32 at most. A configuration of millions would be built for hours.
+MOST_LAYERS = 256
+
+
+def required_parts(path: str, revision: str | None = None) -> dict[str, str]:
+    """Return the class of each part that must be there, by its name.
+
+    Raises:
+        UserError: ``model_index.json`` lacks one, or names a class that this project cannot train with.
+    """
+    index = pipeline_index(path, revision)
+    found = {}
+    for part in (*PARTS[family(path, revision)], "scheduler"):
+        value = index.get(part)
+        library, name = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        expected = " or ".join(KINDS.get(part, ("a scheduler of diffusers",)))
+        own = ("diffusers", "transformers")["text" in part or "token" in part]
+        if library != own or not isinstance(name, str) or name not in KINDS.get(part, (name,)):
+            raise UserError(f"model.path {path}: its model_index.json says that {part} is {value!r}, expected {expected}")
+        found[part] = name
+    return found
+
+
+def load_part(
+    path: str, part: str, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Return a part with weights on the CPU, in ``dtype``.
+
+    Args:
+        variant: which of its weights, as :func:`dde_ds.models.base.find_variant` found.
+
+    Raises:
+        UserError: it cannot be loaded, or its files lack some of its weights, which would then be random.
+    """
+    variant, files = weight_files(path, part, revision, variant)
+    index = [name for name in file_names(path, revision) if name.startswith(f"{part}/") and ".safetensors.index" in name]
+    folder = local_folder(path, revision, [f"{part}/config.json", *index, *(f"{part}/{name}" for name in files)])
+    kind = _class(path, part, revision)
+    build_empty(path, part, revision)  # a configuration of a million layers is refused there
+    with unloadable(path, part):
+        model, info = kind.from_pretrained(
+            folder, subfolder=part, variant=variant, output_loading_info=True, **LOADING | {"torch_dtype": dtype}
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.path {path}: {part} not loadable: its files hold no {missing[0]} ({len(missing)} of its tensors are missing)"
+        )
+    return model
+
+
+def build_empty(path: str, part: str, revision: str | None = None) -> torch.nn.Module:
+    """Return a part as its ``config.json`` says, on the meta device: names and shapes without data.
+
+    Raises:
+        UserError: the configuration cannot be had, or no model can be made from it.
+    """
+    config = read_object(path, f"{part}/config.json", revision)
+    return _built(path, part, _class(path, part, revision).__name__, json.dumps(config))
+
+
+@lru_cache(maxsize=8)
+def _built(path: str, part: str, kind: str, config: str) -> torch.nn.Module:
+    values = json.loads(config)
+    _check_layers(path, part, values)
+    with unloadable(path, f"{part}/config.json"), torch.device("meta"):
+        cls = _named(kind)
+        made = cls(cls.config_class.from_dict(values)) if hasattr(cls, "config_class") else cls.from_config(values)
+    for key, most in NUMBERS.get(part, {}).items():
+        value = getattr(made.config, key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise UserError(f"model.path {path}: {part}/config.json: {key} is {value!r}: expected a whole number from 1 to {most}")
+    if part == "vae":
+        factor = made.config.scaling_factor
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
+            raise UserError(f"model.path {path}: vae/config.json: scaling_factor is {factor!r}: expected a number above 0")
+    return made
+
+
+def _check_layers(path: str, part: str, config: dict) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(path, part, value)
+        flat = [value]
+        while any(isinstance(item, list) for item in flat):
+            flat = [inner for item in flat for inner in (item if isinstance(item, list) else [item])]
+        if "layers" in key and any(isinstance(item, (int, float)) and item > MOST_LAYERS for item in flat):
+            raise UserError(f"model.path {path}: {part}/config.json: {key} is {value!r}: above {MOST_LAYERS}")
+
+
+def _class(path: str, part: str, revision: str | None) -> type:
+    optional = {"safety_checker": "StableDiffusionSafetyChecker", "image_encoder": "CLIPVisionModelWithProjection"}
+    return _named(optional.get(part) or required_parts(path, revision)[part])
+
+
+def _named(kind: str) -> type:
+    import diffusers
+    import transformers
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    own = {"StableDiffusionSafetyChecker": StableDiffusionSafetyChecker}
+    return own.get(kind) or getattr(diffusers, kind, None) or getattr(transformers, kind)
+
+
+def load_pipeline(path: str, revision: str | None = None, variant: str | None = None, **replaced: Any) -> Any:
+    """Return the Stable Diffusion or SDXL pipeline in float32, without those parts that none of drawing and training needs.
+
+    Args:
+        variant: as ``model.variant``; None finds it.
+        replaced: parts to take instead of the pipeline's own: ``unet=None`` loads none.
+
+    Raises:
+        UserError: a part cannot be loaded.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    needed = required_parts(path, revision)
+    variant = find_variant(path, revision, variant)
+    own = {part: load_part(path, part, revision, variant) for part in needed if part in TRAINED_AND_DRAWN and part not in replaced}
+    kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
+    if family(path, revision) == "sd":
+        kind, unused = StableDiffusionPipeline, (*unused, "safety_checker")
+    small = [f"{part}/*" for part in needed if part not in TRAINED_AND_DRAWN]
+    folder = local_folder(path, revision, ["model_index.json", *small])
+    with unloadable(path, "the pipeline"):
+        return kind.from_pretrained(folder, **LOADING, **dict.fromkeys(unused) | own | replaced)

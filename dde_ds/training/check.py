@@ -1,0 +1,122 @@
+"""Whatever would stop a run in its first minutes, found before a weight is loaded: the same for ``dde-ds validate`` and for the start."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from dde_ds.config import ModelConfig, RunConfig
+from dde_ds.data.mixture import MixedShards
+from dde_ds.data.shards import ShardSet
+from dde_ds.engine.zero import check_engine
+from dde_ds.errors import UserError
+from dde_ds.models.base import are_here
+from dde_ds.models.check import check_base
+from dde_ds.models.encode import encoder_files, encoders_digests
+from dde_ds.models.lora import check_targets
+from dde_ds.models.optional import left_out
+from dde_ds.models.parts import build_empty
+from dde_ds.models.unet import load_component_config, unet_digest, unet_files
+from dde_ds.objective.objective import Objective
+from dde_ds.training.track import require_trackers
+
+WEIGHTS, SCHEDULE = "model.weights", "model.schedule"
+Shards = ShardSet | MixedShards
+
+
+def check_start(
+    run: RunConfig,
+    shards: Shards,
+    held_out: Shards | None,
+    objective: Objective,
+    ds_config: dict,
+    world: int,
+    download: bool = True,
+) -> tuple[dict[str, str], list[str]]:
+    """Check base, shards and settings against each other.
+
+    Args:
+        ds_config: as :func:`dde_ds.engine.zero.complete_config` made it.
+        download: fetch what a hub id's weights lack on this machine. Otherwise these are not compared.
+
+    Returns:
+        As :func:`base_identity`, without the weights where these are not here; and lines that the user should know.
+
+    Raises:
+        UserError: what would stop the run.
+    """
+    base = run.model.path, run.model.revision, run.model.variant
+    _check_settings(run, objective, ds_config, world)
+    check_base(*base, download=download)
+    said = [f"the export leaves out the base's {part.replace('_', ' ')}: {why}" for part, why in left_out(*base).items()]
+    if download or are_here(*base[:2], encoder_files(*base)):
+        _check_encoders(run, shards, held_out)
+    else:
+        said.append(f"model.path {run.model.path}: not on this machine yet; whether the shards are of its VAE shows at the start")
+    return base_identity(run.model, objective, download or are_here(*base[:2], unet_files(*base))), said
+
+
+def base_identity(model: ModelConfig, objective: Objective, weights: bool = True) -> dict[str, str]:
+    """Return what tells a base from another one wherever it lies: SHA-256 of its UNet and, for an objective, of its noise schedule.
+
+    Args:
+        weights: whether to read those, which is done once: their digest is remembered.
+    """
+    schedule = objective.schedule
+    tables = hashlib.sha256(schedule.alphas_cumprod.cpu().numpy().tobytes() + schedule.prediction_type.encode()).hexdigest()
+    own = {WEIGHTS: unet_digest(model.path, model.revision, model.variant)} if weights else {}
+    return {**own, SCHEDULE: tables}
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a run folder that could not be made or written, without making it.
+
+    Raises:
+        UserError: it could not.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output {folder}: not writable: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output {folder}: not writable: permission denied in {nearest}")
+
+
+def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world: int) -> None:
+    empty = build_empty(run.model.path, "unet", run.model.revision)
+    if run.lora:
+        check_targets(empty, run.lora.targets)
+    trained = None if run.lora else sum(parameter.numel() for parameter in empty.parameters())
+    check_engine(ds_config, trained, world, run.model.gradient_checkpointing == "selective")
+    require_trackers(run)
+    if run.samples.prompts and run.samples.inference_steps > objective.schedule.timesteps:
+        raise UserError(
+            f"samples.inference_steps is {run.samples.inference_steps}: the model has {objective.schedule.timesteps} timesteps"
+        )
+
+
+def _check_encoders(run: RunConfig, shards: Shards, held_out: Shards | None) -> None:
+    """The shards' latents and embeddings must mean to the base what they meant to the model that encoded them."""
+    path, revision = run.model.path, run.model.revision
+    factor = load_component_config(path, "vae", revision)["scaling_factor"]
+    own = encoders_digests(path, revision, run.model.variant)
+    named = [(f"data.path {run.data.name}", shards)] + ([(f"evaluation.path {run.evaluation.path}", held_out)] if held_out else [])
+    for name, one in named:
+        settings = one.manifest["settings"]
+        if run.data.allow_other_encoders:
+            trained_on = shards.manifest["settings"]
+            if settings.get("weights") != trained_on.get("weights") and not (own.fit(settings) and own.fit(trained_on)):
+                raise UserError(
+                    f"{name}: was encoded by {settings.get('model')!r} with other weights than data.path {run.data.name}"
+                )
+            continue
+        mend = "shard the pairs with this model; or set data.allow_other_encoders to true, if you know that both encode alike and only the UNets differ"
+        if not own.fit(settings):
+            raise UserError(
+                f"{name}: was encoded by {settings.get('model')!r}, whose VAE or text encoders have other weights than those of model.path "
+                f"{path}; {mend}"
+            )
+        if settings.get("scaling_factor") != factor:
+            raise UserError(
+                f"{name}: its latents are scaled by {settings.get('scaling_factor')}, those of model.path {path} by {factor}; {mend}"
+            )
