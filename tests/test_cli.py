@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 
 from dde_ds import __version__, load_config
 from dde_ds.cli import main
-from tests.conftest import ROOT
+from tests.bases import changed, copied, scaled, with_checker
+from tests.conftest import ROOT, shard
 from tests.launching import RANK_VARIABLES, write_config
 
 
@@ -22,14 +24,60 @@ def test_validate(tmp_path, sd_model, sd_shards, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_validate_finds_what_would_stop_a_run(tmp_path, sd_model, sd_shards, sdxl_shards, capsys):
+def test_validate_finds_what_would_stop_a_run(tmp_path, parquet, sd_model, sd_shards, sdxl_shards, capsys):
     config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
-    for override, named in (
+    other_vae = scaled(copied(sd_model, tmp_path / "other_vae"), "vae")
+    other_text = scaled(copied(sd_model, tmp_path / "other_text"), "text_encoder")
+    other_factor = copied(sd_model, tmp_path / "other_factor")
+    changed(other_factor / "vae" / "config.json", scaling_factor=0.5)
+    few_steps = copied(sd_model, tmp_path / "few_steps")
+    changed(few_steps / "scheduler" / "scheduler_config.json", num_train_timesteps=20)
+    other_shards = shard(parquet, other_vae, tmp_path / "other_shards")
+    without_weights = copied(sd_model, tmp_path / "without")
+    (without_weights / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "a file").write_text("")
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("")
+    autocast = tmp_path / "autocast.json"
+    autocast.write_text('{"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": true}}')
+    encoders = "whose VAE or text encoders have other weights than those of model.path"
+    for overrides, named in (
         (f"data.path={sdxl_shards}", "was made for 'sdxl' models"),
         ("batch.micro=3", "not a multiple of 2 ranks"),
+        (f"model.path={other_vae}", f"data.path {sd_shards}: was encoded by '{sd_model}', {encoders} {other_vae}; shard"),
+        (f"model.path={other_text}", encoders),
+        (f"model.path={other_factor}", "its latents are scaled by 0.18215, those of model.path"),
+        (f"data.path={other_shards}", f"{encoders} {sd_model}; shard the pairs with this model; or set data.allow_other_encoders"),
+        (f"evaluation.path={other_shards}", f"evaluation.path {other_shards}: was encoded by"),
+        (f"evaluation.path={other_shards} data.allow_other_encoders=true", "with other weights than data.path"),
+        (f"model.path={without_weights}", "unet holds no diffusion_pytorch_model.safetensors"),
+        ("lora={rank: 2, targets: [to_k, to_z]}", "lora.targets names 'to_z': nothing in the UNet ends in it"),
+        ("lora={rank: 2, targets: [norm1]}", "no linear layer or convolution in the UNet ends in it"),
+        (f"'output={tmp_path / 'a file' / 'run'}'", "a file is no folder"),
+        (f"output={used}", "is not empty and holds no run"),
+        ("log.trackers=[nothing]", "log.trackers names 'nothing'"),
+        (
+            f"model.path={few_steps} objective.timestep_range=null samples.prompts=[a] samples.inference_steps=30",
+            "samples.inference_steps is 30: the model has 20 timesteps",
+        ),
+        (f"deepspeed={autocast}", "torch_autocast"),
     ):
-        assert main(["validate", str(config), override, "--ranks", "2"]) == 1
-        assert named in capsys.readouterr().err
+        arguments = shlex.split(overrides) if "{" not in overrides else [overrides]
+        assert main(["validate", str(config), *arguments, "--ranks", "2"]) == 1, overrides
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count("error: ") == 1
+    # Those who know that both encode alike.
+    for override in (f"model.path={other_vae}", f"data.path={other_shards}"):
+        assert main(["validate", str(config), override, "data.allow_other_encoders=true", "--ranks", "2"]) == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_says_what_the_export_leaves_out(tmp_path, sd_model, sd_shards, capsys):
+    config = write_config(tmp_path / "run.yaml", with_checker(sd_model, tmp_path / "base", pickled=True), sd_shards)
+    assert main(["validate", str(config)]) == 0
+    assert "note: the export leaves out the base's safety checker: its weights are a pickle" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -51,7 +99,7 @@ def test_commands_of_one_process_do_not_look_at_the_launchers_variables(
     config = str(write_config(tmp_path / "run.yaml", sd_model, sd_shards))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(load_config(config).to_yaml())
-    assert main(["validate", config, "--ranks", "2"]) == 0
+    assert main(["validate", config, f"output={tmp_path / 'another'}", "--ranks", "2"]) == 0
     assert main(["plan", config, "--gpus", "2"]) == 0
     assert main(["explain", "--credit-only", "--output", str(tmp_path / "credit.png")]) == 0
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
