@@ -86,14 +86,11 @@ def summary(manifest: dict) -> Table:
 def decode(shards, count: int, model: str, revision: str | None, device: str) -> list[tuple[np.ndarray, np.ndarray, str]]:
     """(winner, loser, caption) of ``count`` pairs: images (H,W,3) uint8."""
     import torch
-    from diffusers import AutoencoderKL
 
-    from dde_ds.models.unet import LOADING
+    from dde_ds.models.base import find_variant
+    from dde_ds.models.parts import load_part
 
-    try:
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", revision=revision, **LOADING).to(device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: VAE not loadable: {' '.join(str(error).split())}") from None
+    vae = load_part(model, "vae", revision, find_variant(model, revision)).to(device)
     places = [(shard, row) for shard, size in enumerate(shards.counts) for row in range(size)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
     scale, shift = shards.manifest["settings"]["scaling_factor"], getattr(vae.config, "shift_factor", None) or 0.0

@@ -89,7 +89,7 @@ def draw_folder(
     kind = family(model, revision)
     side = side_of(model, revision, options)
     pipeline = load_pipeline(model, revision)
-    weights = first_does(lambda: weights_digest(pipeline), ranks)
+    weights = first_does(lambda: weights_digest(pipeline))
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
     precision = options.precision or ("fp32" if device.type == "cpu" else "fp16")
     settings = {
@@ -114,7 +114,7 @@ def draw_folder(
                 file=sys.stderr,
             )
     # Nobody writes before the folder is known to be ours.
-    pictures = replace(pictures, settings=first_does(lambda: claim(pictures).settings, ranks))
+    pictures = replace(pictures, settings=first_does(lambda: claim(pictures).settings))
 
     # Each rank has its share whatever is there already: what one finds must not depend on what another has just made.
     share = list(pictures.items())[ranks.rank :: ranks.world]

@@ -26,6 +26,7 @@ from dde_ds.data.make import Recipe, make_shards
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.verify import verify
 from dde_ds.models.encode import Encoder, prepare_image
+from tests.bases import copied, scaled
 from tests.conftest import ROOT
 from tests.launching import LAUNCHER, PATIENCE, environment, free_port
 
@@ -53,7 +54,12 @@ def grouped(parquet, tmp_path_factory) -> list[str]:
 
 def make(source, output: Path, encoder, rank: int = 0, world: int = 1, **options):
     return make_shards(
-        source, output, encoder, Recipe("sd", **{"resolution": 16, "pairs_per_shard": 3, "batch": 2, **options}), rank, world
+        source,
+        output,
+        encoder,
+        Recipe(**{"model": "sd", "resolution": 16, "pairs_per_shard": 3, "batch": 2, **options}),
+        rank,
+        world,
     )
 
 
@@ -180,6 +186,21 @@ def test_settings_that_are_no_json(grouped, encoder, tmp_path):
     (output / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"begun with other settings \(format None, now 'dde_ds shards 3'\)"):
         make(find_pairs(grouped), output, encoder)
+
+
+def test_a_model_may_lie_elsewhere_in_a_second_run(grouped, encoder, sd_model, tmp_path):
+    """It is known by its weights: the folder keeps the name that it was begun with, and what is made again has the same bytes."""
+    output = tmp_path / "out"
+    make(find_pairs(grouped), output, encoder)
+    first = contents(output)
+    for name in ("00001.tar", "00001.json", "manifest.json"):
+        (output / name).unlink()
+    moved = copied(sd_model, tmp_path / "moved")
+    assert make(find_pairs(grouped), output, Encoder(str(moved)), model=str(moved))["settings"]["model"] == "sd"
+    assert contents(output) == first
+    other = Encoder(str(scaled(moved, "vae")))
+    with pytest.raises(UserError, match=r"begun with other settings \(weights '"):
+        make(find_pairs(grouped), output, other)
 
 
 def test_a_rank_reads_no_row_group_of_another(grouped, monkeypatch):

@@ -22,6 +22,7 @@ from dde_ds.evaluation import commands
 from dde_ds.evaluation.draw import DrawOptions, draw_folder
 from dde_ds.evaluation.generate import initial_noise
 from dde_ds.evaluation.pictures import Pictures, claim, open_pictures, require_whole
+from tests.bases import copied, scaled
 from tests.conftest import ROOT
 from tests.launching import LAUNCHER, environment, free_port
 from tests.pipelines import save_sd
@@ -227,6 +228,18 @@ def test_ctrl_c_is_no_traceback(tmp_path, drawn, sd_model, capsys):
     assert len(list((tmp_path / "images").iterdir())) == 4
     draw(sd_model, tmp_path)
     assert_same_within_rounding(pixels(drawn), pixels(tmp_path))
+
+
+def test_a_model_may_lie_elsewhere_in_a_second_run(tmp_path, drawn, sd_model):
+    """It is known by its weights; the folder keeps the name that it was begun with."""
+    folder = shutil.copytree(drawn, tmp_path / "images")
+    (folder / "images" / "00000-00.png").unlink()
+    moved = copied(sd_model, tmp_path / "moved")
+    assert draw(moved, folder).settings["model"] == str(sd_model)
+    require_whole(open_pictures(folder))
+    assert_same_within_rounding(pixels(drawn), pixels(folder))
+    with pytest.raises(UserError, match=r"begun with other settings \(weights '"):
+        draw(scaled(moved, "unet"), folder)
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
