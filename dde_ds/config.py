@@ -25,6 +25,11 @@ MANY = 10**9
 """Limit of what counts steps, pairs or files: beyond it lie typing errors, and numbers that no machine gets through."""
 LONGEST_TIMEOUT = 100_000
 """Minutes to wait for other ranks: two months."""
+# Keys of earlier versions, and what they are called now.
+RENAMED = {
+    "log.tensorboard": "log.trackers: [tensorboard]",
+    "log.wandb_project": "log.trackers: [wandb], and log.project for its name",
+}
 PATHS = re.compile(r"(path|output|deepspeed|ledger|cache_dir)$")
 """Keys whose text is a path, or may be one."""
 LONGEST_TEXT = 4096
@@ -561,7 +566,10 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
-            raise UserError(f"unknown key {prefix}{key}{nearest(str(key), hints)}")
+            whole = f"{prefix}{key}"
+            raise UserError(
+                f"unknown key {whole}{f'; it is now {RENAMED[whole]}' if whole in RENAMED else nearest(str(key), hints)}"
+            )
     values = {}
     for spec in dataclasses.fields(cls):
         key = f"{prefix}{spec.name}"
