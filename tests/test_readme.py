@@ -67,3 +67,15 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_tree_of_the_package_names_every_file_and_nothing_else():
+    """The line of a folder stands for its ``__init__.py``."""
+    package = ROOT / "dde_ds"
+    (tree,) = re.findall(r"```text\ndde_ds/\n(.*?)```", (package / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    named, folder = [], ""
+    for name, is_folder in re.findall(r"^ +(\w+)(/|\.py) +\S", tree, re.MULTILINE):
+        folder = f"{name}/" if is_folder == "/" else folder
+        named.append(f"{folder}__init__.py" if is_folder == "/" else f"{folder}{name}.py")
+    assert len(named) == len(tree.splitlines()), "a line that names no file"
+    assert sorted(named) == sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
