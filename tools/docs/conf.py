@@ -40,12 +40,12 @@ def setup(app) -> None:
 
 
 def keep_field(app, what: str, name: str, obj, options, lines: list[str]) -> None:
-    if what == "attribute":
+    if what in ("attribute", "data"):
         FIELDS[name] = list(lines)
 
 
 def restore_field(app, what: str, name: str, obj, options, lines: list[str]) -> None:
-    if what == "attribute":
+    if what in ("attribute", "data"):
         lines[:] = FIELDS[name]
 
 
