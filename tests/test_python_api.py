@@ -50,7 +50,7 @@ assert untouched()
 def test_the_guide_for_python(tmp_path, sd_model, sd_shards):
     config = write_config(tmp_path / "run.yaml", sd_model, sd_shards, steps=1)
     guide = (ROOT / "launchers" / "recipes" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", guide.split("## From Python")[1], re.DOTALL)
     for found, own in (("launchers/recipes/sdxl_dde.yaml", str(config)), ("runs/first", str(tmp_path / "first"))):
         assert found in code
         code = code.replace(found, own)
