@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, read from strict YAML with ``a.b=value`` overrides.
 
-Every field carries its meaning, unit and when to change it below it. An unknown key, a value of the wrong type or out of
-range ends in one line that names the key. The learning rate is what is written: it is never scaled by batch or ranks.
+The docstring below each field gives its meaning, its unit and when to change it. An unknown key, or a value of the wrong type or out
+of range, ends in one line that names the key. The learning rate is used as written: it is never scaled by batch or ranks.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dde_ds.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from dde_ds.text import half_surrogate, without_passwords
 
 MANY = 10**9
-"""Limit of what counts steps, pairs or files: beyond it lie typing errors, and numbers that no machine gets through."""
+"""Upper limit of counts of steps, pairs and files. Larger values are typing errors, or more than any machine can process."""
 LONGEST_TIMEOUT = 100_000
-"""Minutes to wait for other ranks: two months."""
-# Keys of earlier versions, and what they are called now.
+"""Upper limit of minutes to wait for other ranks: two months."""
 RENAMED = {
     "log.tensorboard": "log.trackers: [tensorboard]",
     "log.wandb_project": "log.trackers: [wandb], and log.project for its name",
 }
+"""Map keys of earlier versions to what they are called now."""
 PATHS = re.compile(r"(path|output|deepspeed|ledger|cache_dir)$")
-"""Keys whose text is a path, or may be one."""
+"""Match keys whose text is, or may be, a path."""
 LONGEST_TEXT = 4096
-"""Characters of a text. Linux takes no longer path."""
+"""Upper limit of characters in a text. Linux accepts no longer path."""
 
 
 def _require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -64,26 +64,27 @@ def _shown(value: Any) -> str:
 @dataclass(frozen=True)
 class ModelConfig:
     path: str
-    """Diffusers pipeline to align and to compare with: a folder, or a hub id such as ``stabilityai/stable-diffusion-xl-base-1.0``."""
+    """Diffusers pipeline to align, which is also the reference: a folder, or a hub id such as ``stabilityai/stable-diffusion-xl-base-1.0``."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub id. Pin it for runs that are to be repeated."""
+    """Branch, tag or commit of a hub id. Pin it to make a run repeatable."""
 
     variant: str | None = None
-    """Which of the weights are read, by the name that their files have: ``fp16`` for ``diffusion_pytorch_model.fp16.safetensors``. None takes
-    files without such a name, or the one variant there is where a part has none."""
+    """Variant of the weight files to read: ``fp16`` reads ``diffusion_pytorch_model.fp16.safetensors``. None reads files without a variant
+    in their name. If a part has no such file, None reads the only variant there is."""
 
     gradient_checkpointing: str = "auto"
-    """What the backward pass computes again in the place of keeping it: ``none``, ``selective`` (norms and activations), ``every_K``
-    (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). From left to right less memory; ``full`` costs about a sixth
-    of the throughput. The first that fits is the fastest: ``auto`` takes it, by what ``dde-ds plan`` counts and the memory that is there."""
+    """Activations that the backward pass recomputes instead of keeping: ``none``, ``selective`` (norms and activation functions),
+    ``every_K`` (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). Memory falls in this order; ``full`` costs about
+    a sixth of the throughput. The first that fits is the fastest. ``auto`` chooses it: it compares the count of ``dde-ds plan`` with the
+    memory there is."""
 
     compile: bool = False
-    """``torch.compile`` of the transformer blocks, of policy and reference. Worth its minutes at the start in a run of hours; not with
-    ZeRO-3."""
+    """Compile the transformer blocks of policy and reference with ``torch.compile``. It takes minutes at the start, which a run of hours
+    regains. Not with ZeRO-3."""
 
     channels_last: bool = False
-    """Convolutions in the memory format that tensor cores take. Turn it on on a GPU where it is faster: measure a few steps."""
+    """Run convolutions in the memory format of tensor cores. Use it if a few measured steps on your GPU are faster with it."""
 
     def __post_init__(self):
         _require(
@@ -103,20 +104,20 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ReferenceConfig:
     placement: str = "auto"
-    """Where the frozen copy of the model lies: ``replicated`` on every GPU (SDXL in bf16: 5.1 GB), ``sharded`` over all of them, or ``cpu``,
-    in the host's memory, from where it comes block by block. ``auto``: sharded beside a ZeRO-3 policy, on the CPU beside one whose weights
-    are there, else replicated. Changes memory and speed, not the result."""
+    """Place of the frozen copy of the model. ``replicated``: on every GPU (SDXL in bf16: 5.1 GB). ``sharded``: over all GPUs. ``cpu``: in
+    the host's memory, loaded block by block. ``auto`` shards it beside a ZeRO-3 policy, keeps it on the CPU beside a policy whose weights
+    are there, and replicates it otherwise. Changes memory and speed, not the result."""
 
     dtype: str = "policy"
-    """``policy`` takes the run's precision: both models then take the same path through the numbers, and training begins at a margin of 0.
-    ``bf16`` halves the memory beside a float32 policy, ``fp32`` doubles it beside a bf16 one; either way the first loss is log 2 up to
-    rounding, which β and w_t multiply."""
+    """Precision of the reference. ``policy`` uses the run's: both models then compute exactly alike, and training begins at a margin of 0.
+    ``bf16`` halves the reference's memory beside a float32 policy; ``fp32`` doubles it beside a bf16 one. Either way the first loss is
+    log 2 up to rounding, which β and w_t multiply."""
 
     ledger: str | None = None
-    """File of the reference's errors. Where it lacks what the run needs, the reference is loaded and the run writes them there; where
-    it has all, no reference is loaded, which saves one forward pass of two and the reference's memory. For runs that share seed, data and
-    model, such as a search for β or the learning rate. With another ``batch.micro`` or on other hardware the model itself would round
-    otherwise. ``sft`` has no reference and leaves it alone."""
+    """File of the reference's errors, for runs that share seed, data and model, such as a search for β or the learning rate. If it lacks
+    errors that the run needs, the run loads the reference and writes them there. If it has all, the run loads no reference: that saves one
+    forward pass of two and the reference's memory. With another ``batch.micro``, or on other hardware, the model itself would round
+    differently. ``sft`` has no reference and ignores this key."""
 
     def __post_init__(self):
         _require(
@@ -134,28 +135,28 @@ class ObjectiveConfig:
     """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted`` or ``sft``."""
 
     beta: float = 2000.0
-    """Strength of the preference, for errors that are means over a latent. Higher stays nearer to the reference and saturates earlier."""
+    """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier."""
 
     correction_weight: float = 1.0
-    """η, weight of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""
+    """Weight η of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""
 
     correction_ema: float = 0.9
-    """ρ of the correction's moving average, per optimizer step in which a timestep was seen. Raise it for small batches."""
+    """Decay ρ of the correction's moving average, for each optimizer step that saw the timestep. Raise it for small batches."""
 
     variance: str = "posterior"
-    """σ_t² in the stepwise weight: ``posterior`` or ``beta``."""
+    """Choice of σ_t² in the stepwise weight: ``posterior`` or ``beta``."""
 
     discount: float | None = None
-    """γ per training timestep of ``discounted``. Default 0.9^(50/T)."""
+    """Discount γ of ``discounted`` for each training timestep. Default: 0.9^(50/T)."""
 
     discount_mode: str = "weight"
     """``weight`` puts the discount inside log σ; ``sample`` draws timesteps in proportion to it."""
 
     timestep_range: tuple[int, int] | None = None
-    """[lo, hi) that timesteps are drawn from. Default all; narrow it to train one segment of the trajectory."""
+    """Range [lo, hi) that timesteps are drawn from. Default: all. Narrow it to train one segment of the trajectory."""
 
     shared_noise: bool = True
-    """Winner and loser of a pair get the same noise. Lowers the variance of their difference; the field's standard."""
+    """Give winner and loser of a pair the same noise. This lowers the variance of their difference and is the field's standard."""
 
     def __post_init__(self):
         _positive("objective.beta", self.beta)
@@ -169,7 +170,7 @@ class SourceConfig:
     """Folder or URL of shards."""
 
     weight: float = 1.0
-    """Share of the pairs that come from here, in proportion to the other sources' weights; resolved to a thousandth."""
+    """Share of the pairs that come from here, relative to the other sources' weights; rounded to a thousandth."""
 
     def __post_init__(self):
         _positive("data.sources weight", self.weight)
@@ -178,38 +179,38 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = None
-    """Shards that ``tools/shard_pickapic.py`` wrote: a folder, or a URL of ``http(s)://``, ``s3://``, ``gs://``, ``hf://`` …"""
+    """Shards from ``tools/shard_pickapic.py``: a folder, or a URL of ``http(s)://``, ``s3://``, ``gs://``, ``hf://`` …"""
 
     sources: tuple[SourceConfig, ...] = ()
-    """Several folders or URLs in the place of ``path``, each ``{path, weight}``. Of one model and resolution."""
+    """Several folders or URLs instead of ``path``, each ``{path, weight}``. All must have the same model and resolution."""
 
     caption_dropout: float = 0.0
-    """Share of pairs whose caption is replaced by the empty one, which keeps classifier-free guidance alive. 0.2 in Diffusion-DPO's recipe."""
+    """Share of pairs whose caption becomes empty, so that classifier-free guidance keeps working. Diffusion-DPO's recipe: 0.2."""
 
     flip: bool = False
     """Train on half of the pairs mirrored. Needs shards made with ``--flip``."""
 
     block_shards: int = 8
-    """Shards that are shuffled into one another. More mixes better and opens more files."""
+    """Number of shards that are shuffled together. More shards mix better and keep more files open."""
 
     workers: int = 2
-    """Loader processes a rank. 0 reads in the training process. Changes nothing of what is trained on."""
+    """Loader processes of each rank. 0 reads in the training process. Changes nothing of what is trained on."""
 
     allow_other_encoders: bool = False
-    """Take shards of another VAE or other text encoders than those of ``model.path``. For a model of which you know that they encode alike,
-    such as the same ones stored in half precision: to others the latents and embeddings mean something else."""
+    """Accept shards of another VAE or other text encoders than those of ``model.path``. Set it only if you know that they encode alike, such
+    as the same ones in half precision. Other encoders give latents and embeddings another meaning."""
 
     max_bad_samples: int = 0
-    """Damaged samples that a run may replace by their neighbours, each reported once, before it stops. 0 stops at the first."""
+    """Damaged samples that a run may replace by their neighbours before it stops; each is reported once. 0 stops at the first."""
 
     cache_dir: str | None = None
-    """Folder where a node keeps what it has fetched of remote shards, for all its processes and later runs. None keeps nothing."""
+    """Folder where a node keeps what it fetched from remote shards, for all its processes and later runs. None keeps nothing."""
 
     cache_gb: float = 100.0
-    """Size that the cache folder is held to; what was used longest ago goes first."""
+    """Upper limit of the cache folder, in GB; the least recently used data is deleted first."""
 
     timeout_s: float = 60.0
-    """Seconds that one attempt at a range of a remote shard may take. Five attempts are made."""
+    """Seconds for one attempt to read a range of a remote shard. There are five attempts."""
 
     def __post_init__(self):
         _require((self.path is None) != (not self.sources), "data.path", self.path, "give either data.path or data.sources")
@@ -226,12 +227,12 @@ class DataConfig:
 
     @property
     def key(self) -> str:
-        """What names the shards, for a message."""
+        """Return the key that names the shards, for a message."""
         return "data.path" if self.path is not None else "data.sources"
 
     @property
     def name(self) -> str:
-        """The shards, for a message or a model card: without passwords."""
+        """Return the paths of the shards without passwords, for a message or a model card."""
         return without_passwords(self.path or ", ".join(source.path for source in self.sources))
 
 
@@ -241,17 +242,18 @@ class BatchConfig:
     """Preference pairs of one optimizer step, over all ranks. The paper: 2048."""
 
     micro: int = 1
-    """Pairs of one forward and backward pass on one rank (2 latents each). As many as fit; changes speed and memory, not the result."""
+    """Pairs of one forward and backward pass on one rank, with 2 latents each. Use as many as fit. Changes speed and memory, not the
+    result."""
 
     def __post_init__(self):
         _number("batch.pairs", self.pairs, 1, 10**7)
         _number("batch.micro", self.micro, 1, 10**5)
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on each of ``world`` ranks.
+        """Return the number of micro-batches of one optimizer step on each of ``world`` ranks.
 
         Raises:
-            UserError: the batch does not divide; the message lists micro-batches and batches that would.
+            UserError: the batch does not divide evenly; the message lists micro-batches and batches that do.
         """
         if self.pairs % (world * self.micro) == 0:
             return self.pairs // (world * self.micro)
@@ -270,10 +272,10 @@ class BatchConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float
-    """AdamW's, after warm-up, exactly as written. Diffusion-DPO's code: 1e-8 × 2048 pairs = 2.048e-5 at β 2000."""
+    """AdamW's learning rate after warm-up, exactly as written. Diffusion-DPO's code: 1e-8 × 2048 pairs = 2.048e-5 at β 2000."""
 
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up: step k of n runs at rate (k+1)/n; constant afterwards."""
+    """Optimizer steps n of linear warm-up. Step k, from 0, runs at (k+1)/n of the rate; later steps run at the full rate."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
@@ -285,11 +287,11 @@ class OptimizerConfig:
     """AdamW's decoupled weight decay."""
 
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm. 0 does not clip."""
+    """Global norm that gradients are clipped to. 0 does not clip."""
 
     type: str = "adamw"
-    """``adamw``, or ``adamw_8bit``, whose moments take 2 bytes a parameter in the place of 8, over all ranks together: worth it on up to
-    four GPUs; SDXL needs two. ZeRO-1 or 2 without offload; needs the extra ``lowbit``."""
+    """``adamw`` or ``adamw_8bit``. The moments of ``adamw_8bit`` take 2 bytes a parameter instead of 8, over all ranks together. That pays off
+    on up to four GPUs; SDXL needs two. It runs under ZeRO-1 or 2 without offload, and needs the extra ``lowbit``."""
 
     def __post_init__(self):
         _positive("optimizer.learning_rate", self.learning_rate)
@@ -301,7 +303,7 @@ class OptimizerConfig:
         _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant."""
+        """Return the learning rate of optimizer step ``step``, counted from 0: linear warm-up, then constant."""
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
@@ -310,14 +312,14 @@ class LoraConfig:
     """Train two thin matrices beside each chosen layer, and nothing else."""
 
     rank: int
-    """r, the thin side of the adapters. Memory, file and what can be learned grow with it; 4 to 128 are usual."""
+    """Rank r: the thin side of the adapters. Memory, file size and capacity grow with it; 4 to 128 are usual."""
 
     alpha: float | None = None
-    """The adapters are scaled by α/r. None is α = r, no scale; change it only together with the learning rate."""
+    """Scale the adapters by α/r. None means α = r: no scale. Change it only together with the learning rate."""
 
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the layers that get adapters. Default: the projections of all attentions. ``ff.net.0.proj`` and ``ff.net.2``
-    add the feed-forward layers, ``conv1`` and ``conv2`` the convolutions."""
+    """Endings of the names of layers that get adapters. Default: the projections of all attention layers. ``ff.net.0.proj`` and
+    ``ff.net.2`` add the feed-forward layers; ``conv1`` and ``conv2`` add the convolutions."""
 
     def __post_init__(self):
         _number("lora.rank", self.rank, 1, 4096)
@@ -339,8 +341,8 @@ class EmaConfig:
     """Keep a moving average of the trained weights, which the export then takes."""
 
     decay: float
-    """The average spans about the last 1/(1 - decay) optimizer steps. It warms up: at step k it is at most k/(9 + k), which is 0.99 after
-    891 steps and 0.999 after 8,991."""
+    """Decay of the average, which spans about the last 1/(1 - decay) optimizer steps. It warms up: at step k it is at most k/(9 + k), which is
+    0.99 after 891 steps and 0.999 after 8,991."""
 
     def __post_init__(self):
         _require(0 < self.decay < 1, "ema.decay", self.decay, "must lie in (0, 1)")
@@ -349,14 +351,14 @@ class EmaConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100
-    """Optimizer steps between checkpoints; one is always written at the end. Rather often: a killed run loses what came after the last."""
+    """Optimizer steps between checkpoints; the end always writes one. A killed run loses what came after the last, so save often."""
 
     keep: int = 2
-    """Newest checkpoints that are kept. Each takes 12 bytes a trained parameter, float32 weights and AdamW's two moments, and 4 more with
-    ``ema``."""
+    """Number of newest checkpoints to keep. Each takes 12 bytes a trained parameter, for float32 weights and AdamW's two moments, and 4
+    more with ``ema``."""
 
     keep_every: int | None = None
-    """Keep those at multiples of this step as well, to compare models of different training lengths. Multiply by the size above."""
+    """Also keep checkpoints at multiples of this step, to compare models of different training lengths. Each takes the size above."""
 
     def __post_init__(self):
         _number("checkpoint.every", self.every, 1)
@@ -368,8 +370,8 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class GuardsConfig:
     max_skipped_in_a_row: int = 5
-    """Steps in a row whose loss or gradient is not a finite number, after which the run ends. Fewer are skipped, counted, and written to
-    ``skipped.jsonl``; nothing of them is trained. 1 ends the run at the first."""
+    """End the run after so many steps in a row whose loss or gradient is not a finite number. Fewer are skipped, counted, and written to
+    ``skipped.jsonl``; they change no weight. 1 ends the run at the first."""
 
     def __post_init__(self):
         _number("guards.max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
@@ -378,19 +380,19 @@ class GuardsConfig:
 @dataclass(frozen=True)
 class SamplesConfig:
     prompts: tuple[str, ...] = ()
-    """Prompts to draw before the first step, during the run and at its end, always from the same noise. None draws nothing."""
+    """Prompts to draw before the first step, during the run and at its end, always from the same noise. Without prompts nothing is drawn."""
 
     every: int = 100
-    """Optimizer steps between drawings."""
+    """Optimizer steps between two sets of samples."""
 
     inference_steps: int = 30
-    """DDIM steps of a drawing."""
+    """DDIM steps of a sample."""
 
     guidance_scale: float = 7.5
-    """Classifier-free guidance of a drawing. SDXL: 5."""
+    """Classifier-free guidance scale of a sample. SDXL: 5."""
 
     seed: int = 0
-    """Seed of the drawings' noise."""
+    """Seed of the samples' noise."""
 
     def __post_init__(self):
         _number("samples.every", self.every, 1)
@@ -401,14 +403,14 @@ class SamplesConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     path: str | None = None
-    """Folder of held-out shards, made with the same model. Their pairs are looked at during the run at nine fixed timesteps with fixed
-    noise: a loss that can be compared over the run and between runs. None looks at nothing."""
+    """Folder of held-out shards, made with the same model. The run evaluates their pairs at nine fixed timesteps with fixed noise, so that
+    the loss compares over the run and between runs. None evaluates nothing."""
 
     every: int = 100
-    """Optimizer steps between two looks; there is always one at the end."""
+    """Optimizer steps between two evaluations; the end always makes one."""
 
     pairs: int = 512
-    """Pairs of a look: a forward pass each. The standard error of a share is at most 0.5/√pairs."""
+    """Pairs of one evaluation; each takes a forward pass. The standard error of a share is at most 0.5/√pairs."""
 
     def __post_init__(self):
         _number("evaluation.every", self.every, 1)
@@ -418,15 +420,16 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 1
-    """Optimizer steps between two rows of ``metrics.jsonl``; each averages the steps since the last. Writing a row makes the host wait for the device a few times."""
+    """Optimizer steps between two rows of ``metrics.jsonl``; each row averages the steps since the last. To write a row, the host waits for
+    the device a few times."""
 
     trackers: tuple[str, ...] = ()
-    """Experiment trackers that get the rows and the sample images as well: ``tensorboard`` (files in the run folder), ``wandb``, ``mlflow``,
-    ``trackio``, ``comet_ml``, ``aim``, ``clearml``, ``dvclive`` or ``swanlab``. The tracker's own package must be installed, and its own
+    """Experiment trackers that also get the rows and the sample images: ``tensorboard`` (files in the run folder), ``wandb``, ``mlflow``,
+    ``trackio``, ``comet_ml``, ``aim``, ``clearml``, ``dvclive`` or ``swanlab``. The tracker's own package must be installed. Its own
     environment variables apply: ``WANDB_MODE=offline`` keeps everything in the run folder."""
 
     project: str = "dde_ds"
-    """Name of the project or experiment at the trackers."""
+    """Name of the project or experiment in the trackers."""
 
     def __post_init__(self):
         _number("log.every", self.every, 1)
@@ -434,13 +437,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Paths are relative to the working directory."""
+    """Describe a whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder: config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder. It gets config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
-    """Optimizer steps. May be raised on ``--resume`` to train on."""
+    """Number of optimizer steps. Raise it on ``--resume`` to train longer."""
 
     model: ModelConfig
     data: DataConfig
@@ -454,31 +457,31 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     lora: LoraConfig | None = None
-    """``{rank, alpha, targets}`` trains LoRA adapters alone; the base with its adapters off is the reference, so that one UNet is held.
-    Needs the extra ``lora``. None trains all parameters of the UNet."""
+    """``{rank, alpha, targets}`` trains LoRA adapters alone. The same UNet with its adapters off is the reference, so memory holds one UNet.
+    It needs the extra ``lora``. None trains all parameters of the UNet."""
 
     ema: EmaConfig | None = None
-    """``{decay}`` keeps a float32 average of the trained weights, sharded over the ranks, 4 bytes a parameter in memory and in a
-    checkpoint. The export takes it; samples and held-out looks show the weights themselves. None keeps none."""
+    """``{decay}`` keeps a float32 average of the trained weights, sharded over the ranks. It takes 4 bytes a parameter in memory and in a
+    checkpoint. The export uses the average; samples and held-out evaluations use the weights themselves. None keeps no average."""
 
     log: LogConfig = field(default_factory=LogConfig)
 
     deepspeed: str = "ds_configs/zero2.json"
-    """DeepSpeed configuration. What this file states itself (batch, optimizer, precision, clipping) is filled in there."""
+    """DeepSpeed configuration file. Batch, optimizer, precision and clipping are filled in there from this configuration."""
 
     precision: str = "bf16"
-    """``bf16`` or ``fp32``, of the policy, and of the reference where ``reference.dtype`` says nothing else. ``fp32`` is without TF32."""
+    """``bf16`` or ``fp32``, for the policy, and for the reference unless ``reference.dtype`` differs. ``fp32`` does not use TF32."""
 
     max_hours: float | None = None
-    """Hours after which the run stops as if asked to: it ends the step, saves, and leaves with exit code 75. Counted from the start of each
-    launch. For clusters that end jobs at a time limit: leave room for one step and one checkpoint. None never stops."""
+    """Stop the run after so many hours from the start of each launch: it ends the step, saves, and exits with code 75. Use it on clusters that
+    end jobs at a time limit, and leave room for one step and one checkpoint. None never stops."""
 
     timeout_minutes: float = 10.0
-    """Minutes that a rank waits for the others in one collective before it ends with an error: so long can a lost node go unseen.
-    Raise it where the longest thing that one rank does alone, writing the export to a slow file system, takes longer."""
+    """Minutes that a rank waits for the others in one collective before it ends with an error. A lost node can go unnoticed for so long.
+    Raise it if one rank works alone for longer, such as to write the export to a slow file system."""
 
     seed: int = 0
-    """Of data order, noise, timesteps and caption dropout, each a pure function of (seed, pairs consumed)."""
+    """Seed of data order, noise, timesteps and caption dropout. Each is a pure function of (seed, pairs consumed)."""
 
     def __post_init__(self):
         _number("steps", self.steps, 1)
@@ -535,7 +538,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_of(data: Any) -> RunConfig:
-    """A run from plain data, such as a checkpoint's ``state.json`` holds, checked as :func:`load_config` does."""
+    """Return a run from plain data, such as a checkpoint's ``state.json``, checked as :func:`load_config` does."""
     return _build(RunConfig, data, "")
 
 
@@ -560,7 +563,7 @@ def _override(data: dict, override: str) -> None:
 
 
 def _build(cls: type, data: Any, prefix: str) -> Any:
-    """A dataclass from plain data, every key and type checked. ``prefix`` is the dotted key of ``data``, with its dot."""
+    """Build a dataclass from plain data; check every key and type. ``prefix`` is the dotted key of ``data``, with its dot."""
     if not isinstance(data, dict):
         raise UserError(f"{prefix.rstrip('.')} is {_shown(data)}: expected keys and values")
     hints = typing.get_type_hints(cls)
@@ -584,7 +587,7 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind``; only conversions that lose nothing."""
+    """Return ``value`` as ``kind``; allow only conversions that lose nothing."""
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _convert(value, kind.__args__[0], key)
     if typing.get_origin(kind) is tuple:
@@ -607,14 +610,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _check_text(text: str, key: str) -> None:
-    """Refuse what no path, file or tokenizer takes."""
+    """Refuse text that no path, file or tokenizer accepts."""
     if "\0" in text:
         raise UserError(f"{key} is {_shown(text)}: must not hold a NUL character")
     if half_surrogate(text):
         raise UserError(f"{key} is {_shown(text)}: must not hold half a surrogate pair")
     if len(text) > LONGEST_TEXT:
         raise UserError(f"{key} has {len(text):,} characters: must have {LONGEST_TEXT:,} or fewer")
-    # Linux takes no longer name, and says so with an error wherever it is asked whether the file is there.
+    # Linux accepts no longer name: even to ask whether such a file exists is an error.
     if PATHS.search(key) and any(len(part.encode()) > 255 for part in text.split("/")):
         raise UserError(f"{key} is {_shown(text)}: must have no name of more than 255 bytes in it")
 
