@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from dde_ds import __version__, planner
+from dde_ds import __version__, planner, push
 from dde_ds.config import LONGEST_TIMEOUT, config_of, load_config
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.commands import add_commands
@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     add_commands(commands)
+    push.add_command(commands)
     args, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one piece: overrides behind an option are left over.
     if unknown := [

@@ -47,6 +47,7 @@ FLOORS = {
     },
     "doctor": {"errors", "config", "ranks", "distributed", "data", "models", "engine"},
     "planner": {"errors", "config", "data", "models", "engine", "training"},
+    "push": {"", "errors", "config", "models", "engine", "evaluation"},
     "cli": None,
 }
 # `distributed` joins the process group, which DeepSpeed must do.
