@@ -378,40 +378,37 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool =
 def _upload(card: ModelCard, files: dict[str, Path], repo: str, private: bool, branch: str | None, message: str) -> str:
     """Return the commit's address."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()  # its warnings of a second try hold signed addresses
     if not sys.stderr.isatty():
         disable_progress_bars()
     token = None
-    with tempfile.TemporaryDirectory() as staging:
-        # Links: an export of some gigabytes is not copied for a card.
-        for name, path in files.items():
-            place = Path(staging, name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(path.resolve())
-        Path(staging, CARD).write_text(str(card), encoding="utf-8")
-        try:
-            token = get_token()
-            if not token:
-                raise UserError("no token of the Hugging Face hub: log in with `hf auth login`, or set HF_TOKEN")
-            if not re.fullmatch("[!-~]+", token):
-                raise UserError(
-                    "the token of the Hugging Face hub holds characters that no token has; log in again, or set HF_TOKEN"
-                )
-            api = HfApi(token=token, library_name="dde_ds", library_version=__version__)
-            api.create_repo(repo, private=private or None, exist_ok=True)
-            if private and not api.repo_info(repo).private:
-                raise UserError(
-                    f"push {repo}: is there already and is public, nothing was uploaded; make it private, or take another name"
-                )
-            if branch:
-                api.create_branch(repo, branch=branch, exist_ok=True)
+    try:
+        token = get_token()
+        if not token:
+            raise UserError("no token of the Hugging Face hub: log in with `hf auth login`, or set HF_TOKEN")
+        if not re.fullmatch("[!-~]+", token):
+            raise UserError("the token of the Hugging Face hub holds characters that no token has: log in again, or set HF_TOKEN")
+        api = HfApi(token=token, library_name="dde_ds", library_version=__version__)
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise UserError(f"push {repo}: is there and is public, nothing was uploaded; make it private, or take another name")
+        if branch:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        with tempfile.TemporaryDirectory() as staging:
+            # Links: an export of some gigabytes is not copied for a card.
+            for name, path in files.items():
+                place = Path(staging, name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(path.resolve())
+            Path(staging, CARD).write_text(str(card), encoding="utf-8")
             return api.upload_folder(repo_id=repo, folder_path=staging, revision=branch, commit_message=message).commit_url
-        except UserError:
-            raise
-        except Exception as error:  # whatever the library, its transfer threads and what the server answers may raise
-            text = _told(error).replace(token, "***") if token else _told(error)
-            raise UserError(f"push {repo}: {text}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library, its transfer threads and what the server answers may raise
+        text = _told(error).replace(token, "***") if token else _told(error)
+        raise UserError(f"push {repo}: {text}") from None
 
 
 def _told(error: BaseException) -> str:

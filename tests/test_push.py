@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import os
 import shutil
 import subprocess
@@ -188,7 +189,12 @@ def test_broken_off_and_pushed_again(hub, run_folder, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     # All weights but the first lose their connection, as often as the library tries.
     hub.fault = lambda method, path: "drop" if method == "PUT" and hub.large else None
+    handler = logging.handlers.BufferingHandler(1000)  # the library writes to the terminal by itself, addresses of uploads included
+    logging.getLogger("huggingface_hub").addHandler(handler)
     told = refused(capsys, run_folder, "me/model", *LICENSE)
+    logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert hub.count("PUT") > len(contents(run_folder / "export")), "the library tried no upload twice"
+    assert handler.buffer == []
     assert "push me/model: broke off: " in told and "push again" in told
     assert "model_index.json" not in hub.repos["me/model"]["main"], "half of an export was committed"
     arrived = set(hub.large)
@@ -215,8 +221,8 @@ def test_what_the_hub_refuses_is_one_line(hub, run_folder, monkeypatch, capsys):
 
     host = "push me/model: refused by 127.0.0.1: "
     assert host + "403 refused Bearer *** for a reason; the token needs write access" in failing("/api/repos/create", 403)
-    assert host + "409 refused" in (told := failing("/commit/", 409)) and "push again" in told
     assert host + "413" in failing("/large/", 413)
+    assert host + "409 refused" in (told := failing("/commit/", 409)) and "push again" in told
     hub.fault = lambda method, path: None
     told = refused(capsys, run_folder, "me/model", "--license", "my-own")
     assert host + '400 "license" must be one of' in told
@@ -244,7 +250,7 @@ def test_no_token_and_no_server(hub, run_folder, monkeypatch, tmp_path, capsys):
 
 def test_private_is_not_pushed_into_the_open(hub, run_folder, capsys):
     hub.repos["me/model"], hub.private["me/model"] = {"main": {}}, False
-    assert "is public, nothing was uploaded" in refused(capsys, run_folder, "me/model", *LICENSE, "--private")
+    assert "is there and is public, nothing was uploaded" in refused(capsys, run_folder, "me/model", *LICENSE, "--private")
     assert hub.repos["me/model"] == {"main": {}} and hub.count("PUT") == 0
 
 
@@ -281,6 +287,7 @@ def test_what_cannot_be_pushed(hub, run_folder, comparison, sd_model, tmp_path, 
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_the_command_of_the_environment(run_folder):
     """As a user calls it: nothing but the library's own variables."""
     with serve() as hub:
