@@ -20,6 +20,7 @@ from typing import Any
 from dde_ds.errors import UserError, nearest
 from dde_ds.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from dde_ds.text import half_surrogate, without_passwords
+from dde_ds.warn import reason
 
 MANY = 10**9
 """Upper limit of counts of steps, pairs and files. Larger values are typing errors, or more than any machine can process."""
@@ -527,7 +528,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         data = read_yaml(path)
     except OSError as error:
-        raise UserError(f"--config {path}: {(error.strerror or str(error)).lower()}") from None
+        raise UserError(f"--config {path}: {reason(error).lower()}") from None
     except ValueError as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(data, dict):

@@ -53,6 +53,7 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[Ranks, torch.device
     ranks = read_environment()
     ranks.export()
     accelerator = get_accelerator()
+    assert accelerator is not None  # the CPU at least
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory collective here: a minute with a compiler, a crash without one. It has no
         # switch for it; gloo does the same work.

@@ -31,6 +31,7 @@ from dde_ds.models.cost import Adapters, parameter_sizes
 from dde_ds.models.unet import load_unet_config
 from dde_ds.ranks import Ranks
 from dde_ds.text import printable, without_passwords
+from dde_ds.warn import reason
 
 PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
 # Containers come with 64 MB of shared memory: too little for NCCL and the loader's workers.
@@ -84,7 +85,7 @@ def _try(check: Callable[[], str]) -> tuple[bool, str]:
     except (Failed, UserError) as error:
         return False, str(error)
     except OSError as error:
-        return False, f"{error.filename or 'system'}: {(error.strerror or str(error)).lower()}"
+        return False, f"{error.filename or 'system'}: {reason(error).lower()}"
 
 
 def _gather(value) -> list:
@@ -226,9 +227,7 @@ def _ledger(run: RunConfig, ranks: Ranks) -> str:
         try:
             tempfile.TemporaryFile(dir=_existing(folder)).close()
         except OSError as error:
-            raise Failed(
-                f"reference.ledger {run.reference.ledger}: not writable: {(error.strerror or str(error)).lower()}"
-            ) from None
+            raise Failed(f"reference.ledger {run.reference.ledger}: not writable: {reason(error).lower()}") from None
     return f"{folder}: writable by rank 0"
 
 
@@ -261,7 +260,7 @@ def _shared_folder(output: Path, ranks: Ranks) -> tuple[bool, str]:
     try:
         _write_synced(probes[ranks.rank], token)
     except OSError as error:
-        problem = f"output {folder}: not writable: {(error.strerror or str(error)).lower()}"
+        problem = f"output {folder}: not writable: {reason(error).lower()}"
     wrote = not problem
     written = [probe for probe, failed in zip(probes, _gather(problem), strict=True) if not failed]
     if ranks.is_first and not problem and (lost := _not_shown(written, token)):

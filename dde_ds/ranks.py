@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dde_ds.errors import UserError
+from dde_ds.warn import reason
 
 DEFAULT_PORT = 29500
 # Below 32768, where systems start to hand out ports of their own.
@@ -125,7 +126,9 @@ def _from_torch(environment: Mapping[str, str]) -> Ranks:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(f"environment: {' and '.join(missing)} not set beside RANK={rank} and WORLD_SIZE={world}")
-    return Ranks(rank, world, local, _address(environment), _port(environment, DEFAULT_PORT))
+    address = _address(environment)
+    assert address is not None  # not missing
+    return Ranks(rank, world, local, address, _port(environment, DEFAULT_PORT))
 
 
 def _from_mpi(environment: Mapping[str, str], launcher: str, names: tuple[str, str, str], local_size: str) -> Ranks:
@@ -221,7 +224,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"--hostfile {path}: {error.strerror.lower()}") from None
+        raise UserError(f"--hostfile {path}: {reason(error).lower()}") from None
     except UnicodeDecodeError:
         raise UserError(f"--hostfile {path}: not a text file") from None
     hosts: dict[str, int] = {}

@@ -69,7 +69,9 @@ def is_metrics(row: Any) -> bool:
 
 def is_correction(row: Any) -> bool:
     """Whether it is a row of ``correction.jsonl``: as many numbers as timesteps."""
-    lists = (row.get("timesteps"), row.get("correction")) if is_row(row) else (None,)
+    if not is_row(row):
+        return False
+    lists = row.get("timesteps"), row.get("correction")
     return all(isinstance(values, list) and len(values) == len(lists[0]) and all(map(_is_number, values)) for values in lists)
 
 

@@ -84,6 +84,7 @@ class _Loader(yaml.SafeLoader):
         before, outer, self._depth = self._size, self._depth, self._depth + 1
         self._check(event)
         node = super().compose_node(parent, index)
+        assert node is not None  # there is one for every event that begins one
         if isinstance(event, yaml.AliasEvent):
             if node not in self._measured:
                 raise yaml.MarkedYAMLError(problem=f"*{event.anchor} holds itself", problem_mark=event.start_mark)

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import webdataset
 from torch import Tensor
+from webdataset.compat import WebDataset
+from webdataset.shardlists import split_by_node
 
 from dde_ds.data.manifest import DESCRIPTION_BYTES
 from dde_ds.data.shards import ShardSet
+from dde_ds.data.storage import LocalFolder
+from dde_ds.errors import UserError
 from dde_ds.untrusted import parse_json
 
 
-def as_webdataset(folder: str | Path, **options: Any) -> webdataset.WebDataset:
+def as_webdataset(folder: str | Path, **options: Any) -> WebDataset:
     """Return a ``webdataset.WebDataset`` over a local folder of shards, which yields each pair with its prompt's embeddings.
 
     A sample is a dict: ``__key__``, ``description`` (caption, source row) and the tensors of a pair and its prompt, as
@@ -36,9 +39,11 @@ def as_webdataset(folder: str | Path, **options: Any) -> webdataset.WebDataset:
         UserError: no whole set of shards.
     """
     shards = ShardSet(folder)
-    tars = [str(shards.folder / f"{file['name']}.tar") for file in shards.manifest["shards"] if file["samples"]]
-    options = {"shardshuffle": False, "nodesplitter": webdataset.split_by_node, "empty_check": False, **options}
-    return webdataset.WebDataset(tars, **options).compose(partial(_decoded, shards=shards))
+    if not isinstance(shards.storage, LocalFolder):
+        raise UserError(f"{folder}: only a local folder can be streamed by webdataset; download it first")
+    tars = [shards.storage.where(f"{file['name']}.tar") for file in shards.manifest["shards"] if file["samples"]]
+    options = {"shardshuffle": False, "nodesplitter": split_by_node, "empty_check": False, **options}
+    return WebDataset(tars, **options).compose(partial(_decoded, shards=shards))  # pyright: ignore[reportReturnType]  # of its own kind
 
 
 def _decoded(samples: Iterator[dict[str, Any]], shards: ShardSet) -> Iterator[dict[str, Any]]:

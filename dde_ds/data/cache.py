@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dde_ds.errors import UserError
 from dde_ds.untrusted import read_regular
+from dde_ds.warn import reason
 
 BUCKETS = 256
 
@@ -27,7 +28,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {folder}: not writable: {error.strerror.lower()}") from None
+            raise UserError(f"data.cache_dir {folder}: not writable: {reason(error).lower()}") from None
 
     def get(self, key: str) -> bytes | None:
         path = self._path(key)

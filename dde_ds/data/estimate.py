@@ -58,7 +58,7 @@ def _tokenizers(model: str, kind: str, revision: str | None) -> list[Any]:
 
     names = ("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",)
     try:
-        return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]
+        return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]  # pyright: ignore[reportArgumentType]  # takes None
     except OSError as error:
         raise UserError(f"--model {model}: tokenizer not loadable: {' '.join(str(error).split())}") from None
 

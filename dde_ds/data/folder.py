@@ -20,6 +20,7 @@ import numpy as np
 from dde_ds.data.pairs import DECIDED, PairRow, Survey, SurveyBuilder, decide, label_of
 from dde_ds.errors import UserError
 from dde_ds.untrusted import parse_json, read_regular
+from dde_ds.warn import reason
 
 RECORD = '{"winner": path, "loser": path, "caption": text}'
 # Of one image, far above what MAX_PIXELS takes: a larger file is none.
@@ -55,7 +56,7 @@ class FolderPairs:
         try:
             data = read_regular(path)
         except OSError as error:
-            raise UserError(f"--input {path}: not readable: {error.strerror.lower()}") from None
+            raise UserError(f"--input {path}: not readable: {reason(error).lower()}") from None
         except ValueError as error:
             raise UserError(f"--input {path}: {error}") from None
         self.pairs = [self._parse(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,14 @@ class HubPairs:
             raise UserError(f"--input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
-                raise UserError(f"--split {split}: {name} has {', '.join(found)}")
+                raise UserError(f"--split {split}: {name} has {', '.join(map(str, found))}")
             found = found[split]
         check_columns(name, found.features.arrow_schema)
         self.label = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
         columns = [*COLUMNS, *(column for column in PROVENANCE if column in found.column_names)]
-        self.table = found.select_columns(columns).with_format("arrow")
+        self.table: Any = found.select_columns(columns).with_format(
+            "arrow"
+        )  # rows are then pyarrow's tables, which its hints do not know
         self.identity = [{"name": self.label, "rows": len(found), "fingerprint": found._fingerprint}]
 
     def name(self, row: int) -> str:

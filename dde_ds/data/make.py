@@ -29,6 +29,7 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image, time_ids
 from dde_ds.untrusted import JSON_BYTES, parse_json, read_regular
+from dde_ds.warn import reason
 
 # Chunks of pairs whose images are decoded while the GPU encodes those before them.
 LOOKAHEAD = 2
@@ -178,11 +179,12 @@ def _finish(
 ) -> dict | None:
     """Write ``errors.jsonl`` and the manifest if every part is there."""
     parts = -(-len(survey.rows) // settings["pairs_per_shard"])
-    shards = [finished_shard(output, f"{number:05d}", digest, verify=False) for number in range(parts)]
-    files = [
-        finished_shard(output, f"prompts-{number:05d}", digest, verify=False) for number in range(-(-prompts // PROMPTS_PER_FILE))
-    ]
-    if None in shards or None in files:
+    names = [f"{number:05d}" for number in range(parts)]
+    prompts_names = [f"prompts-{number:05d}" for number in range(-(-prompts // PROMPTS_PER_FILE))]
+    shards, files = (
+        [found for name in part if (found := finished_shard(output, name, digest, verify=False))] for part in (names, prompts_names)
+    )
+    if len(shards) < len(names) or len(files) < len(prompts_names):
         return None
     kept = sum(row["samples"] for row, _ in shards)
     failed = [note for _, notes in shards for note in notes if "reason" in note]
@@ -238,7 +240,7 @@ def _claim(output: Path, settings: dict) -> tuple[dict, str]:
         # Before looking for the settings: another rank may write them now, and its shards only after them.
         foreign = [entry for entry in output.iterdir() if not entry.name.startswith(".settings.json.")]
     except OSError as error:
-        raise UserError(f"--output {output}: not writable: {error.strerror.lower()}") from None
+        raise UserError(f"--output {output}: not writable: {reason(error).lower()}") from None
     data = json.dumps(settings, ensure_ascii=False, indent=1).encode()
     if not path.is_file():
         if foreign and not path.is_file():
@@ -334,6 +336,7 @@ def _encode(
 def _fingerprint(pair: PairRow) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in (pair.caption.encode(), pair.winner, pair.loser):
+        assert part is not None  # both images of an encoded pair are there
         digest.update(len(part).to_bytes(8, "big") + part)
     return int.from_bytes(digest.digest(), "big")
 

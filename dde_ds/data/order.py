@@ -12,10 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from dde_ds.errors import UserError
+
+
+class PairOrder(Protocol):
+    """What a reader needs of an order: of one set's, :class:`Order`, or of a mixture's, :class:`~dde_ds.data.mixture.MixedOrder`."""
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (shard, row in the shard) of a position ≥ 0."""
+        ...
 
 
 class Order:

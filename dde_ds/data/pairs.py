@@ -57,12 +57,15 @@ class PairSource(Protocol):
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
         """Labels and captions of all rows; reads no image. A decided row without a caption is excluded, or has the empty one."""
+        ...
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         """The decided rows of these ascending numbers, winner first. Memory stays that of a few rows."""
+        ...
 
     def name(self, row: int) -> str:
         """``file:row``."""
+        ...
 
 
 class SurveyBuilder:

@@ -14,15 +14,15 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dde_ds.data.draws import Draws
-from dde_ds.data.order import Order
-from dde_ds.data.shards import ShardSet
+from dde_ds.data.order import PairOrder
+from dde_ds.data.shards import Shards
 from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
 from dde_ds.warn import reason
@@ -52,7 +52,7 @@ class PairDataset(Dataset):
             every reader and after every resume: what is trained on stays a function of (seed, position) and of the shards' bytes.
     """
 
-    def __init__(self, shards: ShardSet, order: Order, draws: Draws, max_bad_samples: int = 0):
+    def __init__(self, shards: Shards, order: PairOrder, draws: Draws, max_bad_samples: int = 0):
         self.shards, self.order, self.draws, self.max_bad_samples = shards, order, draws, max_bad_samples
         self.bad: dict[tuple[int, int], str] = {}
         """Damaged samples that this process has met, and what was said of them."""
@@ -64,10 +64,10 @@ class PairDataset(Dataset):
         try:
             for position in coming:
                 self.shards.announce(*self.order.locate(position))
-            batch = self.collate([self.pair(position) for position in positions])
+            tensors = self.collate([self.pair(position) for position in positions])
         except UserError as error:
             return error
-        return {**batch, REPORT: self._report(len(positions))}
+        return {**tensors, REPORT: self._report(len(positions))}
 
     def pair(self, position: int) -> dict[str, torch.Tensor]:
         """One pair: the shard's latents, its prompt's embeddings, its noise and timestep.
@@ -138,6 +138,10 @@ class PairDataset(Dataset):
         return batch
 
 
+class Slices(Sized, Iterable[list[int]], Protocol):
+    """The positions of each micro-batch, in order. It may be gone through more than once."""
+
+
 class RankSlices(Sampler):
     """Positions of one rank's micro-batches, step after step.
 
@@ -162,7 +166,7 @@ class RankSlices(Sampler):
 class LookAhead(Sampler):
     """Each micro-batch with the positions to announce when it is read: those that come ``AHEAD`` micro-batches later, and at first all before them."""
 
-    def __init__(self, slices: RankSlices):
+    def __init__(self, slices: Slices):
         self.slices = slices
 
     def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
@@ -203,7 +207,7 @@ def _leave_signals_to_the_trainer(_: int) -> None:
 
 
 def micro_batches(
-    dataset: PairDataset, slices: RankSlices, workers: int, pin_memory: bool, totals: ReadingTotals | None = None
+    dataset: PairDataset, slices: Slices, workers: int, pin_memory: bool, totals: ReadingTotals | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's micro-batches, in order. ``totals`` takes account of what was read and replaced.
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dde_ds.errors import RankError, UserError
 from dde_ds.text import verbatim
+from dde_ds.warn import reason
 
 DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int
         if isinstance(error, OSError):
             if error.errno not in DISK_PROBLEMS:
                 raise
-            error = RankError(f"--output {args.output}: {error.strerror.lower()}; whole shards are kept, a second run goes on")
+            error = RankError(f"--output {args.output}: {reason(error).lower()}; whole shards are kept, a second run goes on")
         if rank and not isinstance(error, RankError):
             time.sleep(10)  # all ranks met it, the first one reports it: the launcher then ends this one while it sleeps
         where = f" (rank {rank})" if rank else ""
@@ -175,8 +176,8 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
     torch.backends.cudnn.deterministic = True
-    dtypes = (getattr(torch, name) if name else None for name in (args.vae_dtype, args.text_dtype))
-    encoder = Encoder(args.model, args.revision, device, *dtypes, args.variant)
+    vae, text = (getattr(torch, name) if name else None for name in (args.vae_dtype, args.text_dtype))
+    encoder = Encoder(args.model, args.revision, device, vae, text, args.variant)
     started, first = time.perf_counter(), None
     rate = TextColumn("{task.fields[rate]:.1f} images/s")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), rate, TimeRemainingColumn())
@@ -203,8 +204,8 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 
 def _print_rows(rows: dict[str, int], noted: dict[str, int]) -> None:
     table = Table("rows", "", box=None, show_header=False)
-    for reason, count in sorted(rows.items(), key=lambda item: -item[1]):
-        table.add_row(verbatim(reason), f"{count:,}")
+    for what, count in sorted(rows.items(), key=lambda item: -item[1]):
+        table.add_row(verbatim(what), f"{count:,}")
     for remark, count in noted.items():
         if count:
             table.add_row(verbatim(f"{remark} (kept)"), f"{count:,}")

@@ -31,7 +31,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -52,7 +52,7 @@ from dde_ds.data.manifest import (
     prompt_tensors,
     read_manifest,
 )
-from dde_ds.data.storage import DamagedData, open_storage
+from dde_ds.data.storage import DamagedData, LocalFolder, open_storage
 from dde_ds.errors import UserError
 from dde_ds.untrusted import parse_json
 
@@ -73,6 +73,21 @@ class Index(NamedTuple):
     def checksum(self, row: int) -> bytes:
         width = len(self.checksums) // len(self.members)
         return self.checksums[row * width : (row + 1) * width]
+
+
+class Shards(Protocol):
+    """What a reader needs of shards: of one set, :class:`ShardSet`, or of several, :class:`~dde_ds.data.mixture.MixedShards`."""
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+
+    def read(self, shard: int, row: int) -> dict[str, Tensor]: ...
+
+    def announce(self, shard: int, row: int) -> None: ...
+
+    def prompt(self, row: int) -> dict[str, Tensor]: ...
+
+    def following(self, shard: int, row: int) -> tuple[int, int]: ...
 
 
 class ShardSet:
@@ -98,9 +113,9 @@ class ShardSet:
         key: str = "data.path",
     ):
         self.storage = open_storage(folder, cache, timeout, key)
-        self.folder = folder if self.storage.is_remote else self.storage.folder
-        if not self.storage.is_remote:
-            if not self.folder.is_dir():
+        self.folder = self.storage.folder if isinstance(self.storage, LocalFolder) else folder
+        if isinstance(self.storage, LocalFolder):
+            if not self.storage.folder.is_dir():
                 raise UserError(f"{key} {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
             if self.storage.size("manifest.json") is None:
                 raise UserError(
@@ -120,8 +135,8 @@ class ShardSet:
         """(C,H,W) of one latent."""
         self.counts: list[int] = [row["samples"] for row in self.manifest["shards"]]
         """Samples of each shard."""
-        if check_sizes and not self.storage.is_remote:
-            self._check_sizes()
+        if check_sizes and isinstance(self.storage, LocalFolder):
+            self._check_sizes(self.storage)
         self._indexes: OrderedDict[str, Index] = OrderedDict()
         self._empty_prompt: dict[str, Tensor] | None = None
 
@@ -149,7 +164,7 @@ class ShardSet:
 
     def announce(self, shard: int, row: int) -> None:
         """Say that a pair will be read soon, so that a disk has several requests to work on. Whatever is wrong, reading says."""
-        if self.storage.is_remote:  # there the loader's processes fetch side by side
+        if not isinstance(self.storage, LocalFolder):  # there the loader's processes fetch side by side
             return
         file = self.manifest["shards"][shard]
         with contextlib.suppress(UserError):
@@ -253,10 +268,10 @@ class ShardSet:
     def _where(self, file: dict, number: int) -> str:
         return f"shard {self.storage.where(file['name'] + '.tar')}, sample {number:09d}"
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, storage: LocalFolder) -> None:
         for file in [*self.manifest["shards"], *self.manifest["prompts"]["files"]]:
             for name, expected in ((f"{file['name']}.tar", file["bytes"]), (f"{file['name']}.json", file["index"]["bytes"])):
-                size = self.storage.size(name)
+                size = storage.size(name)
                 if size != expected:
                     found = "is missing, or no regular file" if size is None else f"has {size} bytes"
                     raise UserError(f"shard {self.storage.where(name)} {found}, manifest.json says {expected} bytes: {self._mend}")

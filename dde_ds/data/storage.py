@@ -18,6 +18,7 @@ from typing import Any
 from dde_ds.data.cache import Cache
 from dde_ds.errors import UserError
 from dde_ds.untrusted import open_regular, read_regular
+from dde_ds.warn import reason
 
 # No `pipe:`, no `::` chains: a path in a configuration reads bytes and does nothing else.
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
@@ -67,7 +68,7 @@ class LocalFolder:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise DamagedData("the file is missing") from None
         except OSError as error:
-            raise UserError(f"{self.where(name)}: not readable: {error.strerror}") from None
+            raise UserError(f"{self.where(name)}: not readable: {reason(error)}") from None
         except ValueError as error:  # a pipe or a device, or more than may be read whole
             raise DamagedData(str(error)) from None
         if (length is not None and len(data) != length) or not is_whole(data):
@@ -164,7 +165,7 @@ class RemoteFolder:
                 if self.cache and key:
                     self.cache.put(key, data)
                 return data
-            came = "more" if other and len(data) > length else len(data)
+            came = "more" if length is not None and len(data) > length else len(data)
             problem = f"{came} bytes came for {length} asked" if other else "checksum differs, the file was damaged"
             damaged = True
         if damaged:
@@ -177,11 +178,11 @@ class RemoteFolder:
         start, end = offset, offset + (WHOLE_BYTES + 1 if length is None else length)
         path = f"{self._root}/{name}"
         if getattr(fs, "async_impl", False):
-            from fsspec.asyn import sync
+            from fsspec.asyn import sync  # gives back what the coroutine does, which its hints do not say
 
             if "http" in fs.protocol:
-                return sync(fs.loop, _http_range, fs, path, start, end, timeout=self.timeout)
-            return sync(fs.loop, fs._cat_file, path, start=start, end=end, timeout=self.timeout)
+                return sync(fs.loop, _http_range, fs, path, start, end, timeout=self.timeout)  # pyright: ignore[reportReturnType]
+            return sync(fs.loop, fs._cat_file, path, start=start, end=end, timeout=self.timeout)  # pyright: ignore[reportReturnType]
         return fs.cat_file(path, start=start, end=end)
 
     def _filesystem(self) -> Any:

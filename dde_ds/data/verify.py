@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dde_ds.data.manifest import PROMPTS_PER_FILE
 from dde_ds.data.shards import Index, ShardSet, member_names, member_size
-from dde_ds.data.storage import DamagedData
+from dde_ds.data.storage import DamagedData, LocalFolder
 from dde_ds.errors import UserError
 from dde_ds.files import sha256_of
 from dde_ds.untrusted import open_regular
@@ -34,22 +34,23 @@ def verify(
         UserError: no manifest, or one that cannot be believed: nothing can be said of the shards then.
     """
     shards = ShardSet(folder, check_sizes=False, key="folder")
-    if shards.storage.is_remote:
+    storage = shards.storage
+    if not isinstance(storage, LocalFolder):
         raise UserError(f"{folder}: only a local folder can be verified; every read of a remote one is checked as it is made")
     files = [*shards.manifest["prompts"]["files"], *shards.manifest["shards"]]
     problems = []
     for done, file in enumerate(files, 1):
-        problem = _check(shards, file, quick)
+        problem = _check(shards, storage, file, quick)
         if problem:
             problems.append(problem)
         on_progress(done, len(files))
     return problems
 
 
-def _check(shards: ShardSet, file: dict, quick: bool) -> Problem | None:
+def _check(shards: ShardSet, storage: LocalFolder, file: dict, quick: bool) -> Problem | None:
     tar, index = f"{file['name']}.tar", f"{file['name']}.json"
     for name, expected in ((index, file["index"]["bytes"]), (tar, file["bytes"])):
-        size = shards.storage.size(name)
+        size = storage.size(name)
         if size != expected:
             return Problem(
                 name, "is missing, or no regular file" if size is None else f"has {size} bytes, manifest.json says {expected}"
@@ -58,10 +59,10 @@ def _check(shards: ShardSet, file: dict, quick: bool) -> Problem | None:
         found = shards.index(file)
     except UserError as error:
         return Problem(index, str(error))
-    problem = _headers(shards.folder / tar, found)
+    problem = _headers(storage.folder / tar, found)
     if problem or quick:
-        return problem and Problem(tar, problem)
-    if sha256_of(shards.folder / tar) != file["sha256"]:
+        return Problem(tar, problem) if problem else None
+    if sha256_of(storage.folder / tar) != file["sha256"]:
         problem = "sha256 differs from manifest.json"
     is_prompts = file["name"].startswith("prompts-")
     number = int(file["name"].removeprefix("prompts-")) if is_prompts else shards.manifest["shards"].index(file)
@@ -74,7 +75,7 @@ def _check(shards: ShardSet, file: dict, quick: bool) -> Problem | None:
                 shards.describe(number, row)
         except UserError as error:
             return Problem(tar, str(error))
-    return problem and Problem(tar, problem)
+    return Problem(tar, problem) if problem else None
 
 
 def _headers(path: Path, index: Index) -> str | None:

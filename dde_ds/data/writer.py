@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import webdataset
 from torch import Tensor
+from webdataset.writer import TarWriter
 
 from dde_ds.data.manifest import CHECKSUMS, DESCRIPTION_BYTES, FORMAT, INDEX_BYTES, LARGEST_SAMPLE, manifest_digest
 from dde_ds.data.shards import unpack
@@ -50,7 +50,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], settings_dig
     numbers, ends = [], []
     with staged.open("wb") as file:
         # TarWriter gets an open file: given a path it would go through webdataset's URL handlers.
-        with webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=MTIME) as tar:
+        with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=MTIME) as tar:
             for sample in samples:
                 payload = safetensors.torch.save(sample.tensors)
                 description = json.dumps(sample.description, ensure_ascii=False, sort_keys=True).encode()

@@ -118,8 +118,9 @@ def ask_deepspeed(config: dict, where: str) -> None:
 
 
 def _first_error(error: Exception) -> str:
-    found = getattr(error, "errors", None)
-    if callable(found) and (problems := found()):  # of pydantic: whose text goes over several lines
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError) and (problems := error.errors()):  # its own text goes over several lines
         place = ".".join(map(str, problems[0].get("loc", ())))
         return f"{error.title}: {place} is {problems[0].get('input')!r}: {problems[0].get('msg')}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

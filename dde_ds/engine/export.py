@@ -162,15 +162,17 @@ def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, 
     """The adapters twice: for diffusers, and for other programs."""
     from diffusers import StableDiffusionPipeline  # SDXL's writes the same
 
+    assert run.lora is not None
     layers = {name: value.to(dtype).contiguous() for name, value in lora.to_file(trained, run.lora.scale).items()}
     require_finite(layers)
     others, metadata = _kohya(trained, dtype, run)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={**layers}, weight_name=LORA_FILE)
     save_tensors(others, folder / KOHYA_FILE, {"format": "pt"} | metadata)
 
 
 def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the adapters' file for other programs. α stays float32: bfloat16 has no 300."""
+    assert run.lora is not None
     try:
         metadata = kohya_metadata(run)
     except UserError as error:  # adapters can be had without their base
@@ -267,7 +269,7 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
         "learning rate": f"{run.optimizer.learning_rate:g}",
         "precision": run.precision,
         "seed": run.seed,
-        **({"weights": f"moving average of decay {run.ema.decay:g}"} if kind == EMA else {}),
+        **({"weights": f"moving average of decay {run.ema.decay:g}"} if run.ema and kind == EMA else {}),
         **({"LoRA": f"rank {run.lora.rank}, α {run.lora.alpha_or_rank:g}, on {', '.join(run.lora.targets)}"} if run.lora else {}),
         "trained with": f"dde_ds {__version__}",
     }

@@ -77,6 +77,11 @@ def is_quantized(state: dict) -> bool:
     return "qmap1" in state
 
 
+def hp_mapping(parameter: torch.nn.Parameter) -> Any:
+    """Return where in its flat partition this rank's part of a parameter lies, as DeepSpeed has it; None where it has no part."""
+    return parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed puts it there
+
+
 @torch.no_grad()
 def full_moment(parameter: torch.nn.Parameter, state: dict, kind: str) -> Tensor:
     """One of AdamW's moments of a whole parameter, float32, from all ranks' partitions. Collective.
@@ -85,7 +90,7 @@ def full_moment(parameter: torch.nn.Parameter, state: dict, kind: str) -> Tensor
         state: of the flat partition that holds this rank's part.
     """
     whole = torch.zeros(parameter.numel(), device=parameter.device)
-    place = parameter._hp_mapping
+    place = hp_mapping(parameter)
     if place is not None:
         first, count = place.hp_fragment_address.start, place.hp_fragment_address.numel
         block, last = first // BLOCK, -(-(first + count) // BLOCK)
@@ -94,7 +99,7 @@ def full_moment(parameter: torch.nn.Parameter, state: dict, kind: str) -> Tensor
         values *= largest[block:last].repeat_interleave(BLOCK)[: len(values)]
         start = place.lp_fragment_address.start
         whole[start : start + count] = values[first - block * BLOCK :][:count]
-    dist.all_reduce(whole, group=parameter._dp_group)
+    dist.all_reduce(whole, group=parameter._dp_group)  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed puts it there
     return whole.view_as(parameter)
 
 
@@ -107,7 +112,7 @@ class Restoring:
         self._values = {kind: torch.zeros(flat.numel()) for kind in MOMENTS}
 
     def take(self, parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
-        place = parameter._hp_mapping
+        place = hp_mapping(parameter)
         if place is not None:
             start, first, count = place.lp_fragment_address.start, place.hp_fragment_address.start, place.hp_fragment_address.numel
             self._values[kind][first : first + count] = value.flatten()[start : start + count].cpu()

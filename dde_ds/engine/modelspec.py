@@ -42,6 +42,7 @@ def modelspec(run: RunConfig, adapter: bool = False) -> dict[str, str]:
 
 def kohya_metadata(run: RunConfig) -> dict[str, str]:
     """Return the ``ss_…`` and ``modelspec.…`` entries of the run's adapters. Raises as :func:`modelspec`."""
+    assert run.lora is not None
     kind = family(run.model.path, run.model.revision)
     velocity = kind == "sd" and predicts_velocity(load_scheduler_config(run.model.path, run.model.revision))
     return {

@@ -10,6 +10,7 @@ DeepSpeed accepts an engine without optimizer at stages 0 and 3 only.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from dde_ds.config import ReferenceConfig
 
@@ -41,7 +42,7 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
     """
     ReferenceConfig(placement=placement, dtype=dtype)  # which checks them
     batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
-    kept = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
+    kept: dict[str, Any] = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     if dtype != "policy":
         kept.pop("fp16", None)
         kept["bf16"] = {"enabled": dtype == "bf16"}

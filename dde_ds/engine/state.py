@@ -57,11 +57,11 @@ def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
     states = _optimizer(policy).state
     if _is_plain(policy):
         return parameter.detach() if kind == WEIGHT else states[parameter][kind]
-    if kind == WEIGHT:
-        return safe_get_full_fp32_param(parameter)
-    if kind in lowbit.MOMENTS and lowbit.is_quantized(states[_masters(policy)[0]]):
+    if kind != WEIGHT and kind in lowbit.MOMENTS and lowbit.is_quantized(states[_masters(policy)[0]]):
         return lowbit.full_moment(parameter, states.get(_master_of(policy, parameter), {}), kind)
-    return safe_get_full_optimizer_state(parameter, kind)
+    whole = safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
+    assert whole is not None, f"DeepSpeed holds no {kind} of a parameter that it trains"
+    return whole
 
 
 def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
@@ -146,7 +146,7 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
     """This rank's partition; the last one is padded, which DeepSpeed's own cut of a whole tensor forgets."""
     size = parameter.ds_tensor.ds_numel
     first = dist.get_rank(group=parameter.ds_process_group) * size
@@ -176,7 +176,8 @@ def _masters(policy: Any) -> list[Tensor]:
 
 def _master_of(policy: Any, parameter: torch.nn.Parameter) -> Tensor | None:
     """The flat partition that holds this rank's part of a parameter, at stages 1 and 2; None where it has none."""
-    if parameter._hp_mapping is None:
+    place = lowbit.hp_mapping(parameter)
+    if place is None:
         return None
-    storage = parameter._hp_mapping.hp_fragment.untyped_storage().data_ptr()
+    storage = place.hp_fragment.untyped_storage().data_ptr()
     return next(flat for flat in _masters(policy) if flat.untyped_storage().data_ptr() == storage)

@@ -17,6 +17,7 @@ from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
 from dde_ds.shipped import deepspeed_file, deepspeed_names
 from dde_ds.untrusted import read_json
+from dde_ds.warn import reason
 
 # What is read here of a DeepSpeed configuration is an object or not there; each after the one that it lies in.
 SECTIONS = {
@@ -108,7 +109,12 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
         trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         zero["reduce_bucket_size"] = bucket_elements(zero, trained)
     optimizer = lowbit.client_optimizer(config)
-    engine, *_ = deepspeed.initialize(model=policy.train(), model_parameters=parameters, config=config, optimizer=optimizer)
+    engine, *_ = deepspeed.initialize(
+        model=policy.train(),
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # takes any iterable of them
+        config=config,
+        optimizer=optimizer,
+    )
     return engine
 
 
@@ -137,7 +143,7 @@ def initialize_reference(reference: torch.nn.Module, config: dict, placement: st
 
     reference.requires_grad_(False).eval()
     engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config, placement, dtype))
-    engine.module.eval()
+    engine.module.eval()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's hint allows it to be a tensor
     return engine
 
 
@@ -204,7 +210,7 @@ def read_config(config: dict | str | Path) -> dict:
         except FileNotFoundError:
             raise UserError(f"{where}: no such file; shipped are {', '.join(deepspeed_names())}") from None
         except OSError as error:
-            raise UserError(f"{where}: {(error.strerror or str(error)).lower()}") from None
+            raise UserError(f"{where}: {reason(error).lower()}") from None
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
     _check_sections(found, where)

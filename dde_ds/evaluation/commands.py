@@ -115,8 +115,10 @@ def evaluate(args: argparse.Namespace) -> None:
         require_whole(pictures)
         for scorer in scorers:
             with progress(f"{scorer.name} of {name}", ranks) as advance:
-                score = score_set if isinstance(scorer, InceptionScorer) else score_folder
-                score(pictures, scorer, ranks, device, args.batch, advance)
+                if isinstance(scorer, InceptionScorer):
+                    score_set(pictures, scorer, ranks, device, args.batch, advance)
+                else:
+                    score_folder(pictures, scorer, ranks, device, args.batch, advance)
     if ranks.is_first:
         if drawn:
             _say_prompts(prompts, repeated)

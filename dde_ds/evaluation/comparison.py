@@ -20,6 +20,7 @@ from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import write_atomically
 from dde_ds.text import verbatim
 from dde_ds.untrusted import read_json
+from dde_ds.warn import reason
 
 FORMAT = "dde_ds comparison 2"
 MOST_BYTES = 512 * 2**20
@@ -172,7 +173,7 @@ def write_comparison(found: Comparison, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: not writable: {error.strerror.lower()}") from None
+        raise UserError(f"--out {out}: not writable: {reason(error).lower()}") from None
     # Relative, so that a folder that is moved as a whole stays whole.
     places = {name: os.path.relpath(folder.resolve(), out.resolve()) for name, folder in found.folders.items()}
     data = {
@@ -202,7 +203,7 @@ def read_comparison(path: Path) -> dict[str, Any]:
     try:
         data = read_json(path, MOST_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {reason(error).lower()}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -74,7 +74,7 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
         raise UserError("--run: its correction table holds no sample yet; explain the run after its first checkpoint")
     plot = _pyplot()
     layout = [["credit", "history"], ["correction", "drift"], ["pace", "pace"]]
-    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)
+    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)  # pyright: ignore[reportCallIssue, reportArgumentType]
     credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
     steps = objective.schedule.timesteps
     centres, margins = _binned(objective.table.average[0], objective.table.count)
@@ -92,7 +92,7 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     used = objective.correction_weight > 0
     correction.plot(objective.table.correction if used else torch.zeros(steps), label="last checkpoint")
     correction.set_title("correction $K_t$ at the last checkpoint" if used else "no correction in this objective")
-    errors = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
+    errors: dict[str, Tensor] = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
     for side in ("chosen", "rejected"):
         moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
         drift.plot(*_binned(moved, objective.table.count), marker=".", label=side)

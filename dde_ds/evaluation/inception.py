@@ -93,8 +93,8 @@ def _inception(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     def unit(x: Tensor, name: str, stride: int = 1, padded: bool = True) -> Tensor:
         kernel = weights[f"{name}.conv.weight"]
         padding = tuple(side // 2 for side in kernel.shape[2:]) if padded else 0
-        norm = [weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        return F.relu(F.batch_norm(F.conv2d(x, kernel, stride=stride, padding=padding), *norm, eps=1e-3))
+        mean, var, weight, bias = (weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(F.conv2d(x, kernel, stride=stride, padding=padding), mean, var, weight, bias, eps=1e-3))
 
     def chain(x: Tensor, *names: str) -> Tensor:
         for name in names:

@@ -22,6 +22,7 @@ from dde_ds.errors import UserError
 from dde_ds.evaluation.shape import COUNT, require_shape
 from dde_ds.files import write_atomically
 from dde_ds.untrusted import open_regular, read_json
+from dde_ds.warn import reason
 
 FORMAT = "dde_ds images 1"
 SHAPE = {"digest": str, "prompts": [str], "settings": {"images_per_prompt": COUNT, "seed": object, "model": object}}
@@ -118,7 +119,7 @@ def claim(pictures: Pictures) -> Pictures:
     try:
         (pictures.folder / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {pictures.folder}: not writable: {error.strerror.lower()}") from None
+        raise UserError(f"--out {pictures.folder}: not writable: {reason(error).lower()}") from None
     write_atomically(path, data)
     return pictures
 
@@ -148,7 +149,7 @@ def open_pictures(folder: str | Path) -> Pictures:
             raise UserError(f"{path}: its format is {manifest['format']!r}, expected {FORMAT!r}")
         require_shape(manifest, SHAPE)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {reason(error).lower()}") from None
     except ValueError as error:
         if isinstance(error, UserError):
             raise

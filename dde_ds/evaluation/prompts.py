@@ -9,6 +9,7 @@ from pathlib import Path
 from dde_ds.data.pickapic import captions_of
 from dde_ds.errors import UserError
 from dde_ds.untrusted import parse_json, read_regular
+from dde_ds.warn import reason
 
 # The name of the prompt's column, in this order, in a parquet file and in JSON lines.
 COLUMNS = ("caption", "prompt", "text")
@@ -98,7 +99,7 @@ def _lines(path: Path) -> list[str]:
         # Not splitlines(): a prompt may hold a form feed or U+2028, which are no line ends of these formats.
         return read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
-        raise UserError(f"--prompts {path}: not readable: {error.strerror.lower()}") from None
+        raise UserError(f"--prompts {path}: not readable: {reason(error).lower()}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"--prompts {path}, line {line}: not UTF-8 at byte {error.start}") from None

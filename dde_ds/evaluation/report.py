@@ -11,6 +11,7 @@ from dde_ds.evaluation.page import page
 from dde_ds.evaluation.report_comparison import comparison_sections
 from dde_ds.evaluation.report_run import run_sections
 from dde_ds.files import write_atomically
+from dde_ds.warn import reason
 
 
 def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 6) -> Path:
@@ -38,7 +39,7 @@ def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 
         # Folders may have names that are no text.
         write_atomically(output, page(" and ".join(dict.fromkeys(titles)), sections).encode(errors="backslashreplace"))
     except OSError as error:
-        raise UserError(f"--output {output}: not writable: {error.strerror.lower()}") from None
+        raise UserError(f"--output {output}: not writable: {reason(error).lower()}") from None
     return output
 
 

@@ -35,6 +35,7 @@ class Scorer(Protocol):
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """(N,) float64 on the CPU, for N images and the prompt of each; higher is better. Loads the model at the first call."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class ClipScorer:
             raise UserError(f"{self._key} {self._folder}: is a file, expected the folder of a transformers CLIP model")
         files.require(self._folder, ("model*.safetensors",), self._key, "save the model with save_pretrained")
         self._processor = self._folder
-        if processor or (kind.processor and not (self._folder / "preprocessor_config.json").is_file()):
-            self._processor = files.resolve(processor or kind.processor, files.PROCESSOR, self._key)
+        own = (self._folder / "preprocessor_config.json").is_file()
+        if source := processor or (None if own else kind.processor):
+            self._processor = files.resolve(source, files.PROCESSOR, self._key)
         files.require(self._processor, files.PROCESSOR[:2], self._key, "name its processor: NAME=MODEL,PROCESSOR")
         weights = files.files_digest(self._folder, files.CONFIG + files.WEIGHTS)
         self.digest = files.scorer_digest(name, weights, files.files_digest(self._processor, files.PROCESSOR))
@@ -127,6 +129,7 @@ class OpenClipScorer:
 
     def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
         kind, self.name, self._key, self._device = KINDS[name], name, f"--scorers {name}", device
+        assert kind.weights and kind.processor  # open_clip's weights come without
         source = files.resolve(model or kind.model, (kind.weights,), self._key)
         self._weights = source if source.is_file() else source / kind.weights
         if not self._weights.is_file():

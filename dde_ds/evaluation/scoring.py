@@ -28,6 +28,7 @@ from dde_ds.evaluation.scorers import Scorer
 from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import sha256_of, write_atomically
 from dde_ds.untrusted import parse_json, read_json, read_regular
+from dde_ds.warn import reason
 
 DIGITS = 12
 
@@ -199,7 +200,7 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular(path)
     except OSError as error:
-        raise RankError(f"{path}: {error.strerror.lower()}; generate again into the same folder") from None
+        raise RankError(f"{path}: {reason(error).lower()}; generate again into the same folder") from None
     except ValueError as error:
         raise RankError(f"{path}: {error}; generate again into the same folder") from None
 

@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 _ATEN = torch.ops.aten
 # Where a UNet's FLOPs are: linear layers and convolutions, and the kernels behind scaled_dot_product_attention, which depend on
@@ -33,8 +37,8 @@ KEPT = {
 }
 
 
-def set_checkpointing(unet: torch.nn.Module, mode: str) -> None:
-    """Choose what a diffusers UNet2DConditionModel keeps of a forward pass. May be called again with another mode.
+def set_checkpointing(unet: UNet2DConditionModel, mode: str) -> None:
+    """Choose what a UNet keeps of a forward pass. May be called again with another mode.
 
     Raises:
         ValueError: no such mode.

@@ -12,7 +12,7 @@ import json
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import Conditioning, predict
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 TOKENS = 77
 """Length of CLIP's prompts, which SD1.5 and SDXL are conditioned by."""
@@ -197,10 +200,11 @@ def _training_pass(
         return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), conditioning)
 
 
-def _build(key: str, adapters: Adapters | None = None):
+def _build(key: str, adapters: Adapters | None = None) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_config(json.loads(key))
+    assert isinstance(unet, UNet2DConditionModel)  # a pair only where unused keys are asked for
     if adapters:
         add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
     return unet

@@ -120,7 +120,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Return ``image`` turned as its EXIF record says."""
     image.load()  # a PNG's record may follow the pixels
     try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 0))
     except Exception:  # a broken record can raise anything; such a picture is shown as it is stored
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dde_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 ADAPTER = "default"
 _DOWN, _UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
-def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Put adapters beside the layers whose names end in one of ``targets``; nothing else of the UNet is trained from then on.
 
     A is drawn from ``seed``, as diffusers' own LoRA scripts do: normal with variance 1/r². B is zero.
@@ -31,7 +35,8 @@ def add_adapters(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"), ADAPTER)
+        options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")  # pyright: ignore[reportArgumentType]  # α may be 0.5
+        unet.add_adapter(options, ADAPTER)
 
 
 def check_targets(unet: nn.Module, targets: Sequence[str]) -> None:

@@ -6,13 +6,18 @@ Attention needs nothing: diffusers takes PyTorch's scaled_dot_product_attention 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 # Each kind of block in each of: training, the reference's passes, drawings, looks and their last, smaller batch.
 GRAPHS = 64
 
 
-def use_channels_last(unet: torch.nn.Module) -> None:
+def use_channels_last(unet: UNet2DConditionModel) -> None:
     """Convolutions in the memory format that tensor cores read, (N,H,W,C), without transposing first.
 
     The format of an input carries through blocks and skips, but for diffusers' transformers, which give theirs back in PyTorch's own. The
@@ -31,7 +36,7 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
     return value.contiguous(memory_format=torch.channels_last)
 
 
-def compile_blocks(unet: torch.nn.Module) -> None:
+def compile_blocks(unet: UNet2DConditionModel) -> None:
     """``torch.compile`` of the transformer blocks, which are many of few kinds: one compilation serves all of a kind.
 
     Casts are kept where eager PyTorch has them: a policy's graph and a reference's, which needs no gradients, are fused differently, and

@@ -37,7 +37,7 @@ class CorrectionTable:
         # Rows 0-4: sums of what `average` averages; row 5: how many samples.
         self._pending = torch.zeros(6, steps, dtype=torch.float64)
 
-    def to(self, device: torch.device) -> CorrectionTable:
+    def to(self, device: torch.device | str) -> CorrectionTable:
         for name in ("weight", "average", "count", "correction", "_pending"):
             setattr(self, name, getattr(self, name).to(device))
         return self

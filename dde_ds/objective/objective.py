@@ -107,6 +107,7 @@ class Objective:
             return self._supervised(policy_error)
 
         if reference_error is None:
+            assert reference_errors is not None  # one of the two is there: _check
             reference_error = reference_errors.to(policy_error.dtype)
         m = losses.margin(policy_error, reference_error)
         z = self.logits(m, timesteps)
@@ -187,7 +188,7 @@ class Objective:
             raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
         if reference_pred is not None and reference_errors is not None:
             raise UserError("objective got both reference_pred and reference_errors: which of them counts? Give one")
-        if self.needs_reference and reference_errors is None and reference_pred.shape != policy_pred.shape:
+        if self.needs_reference and reference_pred is not None and reference_pred.shape != policy_pred.shape:
             raise UserError(f"reference_pred has shape {tuple(reference_pred.shape)}, policy_pred {tuple(policy_pred.shape)}")
         if reference_errors is not None and reference_errors.shape != (2 * pairs,):
             raise UserError(
@@ -237,7 +238,7 @@ def build_objective(
         raise UserError(f"objective.correction_ema is {correction_ema}: it must lie in [0, 1)")
     if discount_mode not in ("weight", "sample"):
         raise UserError(f"objective.discount_mode {discount_mode!r}{nearest(str(discount_mode), ('weight', 'sample'))}")
-    discount = 0.9 ** (50 / schedule.timesteps) if discount is None else discount
+    discount = float(0.9 ** (50 / schedule.timesteps)) if discount is None else discount
     if not 0 < discount <= 1:
         raise UserError(f"objective.discount is {discount}: it must lie in (0, 1]")
     low, high = (0, schedule.timesteps) if timestep_range is None else timestep_range

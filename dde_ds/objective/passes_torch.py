@@ -35,8 +35,8 @@ def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
     # Calls cost more than arithmetic here: nothing is sliced, what is simpler than unflatten and flatten takes their place, and
     # difference and square are one function, as are their derivatives.
     own = pred.to(accumulator(pred)).view(-1, *target.noise.shape)
-    if target.scale is not None:
-        noisy, scale, shift = (_halves(each, target).to(own.dtype) for each in (target.noisy, target.scale, target.shift))
+    if implied := target.implied:
+        noisy, scale, shift = (_halves(each, target).to(own.dtype) for each in implied)
         own = (own * _spread(scale)).addcmul(noisy, _spread(shift))
     return F.mse_loss(own, target.noise.to(own.dtype).expand_as(own), reduction="none").mean((2, 3, 4)).view(-1)
 
@@ -77,13 +77,11 @@ def _blocks(policy: Tensor, target: NoiseTarget) -> Iterator[tuple[slice, Tensor
 
 def _difference(pred: Tensor, target: NoiseTarget, block: slice, scratch: Tensor) -> Tensor:
     """ε_θ - ε of a block, in ``scratch``."""
-    implied = scratch.copy_(_halves(pred, target)[:, block])
-    if target.scale is not None:
-        noisy, scale, shift = (
-            _halves(each, target)[:, block].to(scratch.dtype) for each in (target.noisy, target.scale, target.shift)
-        )
-        implied.mul_(_spread(scale)).addcmul_(noisy, _spread(shift))
-    return implied.sub_(target.noise[block])
+    noise = scratch.copy_(_halves(pred, target)[:, block])
+    if implied := target.implied:
+        noisy, scale, shift = (_halves(each, target)[:, block].to(scratch.dtype) for each in implied)
+        noise.mul_(_spread(scale)).addcmul_(noisy, _spread(shift))
+    return noise.sub_(target.noise[block])
 
 
 def _spread(per_sample: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     parts = torch.empty(predictions, len(policy), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _errors_kernel[(len(target.noise), parts.shape[2])](
+        _errors_kernel[(len(target.noise), parts.shape[2])](  # pyright: ignore[reportArgumentType]  # triton wraps constants
             **_arguments(tensors, policy, target), parts=parts, compare=reference is not None, **_constants(policy, target)
         )
     found = parts.sum(2) / size
@@ -98,7 +98,7 @@ def _errors_kernel(
     first = tl.program_id(0)
     element = tl.program_id(1) * part + tl.arange(0, part)
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
-    for half in tl.static_range(halves):  # the winner and the loser that share this noise
+    for half in tl.static_range(halves):  # pyright: ignore[reportGeneralTypeIssues]  # the winner and the loser that share this noise
         row = first + half * noise_rows
         aim = epsilon
         factor = 1.0
@@ -122,7 +122,7 @@ def _gradient_kernel(
     first = tl.program_id(0)
     element = tl.program_id(1) * part + tl.arange(0, part)
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
-    for half in tl.static_range(halves):
+    for half in tl.static_range(halves):  # pyright: ignore[reportGeneralTypeIssues]  # triton's compiler unrolls it
         row = first + half * noise_rows
         off = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
         if implied:

@@ -58,6 +58,14 @@ class NoiseTarget:
     noisy: Tensor | None = None
     """x_t, (N,C,H,W)."""
 
+    @property
+    def implied(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return x_t, scale and shift, or None for a model that predicts the noise itself."""
+        if self.scale is None:
+            return None
+        assert self.noisy is not None and self.shift is not None  # all three or none
+        return self.noisy, self.scale, self.shift
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -169,9 +177,12 @@ def _betas(config: Mapping) -> Tensor:
     steps = config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MOST_TIMESTEPS:
         raise UserError(f"scheduler num_train_timesteps is {steps!r}: expected a whole number from 2 to {MOST_TIMESTEPS}")
-    start, end = (config.get(key) for key in ("beta_start", "beta_end"))
+    if kind in SIGNAL_CURVES:
+        signal = [SIGNAL_CURVES[kind](i / steps) for i in range(steps + 1)]
+        return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(signal)], dtype=torch.float64)
+    start, end = config["beta_start"], config["beta_end"]
     for key, value in (("beta_start", start), ("beta_end", end)):
-        if key in needed and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise UserError(f"scheduler {key} is {value!r}: expected a number in (0, 1)")
     if kind == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -179,9 +190,6 @@ def _betas(config: Mapping) -> Tensor:
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     if kind == "sigmoid":
         return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
-    if kind in SIGNAL_CURVES:
-        signal = [SIGNAL_CURVES[kind](i / steps) for i in range(steps + 1)]
-        return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(signal)], dtype=torch.float64)
     raise UserError(f"scheduler beta_schedule {kind!r}{nearest(str(kind), ('linear', 'scaled_linear', 'sigmoid', *SIGNAL_CURVES))}")
 
 

@@ -12,6 +12,7 @@ from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.training.lock import Lock, lock
 from dde_ds.untrusted import read_regular
+from dde_ds.warn import reason
 
 LOCK = "run.lock"
 # What may lie in a folder before its first run: our own traces of a start, a mounted disk's, a launcher's log.
@@ -29,7 +30,7 @@ def holds(folder: Path) -> str:
     try:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
-        raise UserError(f"output {folder}: not a folder that can be read: {error.strerror.lower()}") from None
+        raise UserError(f"output {folder}: not a folder that can be read: {reason(error).lower()}") from None
     names = {name for name in names if not NO_CONTENTS.fullmatch(name)}
     if not names:
         return "nothing"
@@ -84,7 +85,7 @@ def claimed(folder: Path, resume: str | None, say: Callable[[str], None]) -> Ite
                 held.callback(_remove_empty, made)
                 locks.append(held.enter_context(lock(folder / LOCK, f"output {folder}", say)))
             except OSError as error:
-                raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
+                raise UserError(f"output {folder}: not writable: {reason(error).lower()}") from None
             require_usable(folder, resume)
 
         first_does(claim)

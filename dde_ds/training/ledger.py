@@ -29,6 +29,7 @@ from dde_ds.models.unet import unet_digest
 from dde_ds.objective.objective import Objective
 from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
+from dde_ds.warn import reason
 
 FORMAT = "dde_ds ledger 1"
 
@@ -177,7 +178,7 @@ def _write(path: Path, errors: Tensor, own: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, safetensors.torch.save({"errors": errors}, metadata))
     except OSError as error:
-        raise RankError(f"reference.ledger {path}: not writable: {(error.strerror or str(error)).lower()}") from None
+        raise RankError(f"reference.ledger {path}: not writable: {reason(error).lower()}") from None
 
 
 def _digest_of(tensor: Tensor) -> str:

@@ -22,6 +22,7 @@ from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.rows import is_correction, read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
+from dde_ds.warn import reason
 
 
 def build_run_objective(run: RunConfig) -> Objective:
@@ -123,5 +124,5 @@ def open_folder(folder: Path, run: RunConfig) -> None:
         for stale in ("DONE", "STOP"):
             (folder / stale).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output {folder}: not writable: {error.strerror.lower()}") from None
+        raise UserError(f"output {folder}: not writable: {reason(error).lower()}") from None
     shutil.rmtree(folder / "checkpoints" / ".staging", ignore_errors=True)
