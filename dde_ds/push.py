@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import inspect
 import re
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Upload an export and its card as one commit. The export stays as it is: the card is completed in a copy.
+    """Upload an export and its card. The export stays as it is: the card is completed in a copy.
 
     Args:
         folder: an export, or a run folder with one.
@@ -118,7 +119,7 @@ def push(
     print(printable(f"{len(files) + 1} files: {url}"))
 
 
-OPTIONS = frozenset(push.__kwdefaults__) | {"folder", "repo"}
+OPTIONS = frozenset(inspect.signature(push).parameters)
 
 
 def find_export(folder: Path) -> Path:
@@ -216,17 +217,17 @@ def _complete(
     data["tags"] = list(dict.fromkeys([*data.get("tags", []), *tags]))
 
 
-def _add_comparison(card: ModelCard, export: Path, repo: str, source: Path, model: str | None, pictures: int) -> dict[str, Path]:
+def _add_comparison(card: ModelCard, export: Path, repo: str, source: Path, asked: str | None, pictures: int) -> dict[str, Path]:
     """Write a comparison's results into the card's head and text. Return its pictures by their names in the repository."""
     from dde_ds.evaluation.comparison import COLUMNS, SET_COLUMNS, cells, read_comparison, set_cells, title
 
     data = read_comparison(source)
     base, names = data["base"], [name for name in data["folders"] if name != data["base"]]
-    if model and model not in names:
-        raise UserError(f"model {model}: not in {source}{nearest(model, names)}")
-    if not model and len(names) != 1:
+    if asked and asked not in names:
+        raise UserError(f"model {asked}: not in {source}{nearest(asked, names)}")
+    if not asked and len(names) != 1:
         raise UserError(f"model: {source} compares {', '.join(names) or 'nothing'}; say which of them the export is")
-    model = model or names[0]
+    model = asked or names[0]
     _require_same_weights(export, source, model, data["settings"][model])
     card.data["model_name"] = repo.partition("/")[2]
     card.data["eval_results"] = list(eval_results(data, model))

@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
     def do_GET(self):
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if fault:
+        if isinstance(fault, int):
             # A server that repeats what it was sent, the token included.
             return self.send(fault, {"error": f"refused {self.headers.get('Authorization')}\nfor a reason"})
         if not path.startswith("/large/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
