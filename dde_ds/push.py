@@ -1,4 +1,4 @@
-"""``dde-ds push``: an export to a repository of the Hugging Face hub, with a complete model card. Nothing else here uploads anything."""
+"""``dde-ds push``: an export to a repository of the Hugging Face hub, with a complete model card. Nothing goes there unless it is called."""
 
 from __future__ import annotations
 
