@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"dde_ds {__version__}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)  # pyright: ignore[reportArgumentType]  # any callable does
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
     check.set_defaults(
         act=lambda args: validate(

@@ -224,7 +224,9 @@ class DataConfig:
 
     @property
     def weighted_paths(self) -> list[tuple[str, float]]:
-        return [(source.path, source.weight) for source in self.sources] or [(self.path, 1.0)]
+        if self.path is not None:
+            return [(self.path, 1.0)]
+        return [(source.path, source.weight) for source in self.sources]
 
     @property
     def key(self) -> str:
@@ -580,11 +582,15 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
         if spec.name in data:
             kind = hints[spec.name]
             values[spec.name] = (
-                _build(kind, data[spec.name], key + ".") if dataclasses.is_dataclass(kind) else _convert(data[spec.name], kind, key)
+                _build(kind, data[spec.name], key + ".") if _is_section(kind) else _convert(data[spec.name], kind, key)
             )
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UserError(f"missing key {key}: {spec.name} has no default")
     return cls(**values)
+
+
+def _is_section(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
@@ -597,7 +603,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
             raise UserError(f"{key} is {_shown(value)}: expected a list" + (f" of {len(parts)}" if fixed else ""))
         return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if _is_section(kind):
         return _build(kind, value, key + ".")
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)  # neither NaN nor infinity came here

@@ -222,6 +222,7 @@ def _shards(run: RunConfig) -> str:
 
 def _ledger(run: RunConfig, ranks: Ranks) -> str:
     """The folder of ``reference.ledger``, which the first rank alone reads and writes."""
+    assert run.reference.ledger is not None  # asked for only then
     folder = Path(run.reference.ledger).absolute().parent
     if ranks.is_first:
         try:

@@ -67,7 +67,7 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
             raise UserError(f"--{name.replace('_', '-')} {text!r}: expected a whole number, {low} to {high}")
         setattr(args, name, int(text))
     if args.node_rank >= args.nodes:
-        raise UserError(f"--node-rank {args.node_rank}: nodes are numbered from 0 to {args.nodes - 1}")
+        raise UserError(f"--node-rank {args.node_rank}: nodes are numbered from 0 to {int(args.nodes) - 1}")
     if not valid_host(args.address):
         raise UserError(f"--address {args.address!r}: expected a host name or an IP address")
     return args, train

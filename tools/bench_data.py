@@ -44,7 +44,7 @@ BATCH = 8
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)  # pyright: ignore[reportArgumentType]  # any callable does
     read = commands.add_parser("read", help="pairs/s and MB/s of SDXL's shapes: sequential and shuffled, cold and warm")
     read.add_argument("--pairs", type=int, default=2000)
     read.add_argument("--repeats", type=int, default=15, help="epochs of each reader in each row")
@@ -169,14 +169,14 @@ class Latents(PairDataset):
 
 def stock(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
     """webdataset's fastest safe way: raw bytes, safetensors decoded by hand, its own shuffle of shards and of a buffer of 8 shards' size."""
-    import webdataset
+    from webdataset.compat import WebDataset, WebLoader
 
     urls = [str(path) for path in sorted(folder.glob("[0-9]*.tar"))]
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls) if shuffled else False, seed=0, empty_check=False)
+    data = WebDataset(urls, shardshuffle=len(urls) if shuffled else False, seed=0, empty_check=False)
     if shuffled:
         data = data.shuffle(800, initial=400)
     data = data.map(_decode).batched(BATCH, collation_fn=_stack, partial=False)
-    for batch in webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+    for batch in WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
         yield len(batch["latents"])
 
 
@@ -282,7 +282,7 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> str:
         kept, stream = [], source.read(rows)
         while chunk := list(itertools.islice(stream, args.batch)):
             pixels = torch.stack(
-                [prepare_image(data, recipe.resolution).pixels for pair in chunk for data in (pair.winner, pair.loser)]
+                [prepare_image(data, recipe.resolution).pixels for pair in chunk for data in (pair.winner, pair.loser)]  # pyright: ignore[reportArgumentType]  # both are there
             )
             kept.append((encoder.latents(pixels).half(), encoder.prompts([pair.caption for pair in chunk])))
 

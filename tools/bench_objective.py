@@ -77,7 +77,8 @@ def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
     header += [f"{name} / fused" for name in candidates if name != "fused"] + [f"peak {name}" for name in candidates]
     header += [column for name in profiled for column in (f"{name}, device time", f"{name}, device time / floor")]
     rows = []
-    for (model, shape), pairs in itertools.product(SHAPES.items(), args.micro):
+    for model, pairs in itertools.product(SHAPES, args.micro):
+        shape = SHAPES[model]
         inputs = uncached(shape, pairs, dtype, device)
         compare(candidates, inputs[0])
         moved = moved_bytes(*inputs[0][:3])
@@ -128,8 +129,9 @@ def uncached(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device
 
 
 def fused(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correction: Tensor) -> Tensor:
-    errors = noise_errors(policy, reference, NoiseTarget(noise))
-    loss = logistic_loss(-(BETA / 2) * (gain * margin(*errors) + correction)).mean()
+    error, reference_error = noise_errors(policy, reference, NoiseTarget(noise))
+    assert reference_error is not None  # of the reference that was given
+    loss = logistic_loss(-(BETA / 2) * (gain * margin(error, reference_error) + correction)).mean()
     return torch.autograd.grad(loss, policy)[0]
 
 
@@ -187,9 +189,9 @@ def peak_bytes(run: Callable, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = highest = 0
-    for event in profiler.profiler.kineto_results.events():
+    for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]  # it has run
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's stub has not all of it
             highest = max(highest, now)
     return highest
 

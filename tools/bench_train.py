@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,24 +70,31 @@ class MadeUpShards:
 
     def __init__(self, unet: UNet2DConditionModel, latent: int):
         generator = torch.Generator().manual_seed(0)
-        config, self.counters, self.counts = unet.config, Counter(), [PAIRS_HELD]
-        self._latents = torch.randn(PAIRS_HELD, 2, config.in_channels, latent, latent, generator=generator).half()
-        self._text = torch.randn(77, config.cross_attention_dim, generator=generator).half()
-        self._xl = config.addition_embed_type == "text_time"
+        config = unet.config
+        self.counters, self.counts = Counter(), [PAIRS_HELD]
+        self._latents = torch.randn(PAIRS_HELD, 2, config["in_channels"], latent, latent, generator=generator).half()
+        self._text = torch.randn(77, config["cross_attention_dim"], generator=generator).half()
+        self._xl = config["addition_embed_type"] == "text_time"
         self._time_ids = torch.tensor([8.0 * latent, 8.0 * latent, 0, 0, 8.0 * latent, 8.0 * latent]).expand(2, 6)
         self._pooled = (
-            torch.randn(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim) if self._xl else None
+            torch.randn(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
+            if self._xl
+            else None
         )
 
-    def read(self, shard: int, number: int) -> dict:
-        sample = {"latents": self._latents[number], "prompt": torch.tensor(0)}
+    def read(self, shard: int, row: int) -> dict:
+        sample = {"latents": self._latents[row], "prompt": torch.tensor(0)}
         return sample | ({"time_ids": self._time_ids} if self._xl else {})
 
-    def announce(self, shard: int, number: int) -> None:
+    def announce(self, shard: int, row: int) -> None:
         """Nothing to read ahead."""
 
+    def following(self, shard: int, row: int) -> tuple[int, int]:
+        """Return the next pair, round and round; none is ever damaged."""
+        return shard, (row + 1) % PAIRS_HELD
+
     def prompt(self, row: int) -> dict:
-        return {"prompt_embeds": self._text} | ({"pooled": self._pooled.half()} if self._xl else {})
+        return {"prompt_embeds": self._text} | ({} if self._pooled is None else {"pooled": self._pooled.half()})
 
 
 def main() -> int:
@@ -155,7 +163,7 @@ class Split:
     def __call__(self, part: str) -> None:
         self._wait()
         now = time.perf_counter()
-        self.steps[-1][part] += now - self._since
+        self.steps[-1][part] += now - self._since  # pyright: ignore[reportArgumentType]  # a Counter of seconds
         self._since = now
 
     def medians(self) -> list[float]:
@@ -266,13 +274,14 @@ def torch_type(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.precision == "bf16" else torch.float32
 
 
-def load(args: argparse.Namespace) -> UNet2DConditionModel:
+def load(args: argparse.Namespace) -> Any:
     if args.unet_config:
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # minutes of random numbers on a CPU
             unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
     else:
         unet = load_unet(args.model)
+    assert isinstance(unet, UNet2DConditionModel)
     set_checkpointing(unet, args.checkpointing)
     return unet
 
@@ -305,6 +314,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
     def step(ended: Callable[[str], None]) -> None:
         def timed_reference(*inputs):
             ended("data")
+            assert predict_reference is not None
             prediction = predict_reference(*inputs)
             ended("reference")
             return prediction
@@ -334,7 +344,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
         any_rank(False, device)  # as it asks whether to stop
         ended("step")
 
-    flops = pair_flops(unet.config, (unet.config.in_channels, args.latent, args.latent))
+    flops = pair_flops(unet.config, (unet.config["in_channels"], args.latent, args.latent))
     return step, 0.75 * flops if ledger else flops  # three passes of four
 
 
@@ -371,7 +381,7 @@ def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple
         optimizer.zero_grad(set_to_none=True)
         ended("step")
 
-    return step, pair_flops(policy.config, (policy.config.in_channels, args.latent, args.latent))
+    return step, pair_flops(policy.config, (policy.config["in_channels"], args.latent, args.latent))
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -199,7 +199,7 @@ def choose(args: argparse.Namespace) -> dict[str, Setting]:
     chosen = {}
     for objective in objectives(args):
         tried = {setting: tuning_rank(args, objective, setting) for setting in settings_of(args, objective)}
-        chosen[objective] = max(tried, key=tried.get)
+        chosen[objective] = max(tried, key=lambda setting: tried[setting])
     return chosen
 
 
@@ -242,7 +242,9 @@ def report(args: argparse.Namespace) -> None:
         "base": summarise([base], base),
         "variants": {
             variant.name: vars(chosen[variant.objective])
-            | summarise([found[seed][variant.name] for seed in whole], base, [found[seed].get("dde") for seed in whole])
+            | summarise(
+                [one for seed in whole if (one := found[seed][variant.name])], base, [found[seed].get("dde") for seed in whole]
+            )
             for variant in variants(args)
         },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from benchmarks import table
 from dde_ds.evaluation.compare import bootstrap_interval, paired_difference, win_rate
 
 
-def summarise(results: list[dict], base: dict, dde: list[dict | None] = ()) -> dict:
+def summarise(results: Sequence[dict], base: dict, dde: Sequence[dict | None] = ()) -> dict:
     """One model's numbers over its seeds' results, beside the base's and, where they are given, DDE's of the same seeds.
 
     Intervals are 95 % bootstraps over captions (over pairs for the errors), of the mean over seeds; they do not cover that another
@@ -32,8 +33,9 @@ def summarise(results: list[dict], base: dict, dde: list[dict | None] = ()) -> d
         # In parts of the base's mean error.
         drift = _mean(torch.stack(drifts).mean(0) / error.mean())
         summary[f"{side}_drift"] = drift | {"by_seed": [float(one.mean() / error.mean()) for one in drifts]}
-    if all(dde) and dde:
-        other = torch.cat([_wins(result, base_logits) for result in dde], 1)
+    compared = [result for result in dde if result]
+    if compared and len(compared) == len(dde):
+        other = torch.cat([_wins(result, base_logits) for result in compared], 1)
         difference = paired_difference(torch.cat(wins, 1), other)
         summary["win_rate_minus_dde"] = {key: getattr(difference, key) for key in ("mean", "low", "high")}
     return summary

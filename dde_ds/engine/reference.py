@@ -55,9 +55,9 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
         # Beside a ZeRO-3 policy cut and gathered as that one is.
         alike = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size", "leaf_module")
         own = {key: policy[key] for key in alike if policy.get("stage") == 3 and key in policy}
-        kept["zero_optimization"] = copy.deepcopy(SHARDED | own)
-    if placement == "cpu":
-        kept["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+        kept["zero_optimization"] = copy.deepcopy({**SHARDED, **own})
+        if placement == "cpu":
+            kept["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return kept
 
 

@@ -117,7 +117,7 @@ def weight_files(path: str, part: str, revision: str | None = None, variant: str
         for found in (index, whole) if name == DIFFUSERS else (whole, index):
             if f"{part}/{found}" in names:
                 return own, [whole] if found == whole else _indexed(path, part, found, names, revision)
-    variants = sorted(_variants(names, part) - {None})
+    variants = sorted(filter(None, _variants(names, part)))
     pickles = sorted(name for name in names if name.startswith(f"{part}/") and name.endswith((".bin", ".ckpt", ".pt", ".pth")))
     if pickles:
         raise UserError(
@@ -133,7 +133,7 @@ def weight_files(path: str, part: str, revision: str | None = None, variant: str
 def held_variant(path: str, part: str, revision: str | None = None, wanted: str | None = None) -> str | None:
     """Return the variant in which to read a part whatever the others are in: ``wanted``, else none, else what there is."""
     held = _variants(file_names(path, revision), part)
-    return next((variant for variant in (wanted, None) if variant in held), min(held - {None}, default=None))
+    return next((variant for variant in (wanted, None) if variant in held), min(filter(None, held), default=None))
 
 
 def local_folder(path: str, revision: str | None, names: Iterable[str]) -> Path:

@@ -6,6 +6,7 @@ Each part is built empty from its configuration, and compared with the names and
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,7 +91,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _check_tokenizers(path: str, revision: str | None, parts: dict[str, str], made: dict[str, torch.nn.Module]) -> None:
+def _check_tokenizers(path: str, revision: str | None, parts: dict[str, str], made: dict[str, Any]) -> None:
     from transformers import CLIPTokenizer
 
     for part in (part for part in parts if part.startswith("tokenizer")):
@@ -120,11 +121,11 @@ def _check_scheduler(path: str, revision: str | None, name: str) -> None:
             f"model.path {path}: its model_index.json says that scheduler is {name!r}, which is no scheduler of diffusers"
         )
     with unloadable(path, "scheduler/scheduler_config.json"):
-        kind.from_config(config)
-        diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # what samples are drawn with
+        kind.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # all schedulers are configurable
+        diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # pyright: ignore[reportAttributeAccessIssue]  # what samples are drawn with
 
 
-def _check_fit(path: str, made: dict[str, torch.nn.Module]) -> None:
+def _check_fit(path: str, made: dict[str, Any]) -> None:
     unet, vae = made["unet"].config, made["vae"].config
     width = sum(made[part].config.hidden_size for part in made if part.startswith("text_encoder"))
     for what, own, other in (
@@ -136,7 +137,7 @@ def _check_fit(path: str, made: dict[str, torch.nn.Module]) -> None:
 
 
 @torch.no_grad()
-def _check_passes(path: str, made: dict[str, torch.nn.Module]) -> None:
+def _check_passes(path: str, made: dict[str, Any]) -> None:
     """Run each part once on tensors without data: some values of a configuration are first met there."""
     unet, vae = made["unet"].eval(), made["vae"].eval()
     texts = {part: made[part].eval() for part in made if part.startswith("text_encoder")}

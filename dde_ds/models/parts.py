@@ -93,7 +93,7 @@ def load_part(
     return model
 
 
-def build_empty(path: str, part: str, revision: str | None = None) -> torch.nn.Module:
+def build_empty(path: str, part: str, revision: str | None = None) -> Any:
     """Return a part as its ``config.json`` says, on the meta device: names and shapes without data.
 
     Raises:
@@ -104,7 +104,7 @@ def build_empty(path: str, part: str, revision: str | None = None) -> torch.nn.M
 
 
 @lru_cache(maxsize=8)
-def _built(path: str, part: str, kind: str, config: str) -> torch.nn.Module:
+def _built(path: str, part: str, kind: str, config: str) -> Any:
     values = json.loads(config)
     _check_layers(path, part, values)
     with unloadable(path, f"{part}/config.json"), torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dde_ds.config import RunConfig
 from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, order_of
-from dde_ds.data.reader import PairDataset, ReadingTotals, micro_batches
+from dde_ds.data.reader import PairDataset, ReadingTotals, Slices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.unet import Conditioning
 from dde_ds.objective.objective import Objective
@@ -56,7 +56,7 @@ def open_batches(
     run: RunConfig,
     shards: ShardSet | MixedShards,
     objective: Objective,
-    slices: Iterable[list[int]],
+    slices: Slices,
     device: torch.device,
     totals: ReadingTotals | None = None,
 ) -> Iterator[Batch]:

@@ -119,18 +119,21 @@ class HeldOutEvaluator:
         self._objective, self._policy, self._stop = objective, policy, stop
         self._held_out = None
         if shards:
-            self._held_out = HeldOut(shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
-            self._base = unless_stopped(lambda: self._held_out.errors(policy, stop.poll))
+            held_out = HeldOut(shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
+            self._held_out = held_out
+            self._base = unless_stopped(lambda: held_out.errors(policy, stop.poll))
 
     def due(self, step: int) -> bool:
         return self._held_out is not None and (step % self._every == 0 or step == self._last)
 
     def evaluate(self) -> dict[str, float]:
         """Return ``eval/…`` numbers for a row of ``metrics.jsonl``; empty where a request to stop came between."""
-        errors = unless_stopped(lambda: self._held_out.errors(self._policy, self._stop.poll))
+        held_out = self._held_out
+        assert held_out is not None  # otherwise never due
+        errors = unless_stopped(lambda: held_out.errors(self._policy, self._stop.poll))
         if errors is None:
             return {}
-        shares = self._held_out.summary(self._objective, errors, self._base)
+        shares = held_out.summary(self._objective, errors, self._base)
         device = self._objective.table.correction.device
         values = sum_over_ranks(torch.stack(list(shares.values())).to(device)).tolist()
         return {f"eval/{name}": value for name, value in zip(shares, values, strict=True)}

@@ -80,6 +80,7 @@ class Ledger:
         if not ranks.is_first:
             return
         # Another run may have written meanwhile.
+        assert self.path is not None  # otherwise nothing was added
         held = read_ledger(self.path, self._identity)
         positions = rows[:, 0].long()
         grown = torch.full((max(len(held), int(positions.max()) + 1), 2), torch.nan)

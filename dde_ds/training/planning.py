@@ -33,8 +33,9 @@ def task_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: d
     Raises:
         UserError: a model's configuration that cannot be had.
     """
-    unet, tokens = known_unet, TOKENS
-    if known_unet is None:
+    if known_unet is not None:
+        unet, tokens = known_unet, TOKENS
+    else:
         unet = load_unet_config(run.model.path, run.model.revision)
         tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
     adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
@@ -46,7 +47,7 @@ def task_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: d
     total = sum(map(shard_bytes, manifests))
     of_prompts = sum(row["bytes"] for manifest in manifests for row in manifest["prompts"]["files"])
     pair_bytes = (total - of_prompts) / pairs + of_prompts / prompts
-    return Task(unet, tuple(shards.latent_shape), tokens, pair_bytes, total, pairs, adapters)
+    return Task(unet, shards.latent_shape, tokens, pair_bytes, total, pairs, adapters)
 
 
 def chosen_checkpointing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.rows import is_correction, read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
 from dde_ds.warn import reason
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def build_run_objective(run: RunConfig) -> Objective:
@@ -66,7 +69,7 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     return engine, frozen_model(initialize_reference(second, ds_config, run.reference.placement, run.reference.dtype))
 
 
-def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
+def treat_alike(run: RunConfig, unet: UNet2DConditionModel) -> None:
     """What policy and reference must both be, to begin at the same predictions."""
     if run.model.channels_last:
         use_channels_last(unet)
@@ -76,7 +79,7 @@ def treat_alike(run: RunConfig, unet: torch.nn.Module) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | None]:
+def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | MixedShards | None]:
     """Training shards, and held-out ones where the run names any. They and the model must speak of the same latents: found out
     before any weight is loaded."""
     data = run.data

@@ -32,9 +32,10 @@ class Samples:
 
     def draw(self, step: int) -> None:
         """Write ``samples/step-….png``. A request to stop leaves it out; a full disk is a warning."""
-        options = self._run.samples
+        options, prompts = self._run.samples, self._prompts
+        assert prompts is not None  # otherwise never due
         images = unless_stopped(
-            lambda: self._prompts.draw(
+            lambda: prompts.draw(
                 self._policy.module, options.seed, options.inference_steps, options.guidance_scale, poll=self._stop.poll
             )
         )

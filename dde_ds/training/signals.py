@@ -19,7 +19,7 @@ _came: list[int] = []
 _started_by: list[list[str]] = []
 
 
-def listen() -> dict[int, Any]:
+def listen() -> dict[signal.Signals, Any]:
     """Remember from now on what asks to stop, and return the handlers that the signals had before.
 
     Python allows handlers in the main thread alone: in another one none is installed and none returned. Signals that the parent

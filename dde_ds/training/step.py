@@ -32,7 +32,8 @@ def micro_step(
     reference_pred = None
     if objective.needs_reference and batch.reference_errors is None:
         with torch.no_grad():
-            reference_pred = reference(seen, both, batch.conditioning)
+            assert reference is not None  # a run without one has an objective without, or all errors precomputed
+        reference_pred = reference(seen, both, batch.conditioning)
     policy_pred = predict(policy, seen, both, batch.conditioning)
     return objective(policy_pred, reference_pred, batch.noise, batch.timesteps, noisy, reference_errors=batch.reference_errors)
 

@@ -22,7 +22,7 @@ def concerns(row: dict[str, float]) -> dict[str, str]:
             f"winners' error is {chosen:.0%} above the reference's (losers' {rejected:.0%}) at accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
     tenths = {name: value for name, value in row.items() if name.startswith("drift_by_t/")}
-    worst = max(tenths, key=tenths.get, default=None)
+    worst = max(tenths, key=lambda name: tenths[name], default=None)
     if worst and tenths[worst] > DRIFT_IN_A_TENTH and "drift" not in found:
         span = worst.removeprefix("drift_by_t/")
         found["drift by timestep"] = f"winners' error is {tenths[worst]:.0%} above the reference's at timesteps {span}: {BROKEN}"
