@@ -7,7 +7,7 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
-.PHONY: demo compare test docs
+.PHONY: demo compare lint check test docs
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python launchers/demo/run.py
@@ -15,9 +15,18 @@ demo: $(INSTALLED)
 compare: $(INSTALLED)
 	$(VENV)/bin/python tools/compare_objectives.py
 
-# Two workers, since much of the suite is waiting for launches; tests of a file share what it launched, and stay together.
-test: $(TESTABLE)
+# Lint, format and types: what both sets of tests begin with.
+lint: $(TESTABLE)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# The quick tests: no launches, nothing of more than about five seconds.
+check: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not (slow or launch or grid or real_size or compiles)"
+
+# Two workers, since much of the suite is waiting for launches; tests of a file share what it launched, and stay together.
+test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 # The guides, the configuration and the Python API as one site: build/docs/index.html.
