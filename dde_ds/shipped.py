@@ -1,13 +1,15 @@
-"""Files that come with the project, found from any working directory."""
+"""Files that come with the project, found from any working directory, in a checkout and where the wheel is installed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# Beside the package in a checkout, inside it where it was installed as a wheel.
+from dde_ds.errors import UserError, nearest
+
 _PACKAGE = Path(__file__).parent
-_FOLDERS = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")
+# Inside the package, where setup.py puts them in the wheel, and where they lie in a checkout.
+_PLACES = {"ds_configs": "ds_configs", "recipes": "launchers/recipes", "demo_files": "launchers/demo"}
 
 
 def deepspeed_file(name: str | Path) -> Path:
@@ -15,12 +17,43 @@ def deepspeed_file(name: str | Path) -> Path:
     ``zero2.json`` or ``zero2``. What is neither is returned as it is."""
     shipped = re.fullmatch(r"(?:ds_configs/)?(\w+)(?:\.json)?", str(name))
     if shipped and not Path(name).is_file():
-        for folder in _FOLDERS:
-            if (folder / f"{shipped[1]}.json").is_file():
-                return folder / f"{shipped[1]}.json"
+        file = _folder("ds_configs") / f"{shipped[1]}.json"
+        if file.is_file():
+            return file
     return Path(name)
 
 
 def deepspeed_names() -> list[str]:
     """Return the names of the shipped DeepSpeed configurations, such as ``zero2``."""
-    return sorted(path.stem for path in next((folder for folder in _FOLDERS if folder.is_dir()), _PACKAGE).glob("*.json"))
+    return _names("ds_configs", ".json")
+
+
+def recipe_file(name: str) -> Path:
+    """Return the recipe ``name``, such as ``sdxl_dde``, with or without its ``.yaml``.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    stem, known = name.removesuffix(".yaml"), recipe_names()
+    if stem not in known:
+        raise UserError(f"recipe {name}: not known{nearest(stem, known)}")
+    return _folder("recipes") / f"{stem}.yaml"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes, such as ``sdxl_dde``."""
+    return _names("recipes", ".yaml")
+
+
+def demo_file(name: str) -> Path:
+    """Return what is called ``name`` among the demo's files: ``base``, ``pairs/train.parquet``, ``pairs/held_out.parquet`` or ``train.yaml``."""
+    return _folder("demo_files") / name
+
+
+def _folder(name: str) -> Path:
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / _PLACES[name]
+
+
+def _names(folder: str, suffix: str) -> list[str]:
+    return sorted(path.stem for path in _folder(folder).glob(f"*{suffix}"))

@@ -11,7 +11,7 @@ import pytest
 import dde_ds.shipped
 from dde_ds import UserError, load_config
 from dde_ds.engine.zero import complete_config, read_config
-from dde_ds.shipped import deepspeed_file
+from dde_ds.shipped import deepspeed_file, demo_file, recipe_file, recipe_names
 from tests.conftest import ROOT
 
 ZERO2 = ROOT / "ds_configs/zero2.json"
@@ -44,6 +44,18 @@ def test_a_path_that_is_there_is_that_path(tmp_path, monkeypatch):
         read_config("zero9")
     with pytest.raises(UserError, match=r"^deepspeed mine/zero2\.json: no such file"):
         read_config("mine/zero2.json")
+
+
+def test_recipes_and_the_demos_files_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == sorted(path.stem for path in ROOT.glob("launchers/recipes/*.yaml"))
+    for name in ("sdxl_dde", "sdxl_dde.yaml"):
+        assert recipe_file(name) == ROOT / "launchers/recipes/sdxl_dde.yaml"
+    with pytest.raises(UserError, match=r"^recipe sdxl_dd: not known; did you mean 'sdxl_dde'\?"):
+        recipe_file("sdxl_dd")
+    with pytest.raises(UserError, match=r"^recipe ../train: not known; known: sd15_24gb, "):
+        recipe_file("../train")
+    assert demo_file("pairs/train.parquet") == ROOT / "launchers/demo/pairs/train.parquet"
 
 
 def test_of_an_installed_package(tmp_path):
