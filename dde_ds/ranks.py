@@ -86,6 +86,14 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(0, 1, 0)
 
 
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the environment holds anything of a launcher, whole or in part: then this process is a rank."""
+    return any(
+        name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "SLURM_PROCID") or name.startswith("OMPI_COMM_WORLD_")
+        for name in environment
+    )
+
+
 def end_process(code: int) -> NoReturn:
     """End this process: ``sys.exit``, unless it has joined a process group. What is registered with ``atexit`` runs first, as trackers
     rely on.

@@ -48,6 +48,7 @@ FLOORS = {
     "doctor": {"errors", "config", "ranks", "distributed", "data", "models", "engine"},
     "planner": {"errors", "config", "data", "models", "engine", "training"},
     "push": {"", "errors", "config", "models", "engine", "evaluation"},
+    "demo": {"errors", "rows", "config", "data", "models", "objective", "evaluation", "training"},
     "cli": None,
 }
 # `distributed` joins the process group, which DeepSpeed must do.

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
+from dde_ds.cli.node import read_arguments
 from dde_ds.errors import UserError
 from dde_ds.ranks import OWN_PORTS, Ranks, first_host, free_port, read_environment, read_hostfile, valid_host
-from launchers.node import read_arguments
 from tests.conftest import ROOT
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}

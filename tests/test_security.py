@@ -6,7 +6,6 @@ import argparse
 import ast
 import json
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from dde_ds.cli import main
+from dde_ds.cli.inspect_shards import write_sheet
 from tests.conftest import ROOT
 from tests.data.tiny import sign, write_tiny
 from tests.launching import PATIENCE, environment, write_config
@@ -78,10 +79,6 @@ def printed(capsys, monkeypatch):
     return read
 
 
-def tool(name: str):
-    return runpy.run_path(str(ROOT / "tools" / name))
-
-
 def manifest_with(folder: Path, rows: dict | None = None, **settings) -> dict:
     """Sign a manifest whose settings say this, and return it."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -91,15 +88,14 @@ def manifest_with(folder: Path, rows: dict | None = None, **settings) -> dict:
     return manifest
 
 
-def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, monkeypatch, sd_model, sd_shards):
+def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, sd_model, sd_shards):
     from dde_ds import planner
-    from dde_ds.data.sharding import _print_rows
+    from dde_ds.cli.shard import _print_rows
     from dde_ds.evaluation.comparison import Comparison, print_table
 
     folder = write_tiny(tmp_path / "shards")
     manifest_with(folder, {NASTY: 3}, model=NASTY, empty_prompt=NASTY, vae_dtype=NASTY)
-    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(folder)])
-    assert tool("inspect_shards.py")["main"]() == 0
+    assert main(["inspect", str(folder)]) == 0
     assert printed().count(SHOWN) == 4
     _print_rows({NASTY: 2}, {})
     assert SHOWN in printed()
@@ -116,15 +112,13 @@ def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, monkeyp
 
 
 @pytest.mark.parametrize("settings", [{"input": 5}, {"scaling_factor": "x"}, {"resolution": None, "input": [{}]}, {"model": ["x"]}])
-def test_what_a_manifest_does_not_say_is_one_line(tmp_path, printed, monkeypatch, settings):
+def test_what_a_manifest_does_not_say_is_one_line(tmp_path, printed, settings):
     folder = write_tiny(tmp_path / "shards")
     manifest_with(folder, **settings)
-    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(folder), "--sheet", str(tmp_path / "sheet.html")])
-    assert tool("inspect_shards.py")["main"]() == 1
+    assert main(["inspect", str(folder), "--sheet", str(tmp_path / "sheet.html")]) == 1
     assert printed().splitlines()[-1].startswith("error: ")
     (folder / "00001.tar").unlink()
-    monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(folder)])
-    assert tool("verify_shards.py")["main"]() == 1
+    assert main(["verify", str(folder)]) == 1
     assert "00001.tar: is missing" in printed()
 
 
@@ -133,7 +127,7 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.startswith("  ")]
 
 
-def test_the_command_that_makes_shards_again_can_be_pasted(tmp_path, printed, monkeypatch):
+def test_the_command_that_makes_shards_again_can_be_pasted(tmp_path, printed):
     """Bash reads it, with a manifest of somebody who wished it to do more."""
     evil = "$(touch pwned) `touch pwned`; touch pwned & | ' \" \\"
     folder = write_tiny(tmp_path / evil)
@@ -141,33 +135,32 @@ def test_the_command_that_makes_shards_again_can_be_pasted(tmp_path, printed, mo
     nasty = dict.fromkeys(("model", "resolution", "min_side", "pairs_per_shard", "vae_dtype", "text_dtype"), evil)
     manifest_with(folder, input=[{"name": name, "rows": 1} for name in names], flip=False, **nasty)
     (folder / "00001.tar").write_bytes(b"")
-    monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(folder)])
-    assert tool("verify_shards.py")["main"]() == 1
+    assert main(["verify", str(folder)]) == 1
     remove, remake = commands(printed())
-    told = "python() { printf '%s\\n' \"$@\"; }\n"
+    told = "dde-ds() { printf '%s\\n' \"$@\"; }\n"
     process = subprocess.run(["bash", "-c", told + remake], cwd=tmp_path, capture_output=True, text=True, check=True)
     options = [f"--{name}={evil}" for name in ("resolution", "min-side", "pairs-per-shard")]
     dtypes = [f"--{name}={evil}" for name in ("vae-dtype", "text-dtype")]
-    words = ["tools/shard_pickapic.py", "--input", names[0], f"./{names[1]}", f"--model={evil}", f"--output={folder}"]
+    words = ["shard", "--input", names[0], f"./{names[1]}", f"--model={evil}", f"--output={folder}"]
     assert process.stdout.splitlines() == [*words, *options, "--latents=mean", *dtypes]
     subprocess.run(["bash", "-c", remove], cwd=tmp_path, check=True)
     assert not (folder / "00001.tar").exists() and not (folder / "00001.json").exists()
     assert (folder / "00000.tar").exists()
     assert not list(tmp_path.rglob("pwned"))
     manifest_with(folder, model="\x1b[31m\n")
-    assert tool("verify_shards.py")["main"]() == 1
+    assert main(["verify", str(folder)]) == 1
     assert r"--model=\x1b[31m\n" in shlex.split(commands(printed())[1])
 
 
-def test_the_sheet_takes_captions_as_text(tmp_path, monkeypatch):
+def test_the_sheet_takes_captions_as_text(tmp_path):
     import numpy as np
 
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    tool("inspect_shards.py")["write_sheet"](tmp_path / "sheet.html", [(image, image, "<script>alert('x')</script>\x1b")])
+    write_sheet(tmp_path / "sheet.html", [(image, image, "<script>alert('x')</script>\x1b")])
     assert "<script" not in (tmp_path / "sheet.html").read_text()
 
 
-def test_no_pickle_is_drawn_from(tmp_path, sd_model, sd_shards, printed, monkeypatch):
+def test_no_pickle_is_drawn_from(tmp_path, sd_model, sd_shards, printed):
     """A VAE that is there as .bin alone is refused, also for a look at the shards."""
     import safetensors.torch
     import torch
@@ -178,8 +171,7 @@ def test_no_pickle_is_drawn_from(tmp_path, sd_model, sd_shards, printed, monkeyp
     torch.save(safetensors.torch.load_file(weights), model / "vae" / "diffusion_pytorch_model.bin")
     weights.unlink()
     options = ["--model", str(model), "--sheet", str(tmp_path / "sheet.html")]
-    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", str(sd_shards), *options])
-    assert tool("inspect_shards.py")["main"]() == 1
+    assert main(["inspect", str(sd_shards), *options]) == 1
     assert printed().splitlines()[-1].startswith(f"error: --model {model}: ")
     assert not (tmp_path / "sheet.html").exists()
 

@@ -76,7 +76,6 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="only write table and figure of the results that are there")
     args = parser.parse_args()
     args.output = args.output.resolve()
-    sys.path.insert(0, str(DEMO))  # the demo's parts
     quiet_libraries()
     try:
         unknown = [name for name in args.only if name not in VARIANTS]
@@ -96,8 +95,9 @@ def main() -> int:
 def compare(args: argparse.Namespace) -> None:
     """Everything that is missing, up to the last result."""
     import safetensors.torch
-    from judge import read_vendors, train_judge
-    from parts import PAIRS, say, shard
+
+    from dde_ds.demo.judge import read_vendors, train_judge
+    from dde_ds.demo.parts import PAIRS, say, shard
 
     for name, folder in (("train", "shards"), ("held_out", "shards_held_out")):
         if not (args.output / folder / "manifest.json").exists():
@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def do(args: argparse.Namespace, jobs: list[dict]) -> None:
     """Run the jobs that have no result yet, all in one launch."""
-    from parts import launch
+    from dde_ds.demo.parts import launch
 
     if all(read_result(args, job) for job in jobs):
         return

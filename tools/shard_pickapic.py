@@ -1,9 +1,8 @@
-"""Turn preference pairs into shards of VAE latents and text embeddings.
+"""Turn preference pairs into shards of VAE latents and text embeddings: ``dde-ds shard``, in this process alone.
 
     python tools/shard_pickapic.py --input 'pickapic_v2/data/train-*.parquet' --model stabilityai/stable-diffusion-xl-base-1.0 \\
         --output shards/sdxl
 
-Keeps the decided pairs (label_0 is 1 or 0), winner first. May be stopped and started again: shards that are whole are kept.
 With many GPUs: `deepspeed launchers/encode.py` and the same options. tools/README.md is the guide.
 """
 
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from dde_ds.data.sharding import parser, run
+from dde_ds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run(parser(__doc__).parse_args()))
+    sys.exit(main(["shard", "--alone", *sys.argv[1:]]))

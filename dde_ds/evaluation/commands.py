@@ -15,16 +15,25 @@ from dde_ds.text import printable
 # Options of how images are drawn, as draw.DrawOptions names them; its defaults stand for what is not given.
 DRAWING = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
 
+GENERATE = """Draw a model's images for evaluation, split over all ranks.
+
+    dde-ds generate --model runs/first/export --prompts prompts.txt --out images/first
+    deepspeed --module dde_ds.cli generate …      # on many GPUs
+
+Each image is a function of (model, seed, prompt, image number) alone: any number of ranks gives the same. Start it again to
+make what is missing. Exit code 0: all images are there. 1: an error, in one line. 130: Ctrl-C; what is made is kept.
+"""
+
 
 def add_commands(commands: Any) -> None:
-    """``evaluate``, ``compare`` and ``report`` among the subcommands; each sets ``act``, which takes the parsed arguments."""
+    """Add ``evaluate``, ``compare``, ``report`` and ``generate`` to the subcommands; each sets ``act``, which takes the parsed arguments."""
     make = commands.add_parser("evaluate", help="draw, score and compare models with a base: is it better, and how sure are we")
     make.add_argument("--base", required=True, metavar="[NAME=]DIR", help="diffusers folder or hub id, or a folder of its images")
     make.add_argument("--model", required=True, action="append", metavar="[NAME=]DIR", help="likewise; may be given several times")
     make.add_argument("--prompts", help="txt, jsonl or parquet; needed where images are to be drawn")
     add_drawing(make)
     _add_comparing(make)
-    make.set_defaults(act=evaluate)
+    make.set_defaults(act=evaluate, report={"over_ranks": True})
 
     compare = commands.add_parser("compare", help="compare folders of images that are scored already")
     compare.add_argument("--base", required=True, metavar="[NAME=]DIR", help="folder of images with their scores")
@@ -41,6 +50,14 @@ def add_commands(commands: Any) -> None:
         "--pictures", type=int, default=6, help="how many of the largest gains, of the largest losses and at random"
     )
     report.set_defaults(act=write_report)
+
+    draw = commands.add_parser("generate", help="draw a model's images for evaluation, split over all ranks", description=GENERATE)
+    draw.set_defaults(act=generate, report={"over_ranks": True})
+    draw.add_argument("--model", required=True, help="diffusers folder or hub id")
+    draw.add_argument("--revision", help="branch, tag or commit of a hub id")
+    draw.add_argument("--prompts", required=True, help="txt (one a line), jsonl or parquet (caption, prompt or text)")
+    draw.add_argument("--out", type=Path, required=True, help="folder for the images")
+    add_drawing(draw)
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +85,7 @@ def _add_comparing(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """What ``launchers/generate.py`` does, on every rank."""
+    """Draw this rank's share of a model's images."""
     from dde_ds.evaluation.draw import draw_folder
     from dde_ds.evaluation.prompts import read_prompts
 

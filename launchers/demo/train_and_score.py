@@ -25,13 +25,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from judge import Judge, read_vendors
-from parts import HERE, PAIRS, ROOT, say
-from scoring import CaptionSet
 from torch import Tensor
 
 from dde_ds.config import load_config
 from dde_ds.data.shards import ShardSet
+from dde_ds.demo.judge import Judge, read_vendors
+from dde_ds.demo.parts import BASE, PAIRS, TRAIN, say
+from dde_ds.demo.scoring import CaptionSet
 from dde_ds.distributed import agree, gather_rows, start
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance
@@ -42,8 +42,6 @@ from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.ranks import Ranks, end_process
 from dde_ds.training.heldout import HeldOut
 from dde_ds.training.loop import DONE, STOPPED, train
-
-BASE = str(HERE / "base")
 
 
 def main() -> int:
@@ -132,7 +130,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     if job["overrides"] is not None:
         run_folder = folder / "runs" / job["name"]
         resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
-        run = load_config(HERE / "train.yaml", [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
+        run = load_config(TRAIN, [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
         # The export of a run whose result was taken away is gone, so it is trained once more.
         if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
@@ -163,7 +161,7 @@ def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> lis
         f"steps={steps}",
         f"model.path={BASE}",
         f"data.path={folder / 'shards'}",
-        f"deepspeed={ROOT / 'ds_configs' / 'zero2.json'}",
+        "deepspeed=zero2",
         f"batch.pairs={pairs}",
         f"batch.micro={micro_batch(pairs)}",
         "samples.prompts=[]",

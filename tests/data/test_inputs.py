@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -15,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from dde_ds import UserError
-from dde_ds.data import sharding
+from dde_ds.cli.parsing import Parser
+from dde_ds.cli.shard import _recipe, add_commands
+from dde_ds.cli.verify_shards import remake
 from dde_ds.data.inputs import find_pairs
 from dde_ds.data.make import Recipe, make_shards
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.encode import Encoder, cut_captions
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,14 @@ def test_rows_without_caption_equal_images_and_repeated_pairs(images, encoder, t
 
 
 def test_the_printed_command_makes_the_same_shards(images, encoder, tmp_path):
-    """What ``verify_shards.py`` prints where shards are damaged has the options that the settings tell of."""
+    """What ``dde-ds verify`` prints where shards are damaged has the options that the settings tell of."""
     options = {"background": (16, 32, 48), "keep_no_caption": True, "flip": True, "min_side": 7}
     given = written(tmp_path / "p.parquet", table(images, ["kite", None, "boats", "door"]))
     settings = make(find_pairs(given), tmp_path / "out", encoder, **options)["settings"]
-    remake = runpy.run_path(str(ROOT / "tools" / "verify_shards.py"))["remake"]
-    args = sharding.parser(None).parse_args(shlex.split(remake(settings, tmp_path / "out"))[2:])
-    recipe = sharding._recipe(args, args.resolution)
+    parser = Parser()
+    add_commands(parser.add_subparsers(parser_class=Parser))
+    args = parser.parse_args(shlex.split(remake(settings, tmp_path / "out"))[1:])
+    recipe = _recipe(args, args.resolution)
     assert recipe.settings(encoder, find_pairs(given)) == settings
 
 

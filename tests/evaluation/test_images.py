@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dde_ds.cli import report_errors
+from dde_ds.cli.reporting import report_errors
 from dde_ds.distributed import Ranks
 from dde_ds.errors import UserError
 from dde_ds.evaluation import commands

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dde_ds.data import sharding
+from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
@@ -187,7 +187,7 @@ def test_options_of_sharding_are_checked_before_models_are_loaded(tmp_path, parq
         (["--background", "#ffffff80"], "error: --background #ffffff80: expected a colour's name or #rrggbb"),
         (["--follow-links"], "error: --follow-links: is for the images of a pairs.jsonl"),
     ):
-        assert sharding.run(sharding.parser(None).parse_args([*given, *option])) == 1
+        assert main(["shard", *given, *option]) == 1
         assert capsys.readouterr().err.startswith(named)
     assert not (tmp_path / "shards").exists()
 

@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 
 from dde_ds import NoiseSchedule, build_objective
 from dde_ds.engine import checkpoint
-from launchers.node import die_with
+from dde_ds.training.node import die_with
 from tests.engine.test_checkpoint import engine, train
 from tests.launching import RANK_VARIABLES, free_port
 

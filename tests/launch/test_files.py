@@ -81,7 +81,7 @@ def test_core_kinds_fit_kubernetes_own_schemas(path):
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_pods_are_what_the_guide_says(path):
     """Non-root, read-only, time for a checkpoint, exit code 75 not an error, the same run on every kind."""
-    from launchers.node import read_arguments
+    from dde_ds.cli.node import read_arguments
 
     text = path.read_text()
     assert "values: [75]" in text

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from dde_ds import load_config
-from launchers import node as node_py
+from dde_ds.cli.node import main
+from dde_ds.training import node as node_of_ranks
 from tests.conftest import ROOT
 from tests.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
 from tests.plain_loop import plain_losses
@@ -95,11 +96,11 @@ def test_no_orphans(config, tmp_path):
 
 def test_a_rank_that_hangs_is_ended(monkeypatch):
     """One leaves with an error, the other one does nothing any more, not even die of TERM."""
-    monkeypatch.setattr(node_py, "TOGETHER", 0.5)
-    monkeypatch.setattr(node_py, "DYING", 0.5)
+    monkeypatch.setattr(node_of_ranks, "TOGETHER", 0.5)
+    monkeypatch.setattr(node_of_ranks, "DYING", 0.5)
     ranks = [subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(1000)", "raise SystemExit(1)")]
     ranks[0].send_signal(signal.SIGSTOP)
-    assert node_py.watch(ranks, []) == 1
+    assert node_of_ranks.watch(ranks, []) == 1
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
 
 
@@ -113,5 +114,5 @@ def test_a_rank_that_hangs_is_ended(monkeypatch):
     ],
 )
 def test_wrong_options(arguments, named, capsys):
-    assert node_py.main(["--ranks", "1", *arguments]) == 1
+    assert main([], ["--ranks", "1", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"error: {named}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from judge import Judge
 from torch import Tensor
 
+from dde_ds.demo.judge import Judge
 from dde_ds.evaluation.generate import PromptSet
 
 

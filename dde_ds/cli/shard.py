@@ -1,31 +1,39 @@
-"""The sharding tool: one implementation for ``tools/shard_pickapic.py`` and, with many ranks, ``launchers/encode.py``."""
+"""``dde-ds shard``, ``tools/shard_pickapic.py`` and ``launchers/encode.py``: from preference pairs to shards."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import sys
 import time
 import warnings
 from pathlib import Path
-
-from PIL import ImageColor
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import Any
 
 from dde_ds.errors import RankError, UserError
+from dde_ds.ranks import Ranks, read_environment
 from dde_ds.text import verbatim
 from dde_ds.warn import reason
 
 DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 DTYPES = ("float32", "bfloat16", "float16")
+DESCRIPTION = """Turn preference pairs into shards of VAE latents and text embeddings.
+
+    dde-ds shard --input 'pickapic_v2/data/train-*.parquet' --model stabilityai/stable-diffusion-xl-base-1.0 --output shards/sdxl
+    deepspeed --module dde_ds.cli shard …      # on many GPUs: each rank makes its own shards, and none waits for another
+
+Keeps the decided pairs (label_0 is 1 or 0), winner first. May be stopped and started again: shards that are whole are kept.
+Many ranks need an output folder that every node sees; the rank that ends last writes the manifest.
+"""
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of both command lines."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def add_commands(commands: Any) -> None:
+    options = commands.add_parser(
+        "shard", help="turn preference pairs into shards of latents and text embeddings", description=DESCRIPTION
+    )
+    kept = "whole shards are kept, a second run goes on"
+    options.set_defaults(act=shard, report={"over_ranks": True, "kept": kept})
+    options.add_argument(
+        "--alone", action="store_true", help="do not look for a launcher's variables: this process makes all shards"
     )
     options.add_argument(
         "--input",
@@ -66,32 +74,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     options.add_argument("--text-dtype", choices=DTYPES, help="default: float32, on a GPU float16")
     options.add_argument("--dry-run", action="store_true", help="read labels, say what a run would keep and take, write nothing")
-    return options
 
 
-def run(args: argparse.Namespace, rank: int = 0, world: int = 1, local_rank: int = 0) -> int:
-    """Shard as the options say; exit code 0, 1 after one line of error, or 130 after Ctrl-C."""
+def shard(args: argparse.Namespace) -> None:
+    """Shard as the options say, or this rank's part of it."""
+    _check(args)
+    ranks = Ranks(0, 1, 0) if args.alone else read_environment()
     try:
-        _check(args)
-        if args.dry_run:
-            _dry_run(args, rank)
-        else:
-            _shard(args, rank, world, local_rank)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in DISK_PROBLEMS:
-                raise
-            error = RankError(f"--output {args.output}: {reason(error).lower()}; whole shards are kept, a second run goes on")
-        if rank and not isinstance(error, RankError):
-            time.sleep(10)  # all ranks met it, the first one reports it: the launcher then ends this one while it sleeps
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        if not rank:
-            print("stopped by Ctrl-C; whole shards are kept, a second run goes on", file=sys.stderr, flush=True)
-        return 130
-    return 0
+        if not args.dry_run:
+            _shard(args, ranks.rank, ranks.world, ranks.local_rank)
+        elif ranks.is_first:
+            _dry_run(args)
+    except OSError as error:
+        if error.errno not in DISK_PROBLEMS:
+            raise
+        raise RankError(f"--output {args.output}: {reason(error).lower()}; whole shards are kept, a second run goes on") from None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -107,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _colour(name: str) -> tuple[int, int, int]:
+    from PIL import ImageColor
+
     try:
         colour = ImageColor.getrgb(name)
     except ValueError:
@@ -143,9 +142,7 @@ def _resolution(args: argparse.Namespace) -> int:
     return side
 
 
-def _dry_run(args: argparse.Namespace, rank: int) -> None:
-    if rank:
-        return
+def _dry_run(args: argparse.Namespace) -> None:
     from dde_ds.data.estimate import estimate
     from dde_ds.data.inputs import find_pairs
 
@@ -162,6 +159,8 @@ def _dry_run(args: argparse.Namespace, rank: int) -> None:
 
 def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
     import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dde_ds.data.estimate import shard_bytes
     from dde_ds.data.inputs import find_pairs
@@ -203,6 +202,9 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 
 
 def _print_rows(rows: dict[str, int], noted: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("rows", "", box=None, show_header=False)
     for what, count in sorted(rows.items(), key=lambda item: -item[1]):
         table.add_row(verbatim(what), f"{count:,}")

@@ -1,39 +1,44 @@
-"""``dde-ds``: what can be found out about a run before or after it."""
+"""Align text-to-image diffusion models with preference pairs: make shards, plan, train, export, evaluate."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import os
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
-from dde_ds import __version__, planner, push
+from dde_ds import planner, push
+from dde_ds.cli import demo, inspect_shards, recipe, shard, train, verify_shards
+from dde_ds.cli.parsing import Parser
+from dde_ds.cli.reporting import report_errors
 from dde_ds.config import LONGEST_TIMEOUT, config_of, load_config
-from dde_ds.errors import RankError, UserError
+from dde_ds.errors import UserError
 from dde_ds.evaluation.commands import add_commands
-from dde_ds.ranks import end_process, read_environment, read_hostfile
+from dde_ds.ranks import read_hostfile
 from dde_ds.text import without_passwords
 
-# Commands that a launcher may start on several ranks.
-OVER_RANKS = ("evaluate", "ledger", "doctor")
+
+def run(arguments: list[str]) -> int:
+    """Parse a command and do it. Returns its exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one piece: overrides behind an option are left over.
+    may_be_left = args.command == "train"  # which takes its configuration among them
+    if unknown := [
+        word for word in rest if not hasattr(args, "overrides") or word.startswith("-") or not ("=" in word or may_be_left)
+    ]:
+        parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    # What does not run on several ranks never looks at the launcher's variables, which may be there in part.
+    how = {"over_ranks": False} | getattr(args, "report", {}) | ({"over_ranks": False} if getattr(args, "alone", False) else {})
+    return report_errors(lambda: args.act(args), **how)
 
 
-def command() -> NoReturn:
-    """The command ``dde-ds``."""
-    end_process(main())
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dde-ds", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"dde_ds {__version__}")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)  # pyright: ignore[reportArgumentType]  # any callable does
+def build_parser() -> Parser:
+    parser = Parser(prog="dde-ds", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for module in (train, demo, recipe, shard, verify_shards, inspect_shards):
+        module.add_commands(commands)
     check = commands.add_parser("validate", help="check a configuration, its shards and its model, without loading weights")
     check.set_defaults(
         act=lambda args: validate(
@@ -75,54 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("--model", metavar="PATH", help="where the run's base lies now, if it was moved: its content is compared")
     model.add_argument("--revision", help="of --model, where it is a hub id")
     model.add_argument("--variant", help="of --model's weight files, such as fp16")
-    ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
-    ledger.set_defaults(act=lambda args: fill_ledger(args.config, args.overrides))
-    ledger.add_argument("config", help="YAML of a run with reference.ledger")
-    ledger.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor = commands.add_parser("doctor", help="check machines, network and folders, under the launcher that the run will use")
-    doctor.set_defaults(act=diagnose)
+    doctor.set_defaults(act=diagnose, report={"over_ranks": True})
     doctor.add_argument("config", nargs="?", help="YAML of a run: its folders are checked too")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value")
     doctor.add_argument("--timeout-minutes", type=float, default=2.0, help="how long to wait for the other ranks")
     add_commands(commands)
     push.add_command(commands)
-    args, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one piece: overrides behind an option are left over.
-    if unknown := [
-        argument for argument in rest if not hasattr(args, "overrides") or argument.startswith("-") or "=" not in argument
-    ]:
-        parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
-    if rest:
-        args.overrides = [*args.overrides, *rest]
-    return report_errors(lambda: args.act(args), args.command in OVER_RANKS)
-
-
-def report_errors(act: Callable[[], int | None], over_ranks: bool = True) -> int:
-    """Return the exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it.
-
-    Args:
-        over_ranks: whether ``act`` may run on several ranks. What does not never looks at the launcher's variables, which may be
-            there in part: in a batch script of Slurm, say.
-    """
-    rank = 0
-    try:
-        rank = read_environment().rank if over_ranks else 0
-        return act() or 0
-    except UserError as error:
-        if rank and not isinstance(error, RankError):
-            time.sleep(10)  # the launcher ends this rank while it sleeps
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        torch = sys.modules.get("torch")
-        if torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            os._exit(1)  # what runs at exit may wait for the other ranks' collectives
-        return 1
-    except KeyboardInterrupt:
-        if not rank:
-            print("stopped by Ctrl-C; what is whole is kept", file=sys.stderr, flush=True)
-        torch = sys.modules.get("torch")
-        if torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            os._exit(130)  # as above
-        return 130
+    return parser
 
 
 def diagnose(args: argparse.Namespace) -> int:
@@ -215,12 +180,6 @@ def export(args: argparse.Namespace) -> None:
     print(f"{chosen[-1].name} → {args.output}")
 
 
-def fill_ledger(config: str, overrides: list[str]) -> None:
-    from dde_ds.training import ledger_pass
-
-    ledger_pass.fill_ledger(load_config(config, overrides))
-
-
 def validate(config: str, overrides: list[str], ranks: int, resume: bool = False) -> None:
     """Everything that would stop a run in its first minute, found without starting it."""
     run = load_config(config, overrides)
@@ -252,7 +211,3 @@ def validate(config: str, overrides: list[str], ranks: int, resume: bool = False
     print(
         f"{run.steps} steps = {run.steps * run.batch.pairs} pairs = {run.steps * run.batch.pairs / samples:.2f} epochs of {samples}"
     )
-
-
-if __name__ == "__main__":  # `deepspeed --module dde_ds.cli evaluate …`: the same over many ranks
-    command()

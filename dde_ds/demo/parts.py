@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-PAIRS = {"train": HERE / "pairs" / "train.parquet", "held_out": HERE / "pairs" / "held_out.parquet"}
+from dde_ds.errors import UserError
+from dde_ds.shipped import demo_file
+
+BASE, TRAIN = str(demo_file("base")), demo_file("train.yaml")
+PAIRS = {name: demo_file(f"pairs/{name}.parquet") for name in ("train", "held_out")}
 
 
 def shard(parquet: Path, model: str, folder: Path) -> None:
     say(f"shards of {parquet.name}")
-    command = [sys.executable, ROOT / "tools" / "shard_pickapic.py", "--input", parquet, "--model", model, "--output", folder]
-    subprocess.run([*command, "--pairs-per-shard", "128", "--batch", "32"], check=True)
+    command = [sys.executable, "-m", "dde_ds.cli", "shard", "--alone", "--input", parquet, "--model", model, "--output", folder]
+    if subprocess.run([*command, "--pairs-per-shard", "128", "--batch", "32"]).returncode:
+        raise UserError(f"dde-ds shard did not make {folder}; its own words are above")
 
 
 def rank_count() -> int:
@@ -27,8 +30,11 @@ def rank_count() -> int:
     return min(2, torch.cuda.device_count()) or 2
 
 
-def launch(script: Path, *arguments: str | Path) -> int:
-    """Run a script on :func:`rank_count` ranks through the real launcher. Gives back its exit code."""
+def launch(*command: str | Path) -> int:
+    """Run a script and its arguments, or ``--module`` and a module, on :func:`rank_count` ranks through the real launcher.
+
+    Returns its exit code.
+    """
     ranks = rank_count()
     environment = dict(os.environ)
     if not torch.cuda.device_count():
@@ -39,7 +45,7 @@ def launch(script: Path, *arguments: str | Path) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), "--quiet"]
-    return subprocess.run([*launcher, script, *arguments], env=environment).returncode
+    return subprocess.run([*launcher, *command], env=environment).returncode
 
 
 _STARTED = time.perf_counter()

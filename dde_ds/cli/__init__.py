@@ -1,0 +1,31 @@
+"""``dde-ds``: the whole job from a shell. All that knows of flags lives here; what the commands do lives below.
+
+Nothing is imported before it is needed: ``dde-ds train`` listens to requests to stop before anything that takes its time.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def command() -> NoReturn:
+    """Run the command ``dde-ds`` and end this process with its exit code."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "train":
+        from dde_ds.training.signals import listen
+
+        listen()
+    from dde_ds.ranks import end_process
+
+    end_process(main())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: default: what the process was started with.
+    """
+    from dde_ds.cli.commands import run
+
+    return run(sys.argv[1:] if arguments is None else arguments)
