@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dde_ds import UserError
+from dde_ds.data import as_webdataset, storage
 from dde_ds.data import cache as caching
-from dde_ds.data import storage
 from dde_ds.data.cache import BUCKETS, Cache
 from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
@@ -141,6 +141,11 @@ def attempt_soon(monkeypatch, timeout: float) -> None:
 def read_all(shards: ShardSet) -> list[dict]:
     places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
     return [shards.read(*place) for place in places] + [shards.prompt(row) for row in range(shards.manifest["prompts"]["distinct"])]
+
+
+def test_webdataset_is_given_local_shards_alone(server):
+    with pytest.raises(UserError, match="only a local folder can be streamed by webdataset"):
+        as_webdataset(f"{server.url}/set")
 
 
 def test_http_by_ranges(folder, server):
