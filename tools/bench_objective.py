@@ -77,7 +77,7 @@ def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
     header += [f"{name} / fused" for name in candidates if name != "fused"] + [f"peak {name}" for name in candidates]
     header += [column for name in profiled for column in (f"{name}, device time", f"{name}, device time / floor")]
     rows = []
-    for model, pairs in itertools.product(SHAPES, args.micro):
+    for model, pairs in itertools.product(SHAPES, list[int](args.micro)):
         shape = SHAPES[model]
         inputs = uncached(shape, pairs, dtype, device)
         compare(candidates, inputs[0])

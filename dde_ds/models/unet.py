@@ -70,7 +70,7 @@ def load_component_config(path: str, component: str, revision: str | None = None
     """
     config = read_object(path, f"{component}/config.json", revision)
     made = build_empty(path, component, revision).config
-    return (made if isinstance(made, Mapping) else made.to_dict()) | config
+    return {**(made if isinstance(made, Mapping) else made.to_dict()), **config}
 
 
 def load_scheduler_config(path: str, revision: str | None = None) -> dict:

@@ -25,8 +25,11 @@ def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tup
     parts = torch.empty(predictions, len(policy), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _errors_kernel[(len(target.noise), parts.shape[2])](  # pyright: ignore[reportArgumentType]  # triton wraps constants
-            **_arguments(tensors, policy, target), parts=parts, compare=reference is not None, **_constants(policy, target)
+        _errors_kernel[(len(target.noise), parts.shape[2])](
+            **_arguments(tensors, policy, target),
+            parts=parts,
+            compare=reference is not None,  # pyright: ignore[reportArgumentType]  # triton wraps constants
+            **_constants(policy, target),
         )
     found = parts.sum(2) / size
     return found[0], None if reference is None else found[1]
