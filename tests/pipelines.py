@@ -19,19 +19,19 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocabulary, [], model_max_length=TOKENS)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel, width: int = 16):
+def _text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel, width: int = 16, **options):
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=32,
-            num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=TOKENS,
             projection_dim=16,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **{"num_hidden_layers": 1, **options},
         )
     )
 
@@ -55,9 +55,8 @@ def _unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        attention_head_dim=2,
         cross_attention_dim=cross_attention_dim,
-        **options,
+        **{"attention_head_dim": 2, **options},
     )
 
 
@@ -106,5 +105,22 @@ def save_sdxl(folder: Path, second_width: int = 16) -> Path:
             projection_class_embeddings_input_dim=6 * 8 + 16,
         ),
         scheduler=_scheduler("epsilon"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sd2(folder: Path, prediction_type: str = "v_prediction") -> Path:
+    """A Stable Diffusion 2.x pipeline: a text encoder of open_clip's, linear projections, another number of heads in each block."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_text_encoder(tokenizer, width=24, num_hidden_layers=2, hidden_act="gelu"),
+        tokenizer=tokenizer,
+        unet=_unet(24, attention_head_dim=(1, 2), use_linear_projection=True),
+        scheduler=_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder

@@ -80,6 +80,44 @@ def test_lower_floors_never_import_upper_ones(path):
             assert target in allowed or (target.startswith("__") and "" in allowed), f"{path} imports {name}"
 
 
+# Words by which code would tell one model family from another.
+OF_A_FAMILY = (
+    *("sdxl", "StableDiffusion", "stable-diffusion", "stable_diffusion", "sd_v1", "sd_v2", "text_encoder_2", "tokenizer_2"),
+    *("cond_stage_model", "conditioner.embedders", "addition_embed_type", "time_ids", "pooled"),
+)
+# Public models by name, the tensors that a batch may hold, and what is no knowledge of a family: a layer and a module of diffusers'.
+MAY_NAME_THEM = {
+    "models/family.py": OF_A_FAMILY,
+    "models/known.py": ("sdxl", "stable-diffusion"),
+    "training/batches.py": ("time_ids", "pooled"),
+    "evaluation/inception.py": ("pooled",),
+    "models/parts.py": ("stable_diffusion",),
+}
+
+
+def words_of(path: Path) -> list[tuple[int, str]]:
+    """(line, name or text) of all code in a file: comments and docstrings, which may give examples, are left out."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    words = []
+    for node in ast.walk(tree):
+        if id(node) not in prose:
+            values = [value for _, value in ast.iter_fields(node)]
+            words += [(getattr(node, "lineno", 0), value) for value in values if isinstance(value, str)]
+    return words
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_file_knows_the_model_families(path):
+    allowed = MAY_NAME_THEM.get(path.relative_to(PACKAGE).as_posix(), ())
+    found = [
+        f"{path}:{line}: {text[:80]!r}; ask models/family.py"
+        for line, text in words_of(path)
+        if (text in ("sd", "sd2") and not allowed) or any(word in text for word in OF_A_FAMILY if word not in allowed)
+    ]
+    assert not found
+
+
 def test_importing_the_package_pulls_in_no_torch():
     code = "import sys, dde_ds; assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules; print(dde_ds.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)

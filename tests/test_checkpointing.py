@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dde_ds import UserError
 from dde_ds.config import ModelConfig
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.unet import Conditioning, load_unet, predict
+from dde_ds.models.family import Conditioning
+from dde_ds.models.unet import load_unet, predict
 
 MODES = ("none", "selective", "every_2", "every_3", "full")
 

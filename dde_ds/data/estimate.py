@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import numpy as np
 from dde_ds.data.make import CUT_CAPTION, Recipe
 from dde_ds.data.pairs import PairSource
 from dde_ds.errors import UserError
+from dde_ds.models.base import family_of
 from dde_ds.models.encode import cut_captions, image_size
-from dde_ds.models.unet import family, load_component_config
+from dde_ds.models.unet import load_component_config
 
 # Pairs whose image headers are read, in runs that lie evenly over the input.
 SAMPLED, RUN = 256, 32
@@ -24,19 +27,16 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
     ``upscaled`` and ``unusable`` are shares of ``sampled`` images, of which only the headers are decoded.
     """
     survey = source.survey(recipe.keep_no_caption)
-    kind = family(recipe.model, revision)
+    family = family_of(recipe.model, revision)
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if recipe.resolution % factor:
         raise UserError(f"--resolution {recipe.resolution}: must be a multiple of {factor}, the VAE's factor")
     latent = 2 * 2 * vae["latent_channels"] * (recipe.resolution // factor) ** 2
     copies = 1 + recipe.flip + (recipe.latents == "mean+logvar")
-    unet = load_component_config(recipe.model, "unet", revision)
-    text = load_component_config(recipe.model, "text_encoder", revision)
-    prompt = 2 * text["max_position_embeddings"] * unet["cross_attention_dim"]
-    if kind == "sdxl":
-        prompt += 2 * load_component_config(recipe.model, "text_encoder_2", revision)["projection_dim"]
-    cut = cut_captions(_tokenizers(recipe.model, kind, revision), survey.captions)[survey.caption_of].sum()
+    texts = {text.part: load_component_config(recipe.model, text.part, revision) for text in family.text_encoders}
+    prompt = 2 * sum(math.prod(shape) for shape in family.prompt_shapes(texts).values())
+    cut = cut_captions(_tokenizers(recipe.model, family.tokenizers, revision), survey.captions)[survey.caption_of].sum()
     captions = len(survey.captions) + ("" not in survey.captions)
     sides = _sides(source, survey.rows)
     known = [side for side in sides if side is not None]
@@ -53,10 +53,9 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
     }
 
 
-def _tokenizers(model: str, kind: str, revision: str | None) -> list[Any]:
+def _tokenizers(model: str, names: Iterable[str], revision: str | None) -> list[Any]:
     from transformers import CLIPTokenizer
 
-    names = ("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",)
     try:
         return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]  # pyright: ignore[reportArgumentType]  # takes None
     except OSError as error:

@@ -27,7 +27,7 @@ from dde_ds.data.pairs import NO_CAPTION, PairRow, PairSource, Survey
 from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
-from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image, time_ids
+from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image
 from dde_ds.untrusted import JSON_BYTES, parse_json, read_regular
 from dde_ds.warn import reason
 
@@ -69,7 +69,7 @@ class Recipe:
             "weights_half": encoder.digests.half,
             "vae_dtype": str(encoder.vae_dtype),
             "text_dtype": str(encoder.text_dtype),
-            "family": encoder.family,
+            "family": encoder.family.layout.name,
             "resolution": self.resolution,
             "min_side": self.shortest,
             "background": list(self.background),
@@ -326,8 +326,7 @@ def _encode(
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise RankError(f"{pair.source}: its latents hold NaN or infinity; the VAE overflowed: use --vae-dtype float32")
             tensors["prompt"] = torch.tensor(prompt_of[pair.caption])
-            if encoder.family == "sdxl":
-                tensors["time_ids"] = torch.stack([time_ids(image, recipe.resolution) for image in images])
+            tensors |= encoder.family.pair_tensors(images, recipe.resolution)
             yield Sample(number, tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
             fingerprints[number - first] = _fingerprint(pair)
     notes.append({"fingerprints": fingerprints.tobytes().hex()})

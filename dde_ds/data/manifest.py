@@ -15,6 +15,7 @@ import torch
 
 from dde_ds.data.storage import WHOLE_BYTES
 from dde_ds.errors import UserError
+from dde_ds.models.family import LAYOUTS
 from dde_ds.untrusted import parse_json
 
 FORMAT = "dde_ds shards 3"
@@ -44,8 +45,7 @@ def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype
     """Shape and type of every tensor that each pair of this set has."""
     latents = (2, *manifest["latents"]["shape"])
     expected = {"latents": (latents, torch.float16), "prompt": ((), torch.int64)}
-    if manifest["settings"]["family"] == "sdxl":
-        expected["time_ids"] = ((2, 6), torch.float32)
+    expected |= {name: (shape, torch.float32) for name, shape in LAYOUTS[manifest["settings"]["family"]].pair.items()}
     if manifest["settings"]["flip"]:
         expected["latents_flipped"] = (latents, torch.float16)
     if manifest["settings"]["latents"] == "mean+logvar":
@@ -114,8 +114,8 @@ def read_manifest(data: bytes, where: str) -> dict:
 
 def _problem_of(manifest: dict) -> str | None:
     settings, latents, prompts = manifest["settings"], manifest["latents"], manifest["prompts"]
-    if settings["family"] not in ("sd", "sdxl"):
-        return f"settings.family is {settings['family']!r}, expected 'sd' or 'sdxl'"
+    if settings["family"] not in LAYOUTS:
+        return f"settings.family is {settings['family']!r}, expected {' or '.join(map(repr, LAYOUTS))}"
     if settings["latents"] not in ("mean", "sample", "mean+logvar") or not isinstance(settings["flip"], bool):
         return f"settings.latents is {settings['latents']!r} and settings.flip {settings['flip']!r}"
     if (
@@ -125,7 +125,7 @@ def _problem_of(manifest: dict) -> str | None:
         or latents["scaled"] is not True
     ):
         return f"latents are {latents!r}, expected a shape [C,H,W], float16, scaled"
-    names = {"prompt_embeds": 2} | ({"pooled": 1} if settings["family"] == "sdxl" else {})
+    names = LAYOUTS[settings["family"]].prompt
     if {name: len(shape) for name, shape in prompts["tensors"].items()} != names or not all(
         map(_is_shape, prompts["tensors"].values())
     ):

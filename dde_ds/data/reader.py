@@ -25,6 +25,7 @@ from dde_ds.data.order import PairOrder
 from dde_ds.data.shards import Shards
 from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
+from dde_ds.models.family import BATCH_NAMES, PAIR_TENSORS
 from dde_ds.warn import reason
 
 AHEAD = 4
@@ -35,9 +36,6 @@ MENDS = {
     "SIGBUS": ", most likely for want of room in /dev/shm: give the container more (docker run --shm-size), or lower data.workers",
 }
 """What to do where a worker was killed by a signal."""
-
-PROMPT_NAMES = {"pooled": "pooled_prompt_embeds"}
-"""Names of a prompt's tensors in the shards, and diffusers' names for them, which a batch has."""
 
 REPORT = "report"
 """Key under which a worker hands over its :class:`Report` beside the tensors."""
@@ -93,12 +91,12 @@ class PairDataset(Dataset):
         shape = sample["latents"].shape
         timestep, noise, drop_caption = self.draws(position, shape)
         stored = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
-        prompt = {PROMPT_NAMES.get(name, name): value for name, value in stored.items()}
+        prompt = {BATCH_NAMES[name]: value for name, value in stored.items()}
         # One coin for both images of a pair: what tells them apart must not be which way they face.
         latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
         if "logvar" in sample:
             latents = (latents + (0.5 * sample["logvar"].float()).exp() * self.draws.posterior_noise(position, shape)).half()
-        kept = {name: sample[name] for name in ("time_ids",) if name in sample}
+        kept = {name: sample[name] for name in PAIR_TENSORS if name in sample}
         return {
             "latents": latents,
             **kept,
@@ -130,9 +128,9 @@ class PairDataset(Dataset):
         batch = {}
         for key in pairs[0]:
             values = [pair[key] for pair in pairs]
-            if key in ("latents", "time_ids", "noise"):  # (2,…) each → winners, then losers; shared noise is (1,…)
+            if key in ("latents", "noise", *PAIR_TENSORS):  # (2,…) each → winners, then losers; shared noise is (1,…)
                 values = [value[side] for side in range(len(values[0])) for value in values]
-            elif key in ("prompt_embeds", "pooled_prompt_embeds"):  # one caption for both
+            elif key in BATCH_NAMES.values():  # one caption for both
                 values = values * 2
             batch[key] = default_collate(values)
         return batch

@@ -24,9 +24,11 @@ from dde_ds.engine.state import EMA, WEIGHT, gather, moments
 from dde_ds.errors import UserError
 from dde_ds.files import follow_umask, publish, put_in_place, save_tensors, staged_path, sync
 from dde_ds.models import lora
+from dde_ds.models.base import family_of
+from dde_ds.models.family import save_adapters
 from dde_ds.models.optional import load_optional
 from dde_ds.models.parts import load_pipeline
-from dde_ds.models.unet import DTYPES, family, load_scheduler_config, load_unet
+from dde_ds.models.unet import DTYPES, load_scheduler_config, load_unet
 
 FORMATS = ("folder", "lora", "kohya", "single")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -160,13 +162,11 @@ def _write_folder(
 
 def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, folder: Path) -> None:
     """The adapters twice: for diffusers, and for other programs."""
-    from diffusers import StableDiffusionPipeline  # SDXL's writes the same
-
     assert run.lora is not None
     layers = {name: value.to(dtype).contiguous() for name, value in lora.to_file(trained, run.lora.scale).items()}
     require_finite(layers)
     others, metadata = _kohya(trained, dtype, run)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={**layers}, weight_name=LORA_FILE)
+    save_adapters(layers, folder, LORA_FILE)
     save_tensors(others, folder / KOHYA_FILE, {"format": "pt"} | metadata)
 
 
@@ -185,14 +185,13 @@ def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tu
 
 def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, target: Path) -> None:
     """One file in the layout of the original Stable Diffusion code, all of it in ``dtype``: programs that read it expect one type."""
-    weights = to_single_file(_pipeline(trained, dtype, run))
+    family = family_of(run.model.path, run.model.revision)
+    weights = to_single_file(_pipeline(trained, dtype, run), family)
     scheduler = load_scheduler_config(run.model.path, run.model.revision)
-    if family(run.model.path, run.model.revision) == "sdxl":
+    if family.velocity_keys:
         weights |= prediction_keys(scheduler)
     elif predicts_velocity(scheduler):
-        print(
-            "warning: this model predicts v; programs take a single file of Stable Diffusion 1 for noise prediction: set it there"
-        )
+        print(f"warning: this model predicts v; {family.velocity_warning}")
     weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
     require_finite(weights)
     _write_file(target, weights, modelspec(run), card)

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dde_ds.config import RunConfig
-from dde_ds.models.unet import family, load_scheduler_config, load_unet_config
+from dde_ds.models.base import family_of
+from dde_ds.models.unet import load_scheduler_config, load_unet_config
 
-ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
-KOHYA_BASES = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0"}
-"""sd-scripts' names of the base that an adapter is for. Programs tell SDXL's by the beginning."""
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 LATENT_SCALE = 8
 """Pixels of an image's side for one of its latent's."""
@@ -27,27 +25,26 @@ def modelspec(run: RunConfig, adapter: bool = False) -> dict[str, str]:
         UserError: the base's configuration cannot be read.
     """
     path, revision = run.model.path, run.model.revision
-    kind = family(path, revision)
+    family, velocity = family_of(path, revision), predicts_velocity(load_scheduler_config(path, revision))
     size = load_unet_config(path, revision).get("sample_size")
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES[kind] + ("/lora" if adapter else ""),
-        # sd-scripts' rule: its adapters of Stable Diffusion 1 have diffusers' names of the layers.
-        "modelspec.implementation": "diffusers" if adapter and kind == "sd" else ORIGINAL_CODE,
+        "modelspec.architecture": family.architectures[velocity] + ("/lora" if adapter else ""),
+        "modelspec.implementation": "diffusers" if adapter and not family.original_adapters else ORIGINAL_CODE,
         "modelspec.title": f"{base_name(run)}, aligned with preference pairs",
         **({"modelspec.resolution": f"{LATENT_SCALE * size}x{LATENT_SCALE * size}"} if isinstance(size, int) else {}),
-        "modelspec.prediction_type": "v" if predicts_velocity(load_scheduler_config(path, revision)) else "epsilon",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
     }
 
 
 def kohya_metadata(run: RunConfig) -> dict[str, str]:
     """Return the ``ss_…`` and ``modelspec.…`` entries of the run's adapters. Raises as :func:`modelspec`."""
     assert run.lora is not None
-    kind = family(run.model.path, run.model.revision)
-    velocity = kind == "sd" and predicts_velocity(load_scheduler_config(run.model.path, run.model.revision))
+    family = family_of(run.model.path, run.model.revision)
+    velocity = predicts_velocity(load_scheduler_config(run.model.path, run.model.revision))
     return {
-        "ss_v2": "False",
-        "ss_base_model_version": KOHYA_BASES[kind] + ("_v" if velocity else ""),
+        "ss_v2": str(family.text_encoders[0].open_clip),
+        "ss_base_model_version": family.kohya_bases[velocity],
         "ss_sd_model_name": base_name(run),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(run.lora.rank),

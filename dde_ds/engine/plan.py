@@ -24,6 +24,7 @@ from dde_ds.engine.traffic import step_traffic
 from dde_ds.engine.zero import complete_config
 from dde_ds.errors import UserError
 from dde_ds.models import cost
+from dde_ds.models.family import BATCH_NAMES, conditioning_shapes
 
 DISK_BYTES_PER_S = 1e9
 """Assumed speed of the file system that checkpoints are written to."""
@@ -73,10 +74,8 @@ class Task:
 
 def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> int:
     """Of two latents and one prompt's embeddings in a shard."""
-    numbers = 2 * math.prod(latent) + tokens * unet["cross_attention_dim"]
-    if unet.get("addition_embed_type") == "text_time":
-        numbers += unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    return SHARD_WIDTH * numbers
+    prompt = [shape for name, shape in conditioning_shapes(unet, tokens).items() if name in BATCH_NAMES.values()]
+    return SHARD_WIDTH * (2 * math.prod(latent) + sum(map(math.prod, prompt)))
 
 
 def make_plan(run: RunConfig, task: Task, nodes: int, gpus: int, device: Device, mfu: float = MFU) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import copy
 from typing import Any
 
 from dde_ds.config import ReferenceConfig
+from dde_ds.models.family import BLOCKS
 
 # A forward pass uses each weight once, so that there is nothing to keep one for; what is ahead is fetched during the current block.
 # DeepSpeed's default of 10⁹ for each of the last two would keep all of SD1.5 and a third of SDXL.
@@ -21,7 +22,7 @@ SHARDED = {
     "overlap_comm": True,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
-    "leaf_module": {"classes": ["diffusers.models.attention.BasicTransformerBlock", "diffusers.models.resnet.ResnetBlock2D"]},
+    "leaf_module": {"classes": list(BLOCKS)},
     "memory_efficient_linear": False,  # as in dde_ds.engine.zero; it would be the policy's too
     "stage3_max_live_parameters": 200_000_000,
     "stage3_max_reuse_distance": 0,

@@ -1,10 +1,11 @@
-"""A diffusers pipeline's weights under the names of the original code: CompVis' Stable Diffusion, Stability's SDXL, OpenAI's CLIP
-and open_clip. What most programs outside of diffusers load, from one file.
+"""A diffusers pipeline's weights under the names of the original code: CompVis' and Stability's for the UNet and the VAE, OpenAI's CLIP
+and open_clip for the text encoders. What most programs outside of diffusers load, from one file.
 
 diffusers reads that layout (``loaders/single_file_utils.py``) and does not write it; here is the way back. The original counts a
 UNet's layers through all of its blocks: ``input_blocks.N.0`` is a residual layer or a downsampler, ``.1`` the attention behind it.
 
-Left out is what holds no trained weight: CLIP's position_ids, open_clip's logit_scale, the noise schedule's tables.
+Left out is what a pipeline holds no trained weight of: CLIP's position_ids, open_clip's logit_scale, the noise schedule's tables; and of
+Stable Diffusion 2's text encoder the last layer and the text_projection, which the original has and whose output nothing uses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dde_ds.errors import UserError
+from dde_ds.models.family import Family
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -67,32 +69,33 @@ OPEN_CLIP: Rules = (
 )
 
 
-def to_single_file(pipeline: Any) -> dict[str, Tensor]:
-    """The weights of a Stable Diffusion 1.x or SDXL pipeline, as one checkpoint of the original code.
+def to_single_file(pipeline: Any, family: Family) -> dict[str, Tensor]:
+    """Return a pipeline's weights as one checkpoint of the original code.
 
     Raises:
-        UserError: a pipeline whose original layout is another one.
+        UserError: a text encoder that readers would cut off.
     """
-    xl = hasattr(pipeline, "text_encoder_2")
-    if not xl and pipeline.text_encoder.config.hidden_size == 1024:
-        raise UserError("--format single: this is a Stable Diffusion 2 model, and its layout is not written; choose folder")
     parts = {
         "model.diffusion_model.": unet_names(pipeline.unet.state_dict(), pipeline.unet.config),
         "first_stage_model.": vae_names(pipeline.vae.state_dict(), len(pipeline.vae.config.up_block_types)),
     }
-    clip = clip_names(pipeline.text_encoder.state_dict())
-    if xl:
-        parts["conditioner.embedders.0.transformer."] = clip
-        parts["conditioner.embedders.1.model."] = open_clip_names(pipeline.text_encoder_2.state_dict())
-    else:
-        parts["cond_stage_model.transformer."] = clip
+    for text in family.text_encoders:
+        encoder = getattr(pipeline, text.part)
+        layers = encoder.config.num_hidden_layers
+        if text.layers_read and layers > text.layers_read:
+            raise UserError(
+                f"--format single: {text.part} has {layers} layers, of which programs read {text.layers_read} from a single file of "
+                f"{family.title}; choose folder"
+            )
+        names = open_clip_names if text.open_clip else clip_names
+        parts[text.single_file] = names(encoder.state_dict())
     return {prefix + name: value for prefix, weights in parts.items() for name, value in weights.items()}
 
 
 def prediction_keys(scheduler: Mapping) -> dict[str, Tensor]:
-    """Return the empty tensors by whose names programs tell what an SDXL file's UNet predicts; none for noise prediction.
+    """Return the empty tensors by whose names programs tell what a file's UNet predicts; none for noise prediction.
 
-    Of SDXL alone: no name is agreed upon for Stable Diffusion 1, whose files are taken for noise prediction.
+    Not every family has them: see ``velocity_keys``.
 
     Args:
         scheduler: the pipeline's ``scheduler_config.json``.
@@ -143,7 +146,7 @@ def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SDXL's second text encoder in open_clip's layout: the three input projections of an attention in one, the output projection
+    """A text encoder's weights in open_clip's layout: the three input projections of an attention in one, the output projection
     transposed."""
     weights = clip_names(weights)
     found = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dde_ds.errors import UserError
+from dde_ds.models.family import guidance_defaults
 from dde_ds.text import printable
 
 # Options of how images are drawn, as draw.DrawOptions names them; its defaults stand for what is not given.
@@ -66,7 +67,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="default: 0; an image's noise is a function of seed, prompt and image number")
     parser.add_argument("--scheduler", help="ddim (default), dpm++, euler or unipc")
     parser.add_argument("--steps", type=int, help="default: 50")
-    parser.add_argument("--guidance", type=float, help="default: 7.5 for Stable Diffusion, 5 for SDXL")
+    parser.add_argument("--guidance", type=float, help=f"default: {guidance_defaults()}")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--precision", help="of the UNet: fp32, bf16 or fp16; default: fp16 on a GPU, fp32 on the CPU")
     parser.add_argument("--batch", type=int, default=8, help="images drawn, or scored, at a time")

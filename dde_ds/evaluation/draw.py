@@ -19,10 +19,12 @@ from torch import Tensor
 
 from dde_ds.distributed import Ranks, agree, first_does
 from dde_ds.errors import UserError, nearest
-from dde_ds.evaluation.generate import decode, embed, initial_noise, load_pipeline
+from dde_ds.evaluation.generate import decode, initial_noise, load_pipeline
 from dde_ds.evaluation.pictures import Pictures, claim
+from dde_ds.models.base import family_of
 from dde_ds.models.encode import cut_captions
-from dde_ds.models.unet import DTYPES, family, load_component_config, load_unet_config
+from dde_ds.models.family import TRAINED_AND_DRAWN, encode_prompts, tokenizers_of
+from dde_ds.models.unet import DTYPES, load_component_config, load_unet_config
 
 # Samplers without a draw of their own: with them an image is a function of its initial noise.
 SCHEDULERS = {
@@ -31,7 +33,6 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-GUIDANCE = {"sd": 7.5, "sdxl": 5.0}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DrawOptions:
     scheduler: str = "ddim"
     steps: int = 50
     guidance: float | None = None
-    """None: 7.5 for Stable Diffusion, 5 for SDXL."""
+    """None: the family's own."""
     resolution: int | None = None
     """Side in pixels; None: the model's own."""
     precision: str | None = None
@@ -86,7 +87,7 @@ def draw_folder(
         raise UserError(f"--batch {batch}: must be 1 or more")
     import diffusers
 
-    kind = family(model, revision)
+    family = family_of(model, revision)
     side = side_of(model, revision, options)
     pipeline = load_pipeline(model, revision)
     weights = first_does(lambda: weights_digest(pipeline))
@@ -96,23 +97,21 @@ def draw_folder(
         "model": model,
         "revision": revision,
         "weights": weights,
-        "family": kind,
+        "family": family.layout.name,
         "images_per_prompt": options.images_per_prompt,
         "seed": options.seed,
         "scheduler": options.scheduler,
         "steps": options.steps,
-        "guidance": GUIDANCE[kind] if options.guidance is None else float(options.guidance),
+        "guidance": family.guidance if options.guidance is None else float(options.guidance),
         "resolution": side,
         "precision": precision,
     }
     pictures = Pictures(Path(folder), list(prompts), settings)
-    if ranks.is_first:
-        tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
-        if cut := int(cut_captions(filter(None, tokenizers), prompts).sum()):
-            print(
-                f"{cut} of {len(prompts)} prompts have more tokens than the text encoder takes: their ends are cut off",
-                file=sys.stderr,
-            )
+    if ranks.is_first and (cut := int(cut_captions(tokenizers_of(pipeline), prompts).sum())):
+        print(
+            f"{cut} of {len(prompts)} prompts have more tokens than the text encoder takes: their ends are cut off",
+            file=sys.stderr,
+        )
     # Nobody writes before the folder is known to be ours.
     pictures = replace(pictures, settings=first_does(lambda: claim(pictures).settings))
 
@@ -153,7 +152,7 @@ def side_of(model: str, revision: str | None, options: DrawOptions) -> int:
 def weights_digest(pipeline: Any) -> str:
     """SHA-256 over all weights: another model under the same path must not be taken for this one."""
     digest = hashlib.sha256()
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    for name in TRAINED_AND_DRAWN:
         part = getattr(pipeline, name, None)
         for key, tensor in sorted(part.state_dict().items()) if part is not None else ():
             digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -166,7 +165,8 @@ def _draw(
     pipeline: Any, pictures: Pictures, items: Sequence[tuple[int, int]], side: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """(N,3,H,W) uint8 on the CPU; ``side`` in latents."""
-    embedded = {prompt: embed(pipeline, pictures.prompts[prompt], device) for prompt in dict.fromkeys(item[0] for item in items)}
+    wanted = dict.fromkeys(item[0] for item in items)
+    embedded = {prompt: encode_prompts(pipeline, pictures.prompts[prompt], device, negative=True) for prompt in wanted}
     conditions = {key: torch.cat([embedded[prompt][key] for prompt, _ in items]).to(dtype) for key in next(iter(embedded.values()))}
     shape = (pipeline.unet.config.in_channels, side, side)
     settings = pictures.settings

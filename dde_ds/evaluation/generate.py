@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dde_ds.files import write_atomically
 from dde_ds.models import parts
-
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+from dde_ds.models.family import TEXT_PARTS, encode_prompts
 
 
 def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> Tensor:
@@ -48,7 +47,7 @@ class PromptSet:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.to(device)
         with torch.no_grad():
-            embedded = [embed(pipeline, prompt, device) for prompt in self.prompts]
+            embedded = [encode_prompts(pipeline, prompt, device, negative=True) for prompt in self.prompts]
         self._embeddings = {key: torch.cat([item[key] for item in embedded]).to(dtype) for key in embedded[0]}
         pipeline.register_modules(**{name: None for name in TEXT_PARTS if hasattr(pipeline, name)})
 
@@ -118,13 +117,6 @@ def load_pipeline(model: str, revision: str | None = None, variant: str | None =
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()  # at 1024 pixels a batch would take the memory of the policy
     return pipeline
-
-
-def embed(pipeline: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
-    """Embeddings of a prompt and of the empty negative prompt, by the names that the pipeline takes them under."""
-    found = pipeline.encode_prompt(prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names[: len(found)], found, strict=True))  # Stable Diffusion gives two, SDXL four
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:

@@ -14,26 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from dde_ds.errors import UserError
+from dde_ds.models.family import OPTIONAL, PARTS, PIPELINES, TRAINED_AND_DRAWN, Family, conversion_of, find_family
 from dde_ds.untrusted import read_json
 
-DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-WEIGHTS = {
-    "unet": DIFFUSERS,
-    "vae": DIFFUSERS,
-    "text_encoder": TRANSFORMERS,
-    "text_encoder_2": TRANSFORMERS,
-    "safety_checker": TRANSFORMERS,
-    "image_encoder": TRANSFORMERS,
-}
+DIFFUSERS = "diffusion_pytorch_model"
+WEIGHTS = {name: part.weights for name, part in (PARTS | OPTIONAL).items() if part.weights}
 """Parts with weights, and what their library calls the file, before the variant and ``.safetensors``."""
-PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-}
-"""Pipelines that can be trained, and the family of conditioning that their UNet takes. Those of images to images have the same parts."""
-TRAINED_AND_DRAWN = ("unet", "vae", "text_encoder", "text_encoder_2")
 GUIDE = "launchers/recipes/README.md, Models that are taken"
 
 
@@ -44,7 +30,7 @@ def check_path(path: str) -> None:
     if Path(path).is_file():
         raise UserError(
             f"model.path {path}: is a single file, expected a diffusers folder or a hub id; convert it: "
-            f"StableDiffusionPipeline.from_single_file({path!r}).save_pretrained('base'), for SDXL StableDiffusionXLPipeline; see {GUIDE}"
+            f"{conversion_of(path)}; see {GUIDE}"
         )
 
 
@@ -61,9 +47,14 @@ def pipeline_index(path: str, revision: str | None = None) -> dict:
     return index
 
 
-def family(path: str, revision: str | None = None) -> str:
-    """``sd`` or ``sdxl``."""
-    return PIPELINES[pipeline_index(path, revision)["_class_name"]]
+def family_of(path: str, revision: str | None = None) -> Family:
+    """Return the family of a diffusers folder or hub id.
+
+    Raises:
+        UserError: as :func:`pipeline_index`; or its text encoder's configuration cannot be had.
+    """
+    kind = pipeline_index(path, revision)["_class_name"]
+    return find_family(kind, read_object(path, "text_encoder/config.json", revision))
 
 
 def file_names(path: str, revision: str | None = None) -> frozenset[str]:

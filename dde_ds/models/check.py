@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from dde_ds.errors import UserError
 from dde_ds.models.base import (
-    TRAINED_AND_DRAWN,
     are_here,
+    family_of,
     find_variant,
     local_folder,
     one_line,
     unloadable,
     weight_files,
 )
+from dde_ds.models.family import BATCH_NAMES, TRAINED_AND_DRAWN, Conditioning, Family
 from dde_ds.models.parts import build_empty, required_parts
 from dde_ds.models.unet import load_scheduler_config
 from dde_ds.untrusted import open_regular
@@ -50,8 +51,9 @@ def check_base(path: str, revision: str | None = None, variant: str | None = Non
             _compare(path, part, made[part], _shapes(path, local_folder(path, revision, names), names))
     _check_tokenizers(path, revision, parts, made)
     _check_scheduler(path, revision, parts["scheduler"])
-    _check_fit(path, made)
-    _check_passes(path, made)
+    family = family_of(path, revision)
+    _check_fit(path, made, family)
+    _check_passes(path, made, family)
 
 
 def _shapes(path: str, folder: Path, names: list[str]) -> dict[str, list[int]]:
@@ -125,9 +127,9 @@ def _check_scheduler(path: str, revision: str | None, name: str) -> None:
         diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # pyright: ignore[reportAttributeAccessIssue]  # what samples are drawn with
 
 
-def _check_fit(path: str, made: dict[str, Any]) -> None:
+def _check_fit(path: str, made: dict[str, Any], family: Family) -> None:
     unet, vae = made["unet"].config, made["vae"].config
-    width = sum(made[part].config.hidden_size for part in made if part.startswith("text_encoder"))
+    _, width = _prompt_shapes(made, family)["prompt_embeds"]
     for what, own, other in (
         ("in_channels", unet.in_channels, ("the VAE's latents have", vae.latent_channels)),
         ("cross_attention_dim", unet.cross_attention_dim, ("the text encoders' embeddings have", width)),
@@ -136,8 +138,12 @@ def _check_fit(path: str, made: dict[str, Any]) -> None:
             raise UserError(f"model.path {path}: {what} of the UNet is {own}, but {other[0]} {other[1]}: they are not of one model")
 
 
+def _prompt_shapes(made: dict[str, Any], family: Family) -> dict[str, tuple[int, ...]]:
+    return family.prompt_shapes({text.part: made[text.part].config.to_dict() for text in family.text_encoders})
+
+
 @torch.no_grad()
-def _check_passes(path: str, made: dict[str, Any]) -> None:
+def _check_passes(path: str, made: dict[str, Any], family: Family) -> None:
     """Run each part once on tensors without data: some values of a configuration are first met there."""
     unet, vae = made["unet"].eval(), made["vae"].eval()
     texts = {part: made[part].eval() for part in made if part.startswith("text_encoder")}
@@ -159,15 +165,12 @@ def _check_passes(path: str, made: dict[str, Any]) -> None:
             raise UserError(
                 f"model.path {path}: vae/config.json makes latents of {list(encoded.shape)} from images of {list(image.shape)}"
             )
-        conditions = None
-        if "text_encoder_2" in texts:
-            conditions = {
-                "text_embeds": torch.zeros(1, texts["text_encoder_2"].config.projection_dim),
-                "time_ids": torch.zeros(1, 6),
-            }
+        shapes = {BATCH_NAMES[name]: shape for name, shape in _prompt_shapes(made, family).items()}
+        shapes |= {name: shape[1:] for name, shape in family.layout.pair.items()}
+        told = Conditioning(**{name: torch.zeros(1, *shape) for name, shape in shapes.items()})
         with unloadable(path, "unet/config.json"):
-            embeddings = torch.zeros(1, texts["text_encoder"].config.max_position_embeddings, unet.config.cross_attention_dim)
-            out = unet(latents, torch.zeros(1, dtype=torch.long), embeddings, added_cond_kwargs=conditions).sample
+            timestep, added = torch.zeros(1, dtype=torch.long), told.added(torch.float32)
+            out = unet(latents, timestep, told.prompt_embeds, added_cond_kwargs=added).sample
         if out.shape != latents.shape:
             raise UserError(
                 f"model.path {path}: unet/config.json makes predictions of {list(out.shape)} from latents of {list(latents.shape)}"

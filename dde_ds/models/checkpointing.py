@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dde_ds.models.family import BLOCKS, load_class
+
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
@@ -67,10 +69,8 @@ def is_selective(unet: torch.nn.Module) -> bool:
 
 def blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
     """ResNet and transformer blocks, in the order in which the UNet registers them."""
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
-
-    return [module for module in unet.modules() if isinstance(module, (ResnetBlock2D, BasicTransformerBlock))]
+    kinds = tuple(map(load_class, BLOCKS))
+    return [module for module in unet.modules() if isinstance(module, kinds)]
 
 
 def _recompute(whole: set[int], block: torch.nn.Module, *args):

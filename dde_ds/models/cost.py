@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.family import Conditioning, conditioning_shapes
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.unet import Conditioning, predict
+from dde_ds.models.unet import predict
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 TOKENS = 77
-"""Length of CLIP's prompts, which SD1.5 and SDXL are conditioned by."""
+"""Length of CLIP's prompts, which all families are conditioned by."""
 
 _ATEN = torch.ops.aten
 _FLOPS = {
@@ -99,11 +100,7 @@ def training_pass(
 
 def made_up_conditioning(config: Any, latents: int, tokens: int = TOKENS) -> Conditioning:
     """Return conditioning of the shapes that a UNet of this ``config``, a dict, takes."""
-    embeds = torch.zeros(latents, tokens, config["cross_attention_dim"])
-    if config.get("addition_embed_type") != "text_time":
-        return Conditioning(embeds)
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return Conditioning(embeds, torch.zeros(latents, pooled), torch.zeros(latents, 6))
+    return Conditioning(**{name: torch.zeros(latents, *shape) for name, shape in conditioning_shapes(config, tokens).items()})
 
 
 class Meter(TorchDispatchMode):

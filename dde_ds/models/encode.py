@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from dde_ds.errors import UserError
-from dde_ds.models.base import family, find_variant, local_folder, unreadable, weight_files
+from dde_ds.models.base import family_of, find_variant, local_folder, unreadable, weight_files
+from dde_ds.models.family import BATCH_NAMES, encode_prompts, tokenizers_of
 from dde_ds.models.parts import load_part, load_pipeline
 from dde_ds.models.remembered import remembered
 from dde_ds.models.unet import load_unet_config
@@ -174,21 +175,19 @@ class Encoder:
         text_dtype: torch.dtype | None = None,
         variant: str | None = None,
     ):
-        self.family = family(path, revision)
+        self.family = family_of(path, revision)
         # The UNet is not needed here, and it is most of the pipeline.
         self.pipeline = load_pipeline(path, revision, variant, unet=None)
         half = torch.float16 if device.startswith("cuda") else torch.float32
         overflows = bool(getattr(self.pipeline.vae.config, "force_upcast", True))
         self.vae_dtype = vae_dtype or (torch.float32 if overflows else half)
         self.text_dtype = text_dtype or half
-        loaded = (getattr(self.pipeline, name) for name in _encoders(self.family))
+        loaded = [getattr(self.pipeline, name) for name in self.family.encoders]
         self.digests = encoders_digests(path, revision, variant, loaded)
         """SHA-256 over the weights of the VAE and the text encoders as they were loaded: shards of another model are other shards."""
         self.pipeline.set_progress_bar_config(disable=True)
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            part = getattr(self.pipeline, name, None)
-            if part is not None:
-                part.to(device, self.vae_dtype if name == "vae" else self.text_dtype).requires_grad_(False)
+        for name, part in zip(self.family.encoders, loaded, strict=True):
+            part.to(device, self.vae_dtype if name == "vae" else self.text_dtype).requires_grad_(False)
         self.device = device
         self.zero_empty_prompt = bool(getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False))
         """The pipeline samples without a caption by zeros, not by the encoded empty text (SDXL)."""
@@ -221,8 +220,7 @@ class Encoder:
 
     def is_cut(self, captions: Sequence[str]) -> np.ndarray:
         """(captions,) bool: as :func:`cut_captions` of the pipeline's tokenizers."""
-        tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return cut_captions(filter(None, tokenizers), captions)
+        return cut_captions(tokenizers_of(self.pipeline), captions)
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]: the posterior's mean, no draw."""
@@ -230,21 +228,13 @@ class Encoder:
 
     @torch.no_grad()
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """``prompt_embeds`` (N,S,D) and, for SDXL, ``pooled`` (N,P): float32 on the CPU.
+        """Return the prompts' tensors of the family's layout, such as ``prompt_embeds`` (N,S,D): float32 on the CPU.
 
         Too long captions are cut, as in the pipeline; the empty one is what the pipeline samples with where it has no caption.
         """
         captions = list(captions)
-        if self.family == "sdxl":
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            found = {"prompt_embeds": embeds.float().cpu(), "pooled": pooled.float().cpu()}
-        else:
-            embeds, _ = self.pipeline.encode_prompt(
-                captions, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            found = {"prompt_embeds": embeds.float().cpu()}
+        embedded = encode_prompts(self.pipeline, captions, self.device)
+        found = {name: embedded[BATCH_NAMES[name]].float().cpu() for name in self.family.layout.prompt}
         if self.zero_empty_prompt:
             for row in (row for row, caption in enumerate(captions) if not caption):
                 for value in found.values():
@@ -260,11 +250,6 @@ def cut_captions(tokenizers: Iterable[Any], captions: Sequence[str]) -> np.ndarr
             tokens = tokenizer(list(captions[low : low + 1024]), truncation=False, verbose=False).input_ids
             found[low : low + 1024] |= np.array([len(caption) > tokenizer.model_max_length for caption in tokens])
     return found
-
-
-def time_ids(image: Prepared, resolution: int) -> Tensor:
-    """SDXL's micro-conditioning (6,): original size, crop corner, target size (arXiv 2307.01952, sec. 2.2)."""
-    return torch.tensor([*image.original_size, *image.crop, resolution, resolution], dtype=torch.float32)
 
 
 class Digests(NamedTuple):
@@ -299,7 +284,7 @@ def encoders_digests(
     import diffusers
     import transformers
 
-    parts = _encoders(family(path, revision))
+    parts = family_of(path, revision).encoders
     variant, files = find_variant(path, revision, variant), encoder_files(path, revision, variant)
     folder = local_folder(path, revision, files)
 
@@ -325,9 +310,5 @@ def encoders_digests(
 def encoder_files(path: str, revision: str | None = None, variant: str | None = None) -> list[str]:
     """The configurations and weight files of VAE and text encoders, by their names in the pipeline."""
     variant = find_variant(path, revision, variant)
-    parts = _encoders(family(path, revision))
+    parts = family_of(path, revision).encoders
     return [f"{part}/{name}" for part in parts for name in ("config.json", *weight_files(path, part, revision, variant)[1])]
-
-
-def _encoders(kind: str) -> tuple[str, ...]:
-    return ("vae", "text_encoder", "text_encoder_2") if kind == "sdxl" else ("vae", "text_encoder")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dde_ds.errors import UserError
+from dde_ds.models.family import original_adapter_name
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -86,12 +87,5 @@ def to_kohya(adapters: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_kohya
 
     found = convert_state_dict_to_kohya({f"unet.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in adapters.items()})
-    found = {_original_conditioning(name): value for name, value in found.items()}
+    found = {original_adapter_name(name): value for name, value in found.items()}
     return found | {name: torch.tensor(float(alpha)) for name in found if name.endswith(".alpha")}
-
-
-def _original_conditioning(name: str) -> str:
-    """Of SDXL's size conditioning, readers know the original name alone, where of all other layers they know diffusers' as well."""
-    for number in (1, 2):
-        name = name.replace(f"lora_unet_add_embedding_linear_{number}.", f"lora_unet_label_emb_0_{2 * number - 2}.")
-    return name

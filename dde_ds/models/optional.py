@@ -7,7 +7,7 @@ from typing import Any
 from dde_ds.errors import UserError
 from dde_ds.models.base import (
     cached_folder,
-    family,
+    family_of,
     file_names,
     held_variant,
     local_folder,
@@ -15,9 +15,10 @@ from dde_ds.models.base import (
     unloadable,
     weight_files,
 )
+from dde_ds.models.family import OPTIONAL
 from dde_ds.models.parts import load_part
 
-SAFETY_CHECKER, FEATURE_EXTRACTOR, IMAGE_ENCODER = OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+SAFETY_CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 
 
 def left_out(path: str, revision: str | None = None, variant: str | None = None) -> dict[str, str]:
@@ -43,7 +44,7 @@ def load_optional(path: str, revision: str | None = None, variant: str | None = 
     """Return the optional parts of a base, None for those that it has not or that cannot be loaded; and the latter's reasons."""
     from transformers import CLIPImageProcessor
 
-    parts: dict[str, Any] = dict.fromkeys(OPTIONAL if family(path, revision) == "sd" else (FEATURE_EXTRACTOR, IMAGE_ENCODER))
+    parts: dict[str, Any] = dict.fromkeys(family_of(path, revision).optional)
     reasons = left_out(path, revision, variant)
     for part in _named(path, revision):
         if part in reasons or part not in parts:

@@ -10,8 +10,7 @@ import torch
 
 from dde_ds.errors import UserError
 from dde_ds.models.base import (
-    TRAINED_AND_DRAWN,
-    family,
+    family_of,
     file_names,
     find_variant,
     local_folder,
@@ -20,29 +19,12 @@ from dde_ds.models.base import (
     unloadable,
     weight_files,
 )
+from dde_ds.models.family import OPTIONAL, PARTS, TRAINED_AND_DRAWN
 
 # float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
 # Only safetensors: weights in a .bin file are a pickle, which runs code.
 # low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
-KINDS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-"""Classes that a pipeline's parts may be of, as ``model_index.json`` names them."""
-PARTS = {"sd": ("unet", "vae", "text_encoder", "tokenizer"), "sdxl": tuple(KINDS)}
-"""What training, drawing and the export need, beside the scheduler."""
-NUMBERS = {
-    "unet": {"in_channels": 64, "sample_size": 2048, "cross_attention_dim": 2**16},
-    "vae": {"latent_channels": 64},
-    "text_encoder": {"max_position_embeddings": 2**16, "vocab_size": 2**24},
-    "text_encoder_2": {"max_position_embeddings": 2**16, "vocab_size": 2**24, "projection_dim": 2**16},
-}
-"""What is counted with beside the model itself, each a whole number from 1 to this."""
 # Layers in a row of real models: 32 at most. A configuration of millions would be built for hours.
 MOST_LAYERS = 256
 
@@ -55,12 +37,13 @@ def required_parts(path: str, revision: str | None = None) -> dict[str, str]:
     """
     index = pipeline_index(path, revision)
     found = {}
-    for part in (*PARTS[family(path, revision)], "scheduler"):
+    for part in (*family_of(path, revision).parts, "scheduler"):
         value = index.get(part)
         library, name = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        expected = " or ".join(KINDS.get(part, ("a scheduler of diffusers",)))
-        own = ("diffusers", "transformers")["text" in part or "token" in part]
-        if library != own or not isinstance(name, str) or name not in KINDS.get(part, (name,)):
+        known = PARTS.get(part)
+        own, classes = (known.library, known.classes) if known else ("diffusers", (name,))
+        expected = " or ".join(known.classes) if known else "a scheduler of diffusers"
+        if library != own or not isinstance(name, str) or name not in classes:
             raise UserError(f"model.path {path}: its model_index.json says that {part} is {value!r}, expected {expected}")
         found[part] = name
     return found
@@ -110,7 +93,7 @@ def _built(path: str, part: str, kind: str, config: str) -> Any:
     with unloadable(path, f"{part}/config.json"), torch.device("meta"):
         cls = _named(kind)
         made = cls(cls.config_class.from_dict(values)) if hasattr(cls, "config_class") else cls.from_config(values)
-    for key, most in NUMBERS.get(part, {}).items():
+    for key, most in (PARTS | OPTIONAL)[part].numbers.items():
         value = getattr(made.config, key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise UserError(f"model.path {path}: {part}/config.json: {key} is {value!r}: expected a whole number from 1 to {most}")
@@ -133,21 +116,19 @@ def _check_layers(path: str, part: str, config: dict) -> None:
 
 
 def _class(path: str, part: str, revision: str | None) -> type:
-    optional = {"safety_checker": "StableDiffusionSafetyChecker", "image_encoder": "CLIPVisionModelWithProjection"}
-    return _named(optional.get(part) or required_parts(path, revision)[part])
+    return _named(OPTIONAL[part].classes[0] if part in OPTIONAL else required_parts(path, revision)[part])
 
 
 def _named(kind: str) -> type:
     import diffusers
     import transformers
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from diffusers.pipelines.stable_diffusion import safety_checker
 
-    own = {"StableDiffusionSafetyChecker": StableDiffusionSafetyChecker}
-    return own.get(kind) or getattr(diffusers, kind, None) or getattr(transformers, kind)
+    return next(getattr(place, kind) for place in (diffusers, transformers, safety_checker) if hasattr(place, kind))
 
 
 def load_pipeline(path: str, revision: str | None = None, variant: str | None = None, **replaced: Any) -> Any:
-    """Return the Stable Diffusion or SDXL pipeline in float32, without those parts that none of drawing and training needs.
+    """Return the pipeline in float32, without those parts that none of drawing and training needs.
 
     Args:
         variant: as ``model.variant``; None finds it.
@@ -156,15 +137,10 @@ def load_pipeline(path: str, revision: str | None = None, variant: str | None = 
     Raises:
         UserError: a part cannot be loaded.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    needed = required_parts(path, revision)
+    family, needed = family_of(path, revision), required_parts(path, revision)
     variant = find_variant(path, revision, variant)
     own = {part: load_part(path, part, revision, variant) for part in needed if part in TRAINED_AND_DRAWN and part not in replaced}
-    kind, unused = StableDiffusionXLPipeline, ("feature_extractor", "image_encoder")
-    if family(path, revision) == "sd":
-        kind, unused = StableDiffusionPipeline, (*unused, "safety_checker")
     small = [f"{part}/*" for part in needed if part not in TRAINED_AND_DRAWN]
     folder = local_folder(path, revision, ["model_index.json", *small])
     with unloadable(path, "the pipeline"):
-        return kind.from_pretrained(folder, **LOADING, **dict.fromkeys(unused) | own | replaced)
+        return family.pipeline_class().from_pretrained(folder, **LOADING, **dict.fromkeys(family.optional) | own | replaced)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dde_ds.files import sha256_of
-from dde_ds.models.base import family as family
 from dde_ds.models.base import find_variant, local_folder, read_object, unreadable, weight_files
+from dde_ds.models.family import Conditioning
 from dde_ds.models.parts import build_empty, load_part
 from dde_ds.models.remembered import remembered
 
@@ -78,24 +78,11 @@ def load_scheduler_config(path: str, revision: str | None = None) -> dict:
     return read_object(path, "scheduler/scheduler_config.json", revision)
 
 
-class Conditioning(NamedTuple):
-    """What a UNet is told beside latents and timesteps."""
-
-    prompt_embeds: Tensor
-    """(N,S,D)."""
-    pooled_prompt_embeds: Tensor | None = None
-    """(N,P), SDXL's."""
-    time_ids: Tensor | None = None
-    """(N,6) float32, SDXL's sizes and crops in pixels."""
-
-
 def predict(unet: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     """Return the UNet's output, (N,C,H,W), for latents (N,C,H,W) at timesteps (N,).
 
     ``unet`` may be the model or a DeepSpeed engine around it; latents and embeddings are cast to its type.
     """
     dtype = next(unet.parameters()).dtype
-    embeds, pooled, time_ids = conditioning
-    # time_ids stay float32: a size of 765 pixels has no bfloat16.
-    added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
-    return unet(noisy_latents.to(dtype), timesteps, embeds.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+    embeds, added = conditioning.prompt_embeds.to(dtype), conditioning.added(dtype)
+    return unet(noisy_latents.to(dtype), timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]

@@ -13,7 +13,7 @@ from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, order_of
 from dde_ds.data.reader import PairDataset, ReadingTotals, Slices, micro_batches
 from dde_ds.data.shards import ShardSet
-from dde_ds.models.unet import Conditioning
+from dde_ds.models.family import Conditioning
 from dde_ds.objective.objective import Objective
 
 

@@ -16,6 +16,7 @@ from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.errors import UserError
 from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
+from dde_ds.models.base import family_of
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.speed import compile_blocks, use_channels_last
@@ -108,7 +109,7 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height % factor or width % factor:
         raise UserError(f"{name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
-    own = models.family(run.model.path, run.model.revision)
+    own = family_of(run.model.path, run.model.revision).layout.name
     if own != shards.manifest["settings"]["family"]:
         raise UserError(
             f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dde_ds.models.unet import Conditioning, predict
+from dde_ds.models.family import Conditioning
+from dde_ds.models.unet import predict
 
 Reference = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy latents (2B,C,H,W) in the models' type, timesteps (2B,), conditioning on the device) → predictions (2B,C,H,W). Called

@@ -12,17 +12,19 @@ from diffusers.loaders import single_file_utils as reader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dde_ds import UserError
-from dde_ds.engine.single_file import to_single_file
-from tests.pipelines import save_sdxl
+from dde_ds.engine.single_file import clip_names, to_single_file
+from dde_ds.models.family import FAMILIES
+from tests.pipelines import save_sd2, save_sdxl
 
 
-@pytest.mark.parametrize("xl", [False, True])
-def test_diffusers_reads_back_every_bit(tmp_path, sd_model, xl):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_reads_back_every_bit(tmp_path, sd_model, name):
+    xl = name == "sdxl"
     kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     # The reader tells SDXL's two text encoders apart by their widths.
-    model = save_sdxl(tmp_path / "sdxl", second_width=24) if xl else sd_model
+    model = save_sdxl(tmp_path / name, second_width=24) if xl else save_sd2(tmp_path / name) if name == "sd2" else sd_model
     pipeline = kind.from_pretrained(model)
-    weights = {name: value.contiguous() for name, value in to_single_file(pipeline).items()}
+    weights = {name: value.contiguous() for name, value in to_single_file(pipeline, FAMILIES[name]).items()}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     back = kind.from_single_file(tmp_path / "model.safetensors", config=str(model), local_files_only=True)
     for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if xl else [])):
@@ -48,12 +50,24 @@ def text_config(width: int, layers: int, heads: int, **options) -> CLIPTextConfi
     )
 
 
-def stable_diffusion() -> SimpleNamespace:
+def sd() -> SimpleNamespace:
     """The true architecture of Stable Diffusion 1.5, without weights."""
     unet = UNet2DConditionModel(
         block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, layers_per_block=2
     )
     return SimpleNamespace(unet=unet, vae=vae(), text_encoder=CLIPTextModel(text_config(768, 12, 12)))
+
+
+def sd2() -> SimpleNamespace:
+    """The true architecture of Stable Diffusion 2.1. Its text encoder lacks the last of the original's 24 layers."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280, 1280),
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        layers_per_block=2,
+        use_linear_projection=True,
+    )
+    return SimpleNamespace(unet=unet, vae=vae(), text_encoder=CLIPTextModel(text_config(1024, 23, 16, hidden_act="gelu")))
 
 
 def sdxl() -> SimpleNamespace:
@@ -75,6 +89,7 @@ def sdxl() -> SimpleNamespace:
 
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+OPEN_CLIP = "cond_stage_model.model."
 CLIP, FIRST, SECOND = "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
@@ -82,7 +97,7 @@ CLIP, FIRST, SECOND = "cond_stage_model.transformer.", "conditioner.embedders.0.
     ("make", "kind", "tensors", "shapes"),
     [
         (
-            stable_diffusion,
+            sd,
             "v1",
             {UNET: 686, VAE: 248, CLIP: 196},
             {
@@ -97,6 +112,21 @@ CLIP, FIRST, SECOND = "cond_stage_model.transformer.", "conditioner.embedders.0.
                 f"{VAE}decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
                 f"{VAE}encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
                 f"{CLIP}text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+            },
+        ),
+        (
+            sd2,
+            "v2",
+            {UNET: 686, VAE: 248, OPEN_CLIP: 23 * 12 + 4},
+            {
+                f"{UNET}input_blocks.1.1.proj_in.weight": (320, 320),
+                f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+                f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias": (320,),
+                f"{OPEN_CLIP}token_embedding.weight": (49408, 1024),
+                f"{OPEN_CLIP}positional_embedding": (77, 1024),
+                f"{OPEN_CLIP}transformer.resblocks.0.attn.in_proj_weight": (3072, 1024),
+                f"{OPEN_CLIP}transformer.resblocks.22.mlp.c_fc.weight": (4096, 1024),
+                f"{OPEN_CLIP}ln_final.weight": (1024,),
             },
         ),
         (
@@ -119,7 +149,7 @@ def test_the_true_architectures(make, kind, tensors, shapes):
     """Names and shapes alone, on the meta device: those of the published files, and no weight is lost on the way back."""
     with torch.device("meta"):
         pipeline = make()
-    found = to_single_file(pipeline)
+    found = to_single_file(pipeline, FAMILIES[make.__name__])
     assert {prefix: sum(name.startswith(prefix) for name in found) for prefix in tensors} == tensors
     assert len(found) == sum(tensors.values())
     for name, shape in shapes.items():
@@ -131,13 +161,17 @@ def test_the_true_architectures(make, kind, tensors, shapes):
 
     assert shapes_of(reader.convert_ldm_unet_checkpoint(found, pipeline.unet.config)) == shapes_of(pipeline.unet.state_dict())
     assert shapes_of(reader.convert_ldm_vae_checkpoint(found, pipeline.vae.config)) == shapes_of(pipeline.vae.state_dict())
-    if kind == "xl_base":
-        back = reader.convert_open_clip_checkpoint(pipeline.text_encoder_2, found, prefix=SECOND)
-        assert shapes_of(back) == shapes_of(pipeline.text_encoder_2.state_dict())
+    if kind != "v1":
+        encoder, prefix = (pipeline.text_encoder, OPEN_CLIP) if kind == "v2" else (pipeline.text_encoder_2, SECOND)
+        back = reader.convert_open_clip_checkpoint(encoder, found, prefix=prefix)
+        assert shapes_of(clip_names(back)) == shapes_of(clip_names(encoder.state_dict()))
 
 
-def test_stable_diffusion_2_is_refused():
+def test_a_layer_that_no_program_reads_is_refused():
     with torch.device("meta"):
-        pipeline = SimpleNamespace(text_encoder=CLIPTextModel(text_config(1024, 1, 16)))
-    with pytest.raises(UserError, match="Stable Diffusion 2"):
-        to_single_file(pipeline)
+        pipeline = sd2()
+        pipeline.text_encoder = CLIPTextModel(text_config(1024, 24, 16, hidden_act="gelu"))
+    with pytest.raises(
+        UserError, match="24 layers, of which programs read 23 from a single file of Stable Diffusion 2; choose folder"
+    ):
+        to_single_file(pipeline, FAMILIES["sd2"])

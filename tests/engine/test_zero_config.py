@@ -17,9 +17,10 @@ from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import blocks, set_checkpointing
 from dde_ds.models.cost import made_up_conditioning
+from dde_ds.models.family import Conditioning
 from dde_ds.models.known import read_architecture
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.unet import Conditioning, load_unet, predict
+from dde_ds.models.unet import load_unet, predict
 from tests.conftest import ROOT
 
 

@@ -1,0 +1,322 @@
+"""All that is known of the model families: SD1, SD2 and SDXL. Everything else asks this table, and a test sees to it.
+
+A family is a diffusers pipeline: its parts, what its UNet is conditioned by, and what other programs call it. To add one, add a row to
+:data:`FAMILIES`, and its tensors to :class:`Conditioning` and :data:`LAYOUTS` if it has new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # the command line reads the table, and starts without torch
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a pipeline, of whatever family."""
+
+    classes: tuple[str, ...]
+    """Those that it may be of, as ``model_index.json`` names them."""
+    library: str
+    """That of the classes."""
+    weights: str | None = None
+    """What the library calls the weight file, before the variant and ``.safetensors``; None for a part without weights."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Values of its configuration that are counted with beside the model itself, each a whole number from 1 to this."""
+
+
+_TEXT = {"max_position_embeddings": 2**16, "vocab_size": 2**24}
+_TOKENIZER = Part(("CLIPTokenizer", "CLIPTokenizerFast"), "transformers")
+PARTS = {
+    "unet": Part(
+        ("UNet2DConditionModel",),
+        "diffusers",
+        "diffusion_pytorch_model",
+        {"in_channels": 64, "sample_size": 2048, "cross_attention_dim": 2**16},
+    ),
+    "vae": Part(("AutoencoderKL",), "diffusers", "diffusion_pytorch_model", {"latent_channels": 64}),
+    "text_encoder": Part(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers", "model", _TEXT),
+    "text_encoder_2": Part(("CLIPTextModelWithProjection",), "transformers", "model", _TEXT | {"projection_dim": 2**16}),
+    "tokenizer": _TOKENIZER,
+    "tokenizer_2": _TOKENIZER,
+}
+"""What training, drawing and the export need, beside the scheduler."""
+OPTIONAL = {
+    "safety_checker": Part(("StableDiffusionSafetyChecker",), "diffusers", "model"),
+    "feature_extractor": Part(("CLIPImageProcessor",), "transformers"),
+    "image_encoder": Part(("CLIPVisionModelWithProjection",), "transformers", "model"),
+}
+"""What an export holds if it is there."""
+TRAINED_AND_DRAWN = tuple(name for name, part in PARTS.items() if part.weights)
+"""The parts with weights that are needed."""
+TOKENIZERS = tuple(name for name in PARTS if name.startswith("tokenizer"))
+TEXT_PARTS = tuple(name for name in PARTS if name.startswith(("text_encoder", "tokenizer")))
+"""The parts that are needed for prompts alone."""
+
+
+class Conditioning(NamedTuple):
+    """What a UNet is told beside latents and timesteps."""
+
+    prompt_embeds: Tensor
+    """(N,S,D)."""
+    pooled_prompt_embeds: Tensor | None = None
+    """(N,P), SDXL's."""
+    time_ids: Tensor | None = None
+    """(N,6) float32, SDXL's sizes and crops in pixels."""
+
+    def added(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Return ``added_cond_kwargs`` of diffusers' UNet, in ``dtype``; None where the UNet takes no more than prompts."""
+        if self.pooled_prompt_embeds is None:
+            return None
+        # time_ids stay float32: a size of 765 pixels has no bfloat16.
+        return {"text_embeds": self.pooled_prompt_embeds.to(dtype), "time_ids": self.time_ids}
+
+
+def conditioning_shapes(unet: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes for one latent of what a UNet with this ``config.json`` is conditioned by, by the fields of
+    :class:`Conditioning`.
+
+    Args:
+        tokens: length of a prompt.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, unet["cross_attention_dim"])}
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        shapes |= {"pooled_prompt_embeds": (pooled,), "time_ids": (6,)}
+    return shapes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What shards hold beside latents. It is what tells whether a model can be trained on them."""
+
+    name: str
+    """In the settings of shards and of image folders. SD2's is SD1's."""
+    prompt: Mapping[str, int]
+    """Number of dimensions of each tensor of a prompt."""
+    pair: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of each further float32 tensor of a pair."""
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("sd", {"prompt_embeds": 2}),
+        Layout("sdxl", {"prompt_embeds": 2, "pooled": 1}, {"time_ids": (2, 6)}),
+    )
+}
+BATCH_NAMES = {"prompt_embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+"""A batch's names of the tensors of a prompt, which are diffusers', by those that shards have."""
+PAIR_TENSORS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.pair))
+"""What a pair has beside latents, in any layout."""
+
+
+class TextEncoder(NamedTuple):
+    """A text encoder, and where it stands in a single file of the original code."""
+
+    part: str
+    single_file: str
+    """What its weights' names begin with there."""
+    open_clip: bool = False
+    """Whether it was trained, and is stored there, by open_clip instead of OpenAI's CLIP."""
+    layers_read: int | None = None
+    """Number of layers that programs read from there at most; None: all."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the project asks about a model."""
+
+    name: str
+    title: str
+    pipelines: tuple[str, ...]
+    """Classes in ``model_index.json``. The first is loaded; those of images to images have the same parts."""
+    text_encoders: tuple[TextEncoder, ...]
+    optional: tuple[str, ...]
+    """Parts of :data:`OPTIONAL` that its pipeline takes."""
+    layout: Layout
+    guidance: float
+    """Classifier-free guidance that images are drawn with by default."""
+    architectures: tuple[str, str]
+    """ModelSpec's names of a model that predicts noise and of one that predicts v."""
+    kohya_bases: tuple[str, str]
+    """Likewise sd-scripts' names of the base that an adapter is for. Programs tell SDXL's by the beginning."""
+    original_adapters: bool = False
+    """Whether sd-scripts' adapters have the original code's names of layers; otherwise they have diffusers'."""
+    velocity_keys: bool = False
+    """Whether programs tell by keys in a single file that it predicts v."""
+    velocity_warning: str = ""
+    """What programs do with a single file of a model that predicts v, where they are not told."""
+    blocks: tuple[str, ...] = (
+        "diffusers.models.attention.BasicTransformerBlock",
+        "diffusers.models.resnet.ResnetBlock2D",
+    )
+    """Classes of the denoiser's blocks: what is checkpointed, and what ZeRO-3 gathers at once."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The parts with weights that make shards."""
+        return ("vae", *(text.part for text in self.text_encoders))
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(text.part.replace("text_encoder", "tokenizer") for text in self.text_encoders)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those that must be there, beside the scheduler."""
+        return ("unet", *self.encoders, *self.tokenizers)
+
+    def pipeline_class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.pipelines[0])
+
+    def prompt_shapes(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's tensors in shards.
+
+        Args:
+            configs: the text encoders' configurations, by part.
+        """
+        first, last = configs[self.text_encoders[0].part], configs[self.text_encoders[-1].part]
+        width = sum(configs[text.part]["hidden_size"] for text in self.text_encoders)
+        shapes = {"prompt_embeds": (first["max_position_embeddings"], width)}
+        return shapes | ({"pooled": (last["projection_dim"],)} if "pooled" in self.layout.prompt else {})
+
+    def pair_tensors(self, images: Sequence[Any], resolution: int) -> dict[str, Tensor]:
+        """Return a pair's tensors beside latents, (2,…) each.
+
+        Args:
+            images: winner and loser, as :class:`dde_ds.models.encode.Prepared`.
+        """
+        import torch
+
+        if not self.layout.pair:
+            return {}
+        # SDXL's micro-conditioning: original size, crop corner, target size (arXiv 2307.01952, sec. 2.2).
+        sizes = [[*image.original_size, *image.crop, resolution, resolution] for image in images]
+        return {"time_ids": torch.tensor(sizes, dtype=torch.float32)}
+
+
+_SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "sd",
+            "Stable Diffusion 1",
+            _SD,
+            (TextEncoder("text_encoder", _CLIP),),
+            tuple(OPTIONAL),
+            LAYOUTS["sd"],
+            guidance=7.5,
+            architectures=("stable-diffusion-v1",) * 2,
+            kohya_bases=("sd_v1", "sd_v1_v"),
+            velocity_warning="programs take a single file of Stable Diffusion 1 for noise prediction: set it there",
+        ),
+        Family(
+            "sd2",
+            "Stable Diffusion 2",
+            _SD,
+            # The original has 24 layers, of which the last one's output is not used. transformers' does without it.
+            (TextEncoder("text_encoder", _OPEN_CLIP, open_clip=True, layers_read=23),),
+            tuple(OPTIONAL),
+            LAYOUTS["sd"],
+            guidance=7.5,
+            architectures=("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
+            kohya_bases=("sd_v2", "sd_v2_v"),
+            velocity_warning="programs guess that of a single file of Stable Diffusion 2 from its weights: set it there if they draw noise",
+        ),
+        Family(
+            "sdxl",
+            "SDXL",
+            ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+            (
+                TextEncoder("text_encoder", "conditioner.embedders.0.transformer."),
+                TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
+            ),
+            ("feature_extractor", "image_encoder"),
+            LAYOUTS["sdxl"],
+            guidance=5.0,
+            architectures=("stable-diffusion-xl-v1-base",) * 2,
+            kohya_bases=("sdxl_base_v1-0",) * 2,
+            original_adapters=True,
+            velocity_keys=True,
+        ),
+    )
+}
+PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES.values() for kind in family.pipelines))
+"""Classes of pipelines that can be trained."""
+BLOCKS = tuple(dict.fromkeys(block for family in FAMILIES.values() for block in family.blocks))
+"""Classes of blocks of any family's denoiser."""
+
+
+def find_family(pipeline: str, text_encoder: Mapping[str, Any]) -> Family:
+    """Return the family of a pipeline's class.
+
+    SD1 and SD2 have the same. Their text encoders differ: open_clip's have ``gelu`` where OpenAI's have ``quick_gelu``, which is also
+    what transformers takes where a configuration says nothing.
+
+    Args:
+        text_encoder: ``config.json`` of the first one.
+    """
+    same = [family for family in FAMILIES.values() if pipeline in family.pipelines]
+    open_clip = text_encoder.get("hidden_act") == "gelu"
+    return next((family for family in same if family.text_encoders[0].open_clip == open_clip), same[0])
+
+
+def guidance_defaults() -> str:
+    """Return each family's guidance, for people."""
+    return ", ".join(f"{family.guidance:g} for {family.title}" for family in FAMILIES.values())
+
+
+def tokenizers_of(pipeline: Any) -> list[Any]:
+    """Return the tokenizers of a loaded pipeline."""
+    return [part for name in TOKENIZERS if (part := getattr(pipeline, name, None)) is not None]
+
+
+def encode_prompts(pipeline: Any, prompts: str | list[str], device: Any, negative: bool = False) -> dict[str, Tensor]:
+    """Return the embeddings of ``prompts`` by a loaded pipeline's text encoders, by the names that the pipeline takes them under.
+
+    Args:
+        negative: add those of the empty negative prompt, for guidance.
+    """
+    found = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=negative)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    named = zip(names[: len(found)], found, strict=True)  # Stable Diffusion gives two, SDXL four
+    return {name: value for name, value in named if negative or not name.startswith("negative")}
+
+
+def save_adapters(layers: dict[str, Tensor], folder: Path, name: str) -> None:
+    """Write a UNet's adapters for ``load_lora_weights``: a file that is the same for all families."""
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=name)
+
+
+def original_adapter_name(name: str) -> str:
+    """Return a kohya adapter's name of a tensor as readers know it.
+
+    Of SDXL's size conditioning they know the original name alone, where of all other layers they know diffusers' as well.
+    """
+    for number in (1, 2):
+        name = name.replace(f"lora_unet_add_embedding_linear_{number}.", f"lora_unet_label_emb_0_{2 * number - 2}.")
+    return name
+
+
+def conversion_of(file: str) -> str:
+    """Return the command that converts a single file."""
+    return f"StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('base'), for SDXL StableDiffusionXLPipeline"
+
+
+def load_class(name: str) -> type:
+    """Return a class by its full name."""
+    module, _, kind = name.rpartition(".")
+    return getattr(import_module(module), kind)
