@@ -114,6 +114,12 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
         raise UserError(
             f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
         )
+    width = shards.manifest["prompts"]["tensors"]["prompt_embeds"][-1]
+    if width != config["cross_attention_dim"]:  # Stable Diffusion 1 and 2 have the same layout
+        raise UserError(
+            f"{name}: embeddings of its captions are {width} wide, the UNet of model.path {run.model.path} takes "
+            f"{config['cross_attention_dim']}; shard the pairs with this model"
+        )
 
 
 def open_folder(folder: Path, run: RunConfig) -> None:

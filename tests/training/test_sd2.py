@@ -9,10 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from dde_ds import load_config
+from dde_ds import UserError, load_config
 from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine.export import KOHYA_FILE
+from dde_ds.training.prepare import open_shards
 from tests.conftest import shard
 from tests.launching import Run, launch_many, rows, write_config
 from tests.pipelines import save_sd2
@@ -86,3 +87,12 @@ def test_adapters_say_which_models_they_are_for(made, tmp_path):
         pipeline = StableDiffusionPipeline.from_pretrained(base)
         pipeline.load_lora_weights(file)
         assert torch.allclose(predict(pipeline.unet), merged, atol=1e-5)
+
+
+def test_shards_of_stable_diffusion_1_are_refused(made, sd_shards):
+    _, run = made["epsilon"]
+    config = load_config(run / "config.yaml", [f"data.path={sd_shards}"])
+    with pytest.raises(
+        UserError, match=r"embeddings of its captions are 16 wide, the UNet of model.path .* takes 24; shard the pairs"
+    ):
+        open_shards(config)
