@@ -487,6 +487,12 @@ class RunConfig:
     """Seed of data order, noise, timesteps and caption dropout. Each is a pure function of (seed, pairs consumed)."""
 
     def __post_init__(self):
+        for key, path in (
+            ("output", self.output),
+            ("data.cache_dir", self.data.cache_dir),
+            ("reference.ledger", self.reference.ledger),
+        ):
+            _require("://" not in (path or ""), key, path, "must be a path of this machine: nothing is written to a URL")
         _number("steps", self.steps, 1)
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
         if self.max_hours is not None:

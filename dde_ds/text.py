@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Joins emoji and the letters of several scripts; it shows nothing by itself.
 _HARMLESS = {"\u200d", "\u200c"}
-# scheme://user:secret@host. The secret may hold an @, and a slash where what stands before it is no port.
-_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@]*):(?:[^\s/]*|(?!\d*/)\S*)@", re.IGNORECASE)
+# scheme://user:secret@host, or scheme:/user:secret@host, which a URL taken for a path becomes. The secret may hold an @, and a slash
+# where what stands before it is no port.
+_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}:/{1,2}[^\s/:@]*):(?:[^\s/]*|(?!\d*/)\S*)@", re.IGNORECASE)
 # ?token=…, &X-Amz-Signature=…, &sig=… of signed URLs.
 _SIGNED = re.compile(
     r"([?&][\w.-]{0,40}(?:token|signature|secret|password|passwd|credential|api[_-]?key|accesskeyid|sig|key)=)[^\s&#'\"]+",

@@ -50,6 +50,13 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
     assert load_config(again) == run
 
 
+@pytest.mark.parametrize("key", ["output", "data.cache_dir", "reference.ledger"])
+def test_what_is_written_is_no_url(file, key):
+    """As a path it would be a folder ``s3:`` in the working directory, which goes with the machine."""
+    with pytest.raises(UserError, match=rf"{key} is 's3://user:\*\*\*@bucket/run': must be a path of this machine"):
+        load_config(file, [f"{key}=s3://user:secret@bucket/run"])
+
+
 def test_sources(file, tmp_path):
     run = load_config(file, ["data.path=null", "data.sources=[{path: a, weight: 3}, {path: s3://b/c}]"])
     assert run.data.weighted_paths == [("a", 3.0), ("s3://b/c", 1.0)]

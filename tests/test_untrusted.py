@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,8 @@ def test_what_would_act_on_a_terminal_is_written_as_an_escape(text, shown):
         ("http://user@host:8080/x", "http://user@host:8080/x"),
         ("http://host:8080/mail@example.org", "http://host:8080/mail@example.org"),
         ("http://:secret@host/", "http://:***@host/"),
+        (f"no folder {Path('http://user:secret@host/x')}", "no folder http:/user:***@host/x"),
+        ("/mnt/a:/home/user@host and file:/host:80/@x", "/mnt/a:/home/user@host and file:/host:80/@x"),
         ("http://user:se/cr@et@host/x", "http://user:***@host/x"),
         ("path is 'http://user:secret@host/x': no", "path is 'http://user:***@host/x': no"),
         ("https://host/x?part=1&token=abc&part=2", "https://host/x?part=1&token=***&part=2"),

@@ -153,7 +153,8 @@ class RemoteFolder:
             except FileNotFoundError:
                 raise DamagedData("the file is missing") from None
             except Exception as error:  # every driver has exceptions of its own
-                problem, damaged = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": "), False
+                problem = f"{type(error).__name__}: {_without_user(self.url, ' '.join(str(error).split()))[:300]}".rstrip(": ")
+                damaged = False
                 if isinstance(error, (PermissionError, ImportError)) or getattr(error, "status", None) in FINAL_STATUS:
                     raise UserError(f"{self.where(name)}: not readable: {problem}") from None
                 continue
@@ -191,6 +192,13 @@ class RemoteFolder:
             self._fs, self._root = filesystem(self.url, self.key)
             self._owner = os.getpid()
         return self._fs
+
+
+def _without_user(url: str, text: str) -> str:
+    """Return a driver's message about ``url`` without its user and password: a driver may show them outside of a URL, as no other
+    place would know them."""
+    user = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    return text.replace(user, "***") if ":" in user else text
 
 
 async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:

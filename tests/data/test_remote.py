@@ -148,6 +148,13 @@ def test_webdataset_is_given_local_shards_alone(server):
         as_webdataset(f"{server.url}/set")
 
 
+def test_a_driver_that_repeats_the_password_is_not_passed_on():
+    """s3 takes what stands before the bucket for a part of its name."""
+    with pytest.raises(UserError, match=r'Invalid bucket name "\*\*\*@bucket"') as raised:
+        RemoteFolder("s3://user:secret@bucket/shards").fetch("manifest.json", 0, None, bool)
+    assert "secret" not in str(raised.value)
+
+
 def test_http_by_ranges(folder, server):
     shards = ShardSet(f"{server.url}/set")
     assert same(read_all(shards), everything(folder, True))
