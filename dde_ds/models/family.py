@@ -72,7 +72,7 @@ class Conditioning(NamedTuple):
 
     def added(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Return ``added_cond_kwargs`` of diffusers' UNet, in ``dtype``; None where the UNet takes no more than prompts."""
-        if self.pooled_prompt_embeds is None:
+        if self.pooled_prompt_embeds is None or self.time_ids is None:
             return None
         # time_ids stay float32: a size of 765 pixels has no bfloat16.
         return {"text_embeds": self.pooled_prompt_embeds.to(dtype), "time_ids": self.time_ids}
@@ -217,7 +217,7 @@ FAMILIES = {
             tuple(OPTIONAL),
             LAYOUTS["sd"],
             guidance=7.5,
-            architectures=("stable-diffusion-v1",) * 2,
+            architectures=("stable-diffusion-v1", "stable-diffusion-v1"),
             kohya_bases=("sd_v1", "sd_v1_v"),
             velocity_warning="programs take a single file of Stable Diffusion 1 for noise prediction: set it there",
         ),
@@ -245,8 +245,8 @@ FAMILIES = {
             ("feature_extractor", "image_encoder"),
             LAYOUTS["sdxl"],
             guidance=5.0,
-            architectures=("stable-diffusion-xl-v1-base",) * 2,
-            kohya_bases=("sdxl_base_v1-0",) * 2,
+            architectures=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
+            kohya_bases=("sdxl_base_v1-0", "sdxl_base_v1-0"),
             original_adapters=True,
             velocity_keys=True,
         ),
@@ -298,7 +298,7 @@ def save_adapters(layers: dict[str, Tensor], folder: Path, name: str) -> None:
     """Write a UNet's adapters for ``load_lora_weights``: a file that is the same for all families."""
     from diffusers import StableDiffusionPipeline
 
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=name)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={**layers}, weight_name=name)
 
 
 def original_adapter_name(name: str) -> str:
