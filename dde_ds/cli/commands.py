@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dde_ds import planner, push
 from dde_ds.cli import demo, inspect_shards, recipe, shard, train, verify_shards
@@ -30,7 +31,9 @@ def run(arguments: list[str]) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     # What does not run on several ranks never looks at the launcher's variables, which may be there in part.
-    how = {"over_ranks": False} | getattr(args, "report", {}) | ({"over_ranks": False} if getattr(args, "alone", False) else {})
+    how: dict[str, Any] = (
+        {"over_ranks": False} | getattr(args, "report", {}) | ({"over_ranks": False} if getattr(args, "alone", False) else {})
+    )
     return report_errors(lambda: args.act(args), **how)
 
 

@@ -58,7 +58,7 @@ def run_training(args: argparse.Namespace) -> int:
         words, resume = ([*words, resume] if args.config or words else [resume]), "required"
     config, overrides = (args.config, words) if args.config else (words[0] if words else None, words[1:])
     if config is None:
-        args.parser.error("the following arguments are required: CONFIG")
+        return args.parser.error("the following arguments are required: CONFIG")
     run = load_config(config, overrides)
     if launched():
         if given := [flag(name) for name in OPTIONS if getattr(args, name) is not None]:
