@@ -239,8 +239,10 @@ def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
     except OSError as error:
         raise RankError(f"data.workers is {workers}: one could not be started: {reason(error)}; lower it") from None
     if in_main_thread:
-        # PyTorch's own handler would raise wherever the main thread stands, in the middle of a step or of a save.
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        # PyTorch's own handler would raise wherever the main thread stands, in the middle of a step or of a save. Another loader of
+        # this process may have installed it before.
+        pytorchs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if pytorchs or before is None else before)
     while True:
         try:
             batch = next(batches)

@@ -26,6 +26,12 @@ def batches(tmp_path):
     return micro_batches(dataset, RankSlices(2, 2, 0, 1, 0, 1000), 2, pin_memory=False)
 
 
+@pytest.fixture(autouse=True)
+def another_loader():
+    """Iterate a loader of PyTorch alone first, which leaves its handler for dead children in the process."""
+    assert len(list(torch.utils.data.DataLoader(range(4), num_workers=1))) == 4
+
+
 @pytest.mark.parametrize(
     ("number", "expected"),
     [

@@ -16,8 +16,9 @@ from dde_ds.engine import lowbit
 from dde_ds.engine.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory
 from dde_ds.engine.reference import reference_config
 from dde_ds.models.cost import Adapters, parameter_sizes, training_pass
+from dde_ds.models.known import read_architecture
 from tests.conftest import ROOT
-from tests.engine.test_plan import TINY, architecture
+from tests.engine.test_plan import TINY
 from tests.launching import environment, free_port
 
 WORLD = 2
@@ -108,7 +109,7 @@ def test_stable_diffusion_by_two_ranks(tmp_path, capsys):
 
     The peak is the planner's as well, what the process took before its engines aside.
     """
-    unet = architecture("sd15")
+    unet = read_architecture("sd15")
     config = configuration("zero3", "bf16", 10**7)
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 10**8}
     config["zero_optimization"] |= {"stage3_max_reuse_distance": 10**8, "stage3_prefetch_bucket_size": 10**7}
