@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -144,15 +144,14 @@ FILES = ["model_index.json", "unet/config.json", "vae/config.json", "text_encode
 
 @pytest.mark.parametrize("name", FILES)
 def test_whatever_a_configuration_holds_is_one_line(sd_model, tmp_path, name):
-    """Each key once missing and once of another kind, and files that are no objects: taken, or refused in one line that names the file."""
+    """Each key missing or of another kind, and files that are no objects: taken, or refused in one line that names the file."""
     base = shutil.copytree(sd_model, tmp_path / "base")
     file = base / name
     whole = json.loads(file.read_text())
     texts = ["", "[]", "3", "null", '"a"', "{", "[" * 100_000, '{"a": ' * 2000 + "1" + "}" * 2000, "\udcff"]
     for number, key in enumerate(whole):
-        texts.append(json.dumps({other: value for other, value in whole.items() if other != key}))
-        for value in VALUES[number % 3 :: 3]:
-            texts.append(json.dumps(whole | {key: value}))
+        changed_key = {key: VALUES[number % len(VALUES)]} if number % 4 else {}
+        texts.append(json.dumps({other: value for other, value in whole.items() if other != key} | changed_key))
     refused = 0
     for text in texts:
         file.write_bytes(text.encode(errors="surrogateescape"))
@@ -203,30 +202,41 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SETTLED_SECONDS", 0.0)
     file, calls = tmp_path / "weights", []
     file.write_bytes(b"one")
+    one, two, other = ([hashlib.sha256(data).hexdigest()] for data in (b"one", b"two", b"other"))
 
-    def digest() -> str:
-        return remembered("test", [file], lambda: calls.append(1) or file.read_bytes().decode())
+    def digest() -> list[str]:
+        return remembered("test", [file], lambda: calls.append(1) or [hashlib.sha256(file.read_bytes()).hexdigest()])
 
-    assert [digest(), digest(), len(calls)] == ["one", "one", 1]
+    assert [digest(), digest(), len(calls)] == [one, one, 1]
     link = tmp_path / "link"
     link.symlink_to(file)
-    assert remembered("test", [link], lambda: "never") == "one"
-    assert remembered("other", [file], lambda: "other") == "other"
+    assert remembered("test", [link], lambda: other) == one
+    assert remembered("other", [file], lambda: other) == other
     changed_at = file.stat()
     file.write_bytes(b"two")  # of the same size, under the same name, and made as old as it was
     os.utime(file, ns=(changed_at.st_atime_ns, changed_at.st_mtime_ns))
-    assert [digest(), digest(), len(calls)] == ["two", "two", 2]
+    assert [digest(), digest(), len(calls)] == [two, two, 2]
+    assert remembered("test", [file], lambda: two + two, count=2) == two + two  # as another version asks
+    assert digest() == two
 
     cache = tmp_path / "cache" / "dde_ds" / "digests.json"
-    for damage in (b"", b"[]", b"[" * 100_000, b'{"test %b": {"files": 1}}' % str(file).encode(), b"\0" * 100):
-        cache.write_bytes(damage)
-        assert digest() == "two"
+    whole = cache.read_text()
+    for damage in (
+        "",
+        "[]",
+        "[" * 100_000,
+        "\0" * 100,
+        whole.replace(two[0], "x"),
+        whole.replace(f'["{two[0]}"]', "{}"),
+        whole[:-9],
+    ):
+        cache.write_text(damage)
+        assert digest() == two
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert digest() == "two"
+    assert digest() == two
     monkeypatch.setattr(memory, "SETTLED_SECONDS", 1e9)  # what may still be changing is not trusted
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    Path(tmp_path / "cache").unlink(missing_ok=True)
+    (tmp_path / "cache").unlink()
     before = len(calls)
     digest()
     digest()

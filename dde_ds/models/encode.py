@@ -288,7 +288,7 @@ def encoders_digests(
     variant, files = find_variant(path, revision, variant), encoder_files(path, revision, variant)
     folder = local_folder(path, revision, files)
 
-    def compute() -> str:
+    def compute() -> list[str]:
         full, half, other_full, other_half = digests = tuple(hashlib.sha256() for _ in Digests._fields)
         for name, part in zip(parts, loaded or (load_part(path, part, revision, variant) for part in parts), strict=True):
             for key, tensor in sorted(part.state_dict().items()):
@@ -300,11 +300,11 @@ def encoders_digests(
                     value = rounded.cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else str(rounded.item()).encode()
                     for digest in both:
                         digest.update(value)
-        return " ".join(digest.hexdigest() for digest in digests)
+        return [digest.hexdigest() for digest in digests]
 
     with unreadable(path):
         what = f"encoders, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
-        return Digests(*remembered(what, [folder / name for name in files], compute).split())
+        return Digests(*remembered(what, [folder / name for name in files], compute, len(Digests._fields)))
 
 
 def encoder_files(path: str, revision: str | None = None, variant: str | None = None) -> list[str]:

@@ -9,24 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dde_ds.files import write_atomically
 from dde_ds.untrusted import read_json
 
+DIGEST = re.compile("[0-9a-f]{64}")
 ENTRIES = 500
 BYTES = 8 * 2**20
 # A file changed just now may change once more within one tick of its clock, which nobody could see.
 SETTLED_SECONDS = 2.0
 
 
-def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """Return the digest of ``files`` that ``compute`` makes, or made when they were what they are now.
+def remembered(what: str, files: Sequence[Path], compute: Callable[[], list[str]], count: int = 1) -> list[str]:
+    """Return the digests of ``files`` that ``compute`` makes, or made when they were what they are now.
 
     Args:
-        what: says which digest of them it is.
+        what: says which digests of them these are.
+        count: how many; SHA-256 each, in hexadecimal.
 
     Raises:
         OSError: a file is not there. ``compute`` may raise what it likes.
@@ -35,18 +39,22 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> 
     key = f"{what} {files[0].resolve()}"
     cache = _cache()
     known = _read(cache).get(key)
-    if isinstance(known, dict) and known.get("files") == before and isinstance(known.get("digest"), str):
-        return known["digest"]
-    digest = compute()
+    if isinstance(known, dict) and known.get("files") == before and _are_digests(known.get("digests"), count):
+        return known["digests"]
+    digests = compute()
     latest = max(max(mtime, ctime) for *_, mtime, ctime in before) / 1e9
     if cache and _states(files) == before and time.time() - latest > SETTLED_SECONDS:
         # Read again: another process may have written meanwhile. What two write at once, one of them loses, and reads its files again.
         kept = {name: value for name, value in _read(cache).items() if name != key}
-        kept = dict(list(kept.items())[-ENTRIES + 1 :]) | {key: {"files": before, "digest": digest}}
+        kept = dict(list(kept.items())[-ENTRIES + 1 :]) | {key: {"files": before, "digests": digests}}
         with contextlib.suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps(kept).encode())
-    return digest
+    return digests
+
+
+def _are_digests(found: Any, count: int) -> bool:
+    return isinstance(found, list) and len(found) == count and all(isinstance(one, str) and DIGEST.fullmatch(one) for one in found)
 
 
 def _cache() -> Path | None:

@@ -42,17 +42,17 @@ def unet_digest(path: str, revision: str | None = None, variant: str | None = No
     config, *files = unet_files(path, revision, variant)
     folder = local_folder(path, revision, [config, *files])
 
-    def compute() -> str:
+    def compute() -> list[str]:
         digest = hashlib.sha256()
         for name in files:
             digest.update(sha256_of(folder / name).encode())
         # Keys with an underscore say by which version it was saved.
         architecture = {key: value for key, value in read_object(path, config, revision).items() if not key.startswith("_")}
         digest.update(json.dumps(architecture, sort_keys=True).encode())
-        return digest.hexdigest()
+        return [digest.hexdigest()]
 
     with unreadable(path):
-        return remembered("unet", [folder / name for name in (*files, config)], compute)
+        return remembered("unet", [folder / name for name in (*files, config)], compute)[0]
 
 
 def unet_files(path: str, revision: str | None = None, variant: str | None = None) -> list[str]:
