@@ -90,7 +90,7 @@ class FolderPairs:
     def _parse(self, number: int, line: bytes) -> Line:
         where = f"--input {self.path}, line {number}"
         try:
-            record = parse_json(line)
+            record = parse_json(line, unique_keys=True)
             winner, loser, caption = (record[key] for key in ("winner", "loser", "caption"))
             label, tie = record.get("label", 1), record.get("tie", False)
         except (KeyError, TypeError, AttributeError):

@@ -21,7 +21,7 @@ from dde_ds.models.unet import load_component_config, unet_digest, unet_files
 from dde_ds.objective.objective import Objective
 from dde_ds.training.track import require_trackers
 
-WEIGHTS, SCHEDULE = "model.weights", "model.schedule"
+WEIGHTS, ENCODERS, SCHEDULE = "model.weights", "model.encoders", "model.schedule"
 Shards = ShardSet | MixedShards
 
 
@@ -58,15 +58,20 @@ def check_start(
 
 
 def base_identity(model: ModelConfig, objective: Objective, weights: bool = True) -> dict[str, str]:
-    """Return what tells a base from another one wherever it lies: SHA-256 of its UNet and, for an objective, of its noise schedule.
+    """Return what tells a base from another one wherever it lies: SHA-256 of its UNet, of its VAE and text encoders, and, for an objective,
+    of its noise schedule.
 
     Args:
-        weights: whether to read those, which is done once: their digest is remembered.
+        weights: whether to read those, which is done once: their digests are remembered.
     """
     schedule = objective.schedule
     tables = hashlib.sha256(schedule.alphas_cumprod.cpu().numpy().tobytes() + schedule.prediction_type.encode()).hexdigest()
-    own = {WEIGHTS: unet_digest(model.path, model.revision, model.variant)} if weights else {}
-    return {**own, SCHEDULE: tables}
+    if not weights:
+        return {SCHEDULE: tables}
+    where = model.path, model.revision, model.variant
+    encoders = encoders_digests(*where)
+    # The lesser of the two is the same under each version of transformers' names.
+    return {WEIGHTS: unet_digest(*where), ENCODERS: min(encoders.full, encoders.other_full), SCHEDULE: tables}
 
 
 def require_writable(folder: Path) -> None:

@@ -17,7 +17,7 @@ from dde_ds.distributed import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.rows import is_metrics, read_rows
-from dde_ds.training.check import SCHEDULE, WEIGHTS
+from dde_ds.training.check import ENCODERS, SCHEDULE, WEIGHTS
 from dde_ds.training.folder import require_usable
 
 
@@ -107,7 +107,11 @@ def require_same_base(path: str, base: dict[str, str], chosen: Path, before: dic
     Raises:
         UserError: they differ.
     """
-    for key, what in ((WEIGHTS, "UNet has other weights"), (SCHEDULE, "scheduler has another noise schedule or prediction type")):
+    for key, what in (
+        (WEIGHTS, "UNet has other weights"),
+        (ENCODERS, "VAE or text encoder has other weights"),
+        (SCHEDULE, "scheduler has another noise schedule or prediction type"),
+    ):
         if before.get(key) not in (None, base.get(key, before.get(key))):
             raise UserError(
                 f"model.path {path}: its {what} than the base that {chosen} was trained from (SHA-256 {base[key][:12]}, was "

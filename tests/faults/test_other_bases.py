@@ -85,6 +85,8 @@ def test_export_from_a_moved_base(ended, capsys):
         assert "no model_index.json in it" in capsys.readouterr().err
         assert main([*arguments, "--model", str(folder / "other")]) == 1
         assert "its UNet has other weights than the base" in capsys.readouterr().err
+        assert main([*arguments, "--model", str(folder / "vae")]) == 1
+        assert "its VAE or text encoder has other weights than the base" in capsys.readouterr().err
         assert not (folder / "exported").exists()
         assert main([*arguments, "--model", str(moved)]) == 0
         exported, own = (
@@ -117,11 +119,11 @@ def test_checkpoints_of_earlier_versions_know_their_base_by_its_path(ended, sd_s
     folder, _ = ended
     run, shards = load_config(folder / "run.yaml", ["steps=3"]), ShardSet(sd_shards)
     state = json.loads((folder / "run" / "checkpoints" / "step-00000002" / "state.json").read_text())
-    base = {key: state["identity"].pop(key) for key in ("model.weights", "model.schedule")}
+    base = {key: state["identity"].pop(key) for key in ("model.weights", "model.encoders", "model.schedule")}
     # As the first run wrote it; the second named the link.
     state["identity"]["model.path"] = run.model.path
     require_same_run(run, shards, base, Path("step"), state)
-    assert identity(run, shards, base).keys() >= {"model.weights", "model.schedule", "model.path"}
+    assert identity(run, shards, base).keys() >= {"model.weights", "model.encoders", "model.schedule", "model.path"}
     moved = load_config(folder / "run.yaml", ["steps=3", f"model.path={folder / 'link'}"])
     with pytest.raises(UserError, match=r"model\.path is"):
         require_same_run(moved, shards, base, Path("step"), state)
