@@ -91,10 +91,11 @@ def decode(shards, count: int, model: str, revision: str | None, device: str) ->
     import numpy as np
     import torch
 
-    from dde_ds.models.base import find_variant
+    from dde_ds.models.base import called, find_variant
     from dde_ds.models.parts import load_part
 
-    vae = load_part(model, "vae", revision, find_variant(model, revision)).to(device)
+    with called("--model"):
+        vae = load_part(model, "vae", revision, find_variant(model, revision)).to(device)
     places = [(shard, row) for shard, size in enumerate(shards.counts) for row in range(size)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
     scale, shift = shards.manifest["settings"]["scaling_factor"], getattr(vae.config, "shift_factor", None) or 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dde_ds.errors import RankError, UserError
+from dde_ds.models.base import called
 from dde_ds.ranks import Ranks, read_environment
 from dde_ds.text import verbatim
 from dde_ds.warn import reason
@@ -81,10 +82,11 @@ def shard(args: argparse.Namespace) -> None:
     _check(args)
     ranks = Ranks(0, 1, 0) if args.alone else read_environment()
     try:
-        if not args.dry_run:
-            _shard(args, ranks.rank, ranks.world, ranks.local_rank)
-        elif ranks.is_first:
-            _dry_run(args)
+        with called("--model"):
+            if not args.dry_run:
+                _shard(args, ranks.rank, ranks.world, ranks.local_rank)
+            elif ranks.is_first:
+                _dry_run(args)
     except OSError as error:
         if error.errno not in DISK_PROBLEMS:
             raise

@@ -196,6 +196,18 @@ def unloadable(path: str, part: str) -> Iterator[None]:
         raise UserError(f"model.path {path}: {part} not loadable: {type(error).__name__}: {one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def called(option: str) -> Iterator[None]:
+    """Whatever is said here of ``model.path`` is said of the option of the command line that names the model."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if not text.startswith("model.path "):
+            raise
+        raise UserError(option + text.removeprefix("model.path")) from None
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 

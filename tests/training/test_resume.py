@@ -17,9 +17,9 @@ def config(tmp_path):
 def test_each_changed_value_has_its_own_words(config):
     shards = SimpleNamespace(digest="0123456789abcdef" * 4)
     own = identity(
-        load_config(config, ["objective.beta=300", "seed=7", "lora={rank: 4}", "objective.timestep_range=[0, 500]"]), shards
+        load_config(config, ["objective.beta=300", "seed=7", "lora={rank: 4}", "objective.timestep_range=[0, 500]"]), shards, {}
     )
-    found = identity(load_config(config, ["objective.beta=500.5", "lora={rank: 8}"]), SimpleNamespace(digest="f" * 64))
+    found = identity(load_config(config, ["objective.beta=500.5", "lora={rank: 8}"]), SimpleNamespace(digest="f" * 64), {})
     assert differences(own, found) == [
         "seed is 7, was 0",
         "data is 01234567…, was ffffffff…",
