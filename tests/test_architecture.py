@@ -99,6 +99,10 @@ def words_of(path: Path) -> list[tuple[int, str]]:
     """(line, name or text) of all code in a file: comments and docstrings, which may give examples, are left out."""
     tree = ast.parse(path.read_text())
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    # What a command says of itself gives examples too.
+    prose |= {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DESCRIPTION"
+    }
     words = []
     for node in ast.walk(tree):
         if id(node) not in prose:
