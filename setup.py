@@ -29,7 +29,9 @@ class BuildWithShippedFiles(build_py):
 
 
 TEST = [
-    *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16", "accelerate>=1.10"),
+    # pytest 9.2 ignores the groups of pytest-xdist 3.8, so tests that share a launch land on both workers:
+    # https://github.com/pytest-dev/pytest-xdist/issues/1386
+    *("pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.9", "hypothesis>=6.100", "tensorboard>=2.16", "accelerate>=1.10"),
     "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     *("datasets>=3", "aiohttp>=3.9", "s3fs>=2024.6", "bitsandbytes>=0.50", "peft>=0.18"),
     *("moto[s3]>=5.1", "flask>=2.3", "flask-cors>=4"),  # what moto's S3 server needs; moto[server] is three times as much

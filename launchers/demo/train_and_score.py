@@ -131,7 +131,10 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
         run_folder = folder / "runs" / job["name"]
         resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
         run = load_config(TRAIN, [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
-        # The export of a run whose result was taken away is gone, so it is trained once more.
+        # A finished run whose result was taken away has neither export nor checkpoints left: it is trained once more.
+        if bench.ranks.is_first and (run_folder / "DONE").exists() and not (run_folder / "export").exists():
+            discard(run_folder)
+        agree(bench.ranks, bench.device)
         if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
         gc.collect()  # engines are in cycles, and the next run makes new ones

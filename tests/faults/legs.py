@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from dde_ds import UserError, load_config
+from dde_ds.engine.state import _masters
 from tests.launching import spawn
 
 
@@ -28,6 +29,8 @@ class Leg:
     """(rank, step): the last micro-batch's loss there is NaN."""
     bad_gradient: tuple[tuple[int, int], ...] = ()
     """(rank, step): the loss is finite, what comes back through it is NaN."""
+    bad_weights: int | None = None
+    """The step after which the float32 weights of all ranks are infinite, although its gradient was finite."""
     signal_in: tuple[str, int] | None = None
     """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th look at the held-out pairs."""
 
@@ -66,7 +69,7 @@ def faults(leg: Leg, rank: int) -> Iterator[None]:
     from dde_ds.training import loop
     from dde_ds.training.heldout import HeldOut
 
-    original = loop.micro_step
+    original, original_step = loop.micro_step, loop.optimizer_step
 
     def micro_step(policy, reference, objective, batch, device):
         out = original(policy, reference, objective, batch, device)
@@ -78,8 +81,16 @@ def faults(leg: Leg, rank: int) -> Iterator[None]:
                 out.loss.register_hook(lambda gradient: gradient * torch.nan)
         return out
 
+    def optimizer_step(session, step):
+        grad_norm = original_step(session, step)
+        if step == leg.bad_weights:
+            for weights in _masters(session.policy):
+                weights.detach().fill_(torch.inf)
+        return grad_norm
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "micro_step", micro_step))
+        stack.enter_context(mock.patch.object(loop, "optimizer_step", optimizer_step))
         for kind in (PromptSet, HeldOut):
             name = "draw" if kind is PromptSet else "errors"
             stack.enter_context(mock.patch.object(kind, name, _signalling(kind, name, leg, rank)))
