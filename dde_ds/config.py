@@ -27,11 +27,13 @@ MANY = 10**9
 LONGEST_TIMEOUT = 100_000
 """Upper limit of minutes to wait for other ranks: two months."""
 RENAMED = {
+    "batch.micro": "batch.micro_batch_size",
+    "reference.ledger": "reference.precomputed",
     "log.tensorboard": "log.trackers: [tensorboard]",
     "log.wandb_project": "log.trackers: [wandb], and log.project for its name",
 }
 """Map keys of earlier versions to what they are called now."""
-PATHS = re.compile(r"(path|output|deepspeed|ledger|cache_dir)$")
+PATHS = re.compile(r"(path|output|deepspeed|precomputed|cache_dir)$")
 """Match keys whose text is, or may be, a path."""
 LONGEST_TEXT = 4096
 """Upper limit of characters in a text. Linux accepts no longer path."""
@@ -114,10 +116,10 @@ class ReferenceConfig:
     ``bf16`` halves the reference's memory beside a float32 policy; ``fp32`` doubles it beside a bf16 one. Either way the first loss is
     log 2 up to rounding, which β and w_t multiply."""
 
-    ledger: str | None = None
+    precomputed: str | None = None
     """File of the reference's errors, for runs that share seed, data and model, such as a search for β or the learning rate. If it lacks
     errors that the run needs, the run loads the reference and writes them there. If it has all, the run loads no reference: that saves one
-    forward pass of two and the reference's memory. With another ``batch.micro``, or on other hardware, the model itself would round
+    forward pass of two and the reference's memory. With another ``batch.micro_batch_size``, or on other hardware, the model itself would round
     differently. ``sft`` has no reference and ignores this key."""
 
     def __post_init__(self):
@@ -244,13 +246,13 @@ class BatchConfig:
     pairs: int
     """Preference pairs of one optimizer step, over all ranks. The paper: 2048."""
 
-    micro: int = 1
+    micro_batch_size: int = 1
     """Pairs of one forward and backward pass on one rank, with 2 latents each. Use as many as fit. Changes speed and memory, not the
     result."""
 
     def __post_init__(self):
         _number("batch.pairs", self.pairs, 1, 10**7)
-        _number("batch.micro", self.micro, 1, 10**5)
+        _number("batch.micro_batch_size", self.micro_batch_size, 1, 10**5)
 
     def accumulation(self, world: int) -> int:
         """Return the number of micro-batches of one optimizer step on each of ``world`` ranks.
@@ -258,17 +260,17 @@ class BatchConfig:
         Raises:
             UserError: the batch does not divide evenly; the message lists micro-batches and batches that do.
         """
-        if self.pairs % (world * self.micro) == 0:
-            return self.pairs // (world * self.micro)
-        unit = world * self.micro
+        if self.pairs % (world * self.micro_batch_size) == 0:
+            return self.pairs // (world * self.micro_batch_size)
+        unit = world * self.micro_batch_size
         near = sorted({max(1, self.pairs // unit) * unit, (self.pairs // unit + 1) * unit})
         fits = f"batch.pairs {' or '.join(map(str, near))}"
         if self.pairs % world == 0:
             share = self.pairs // world
-            micros = [n for n in range(1, min(share, 4 * self.micro) + 1) if share % n == 0]
-            fits += f", or batch.micro {', '.join(map(str, micros[-8:]))}"
+            micros = [n for n in range(1, min(share, 4 * self.micro_batch_size) + 1) if share % n == 0]
+            fits += f", or batch.micro_batch_size {', '.join(map(str, micros[-8:]))}"
         raise UserError(
-            f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro {self.micro}; what fits: {fits}"
+            f"batch.pairs is {self.pairs}: not a multiple of {world} ranks × batch.micro_batch_size {self.micro_batch_size}; what fits: {fits}"
         )
 
 
@@ -490,7 +492,7 @@ class RunConfig:
         for key, path in (
             ("output", self.output),
             ("data.cache_dir", self.data.cache_dir),
-            ("reference.ledger", self.reference.ledger),
+            ("reference.precomputed", self.reference.precomputed),
         ):
             _require("://" not in (path or ""), key, path, "must be a path of this machine: nothing is written to a URL")
         _number("steps", self.steps, 1)
@@ -508,10 +510,10 @@ class RunConfig:
                 f"must be {usual} with lora: the policy itself is the reference",
             )
         _require(
-            not (self.reference.ledger and self.data.max_bad_samples),
+            not (self.reference.precomputed and self.data.max_bad_samples),
             "data.max_bad_samples",
             self.data.max_bad_samples,
-            "must be 0 with reference.ledger: a run whose shards are whole would read the errors of the replacements",
+            "must be 0 with reference.precomputed: a run whose shards are whole would read the errors of the replacements",
         )
 
     @property
@@ -536,11 +538,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         data = read_yaml(path)
     except OSError as error:
-        raise UserError(f"--config {path}: {reason(error).lower()}") from None
+        raise UserError(f"config {path}: {reason(error).lower()}") from None
     except ValueError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"config {path}: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"--config {path}: expected keys and values, found {_shown(data)}")
+        raise UserError(f"config {path}: expected keys and values, found {_shown(data)}")
     for override in overrides:
         _override(data, override)
     return config_of(data)

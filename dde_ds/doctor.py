@@ -24,12 +24,12 @@ import torch.distributed as dist
 
 from dde_ds.config import RunConfig
 from dde_ds.data.mixture import open_sources
-from dde_ds.distributed import start
-from dde_ds.engine.plan import checkpoint_bytes, export_bytes, kept_checkpoints
+from dde_ds.distributed.environment import DistributedEnv
+from dde_ds.distributed.group import start
 from dde_ds.errors import UserError
-from dde_ds.models.cost import Adapters, parameter_sizes
 from dde_ds.models.unet import load_unet_config
-from dde_ds.ranks import Ranks
+from dde_ds.planning.cost import Adapters, parameter_sizes
+from dde_ds.planning.plan import checkpoint_bytes, export_bytes, kept_checkpoints
 from dde_ds.text import printable, without_passwords
 from dde_ds.warn import reason
 
@@ -66,8 +66,8 @@ def diagnose(run: RunConfig | None, timeout_minutes: float) -> int:
     ]
     if run:
         checks += [("shards", lambda: _shards(run)), ("free disk", lambda: _free_disk(run))]
-        if run.reference.ledger:
-            checks.append(("ledger", lambda: _ledger(run, ranks)))
+        if run.reference.precomputed:
+            checks.append(("precomputed", lambda: _precomputed(run, ranks)))
     healthy = _report(ranks, "ranks", _try(lambda: _ranks(ranks, device)))
     for name, check in checks:
         healthy &= _report(ranks, name, _try(check))
@@ -95,7 +95,7 @@ def _gather(value) -> list:
     return values
 
 
-def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
+def _report(ranks: DistributedEnv, name: str, finding: tuple[bool, str]) -> bool:
     """One line for all ranks: what they have in common, or who differs. Collective; True where no rank failed."""
     found = _gather((*finding, socket.gethostname(), ranks.rank))
     failed = [entry for entry in found if not entry[0]]
@@ -110,7 +110,7 @@ def _report(ranks: Ranks, name: str, finding: tuple[bool, str]) -> bool:
         text = "; ".join(text if len(counts) == 1 else f"{text} ({count} ranks)" for text, count in counts.most_common(4))
         if name in ALIKE and len(counts) > 1:
             failed, text = found, f"ranks differ: {text}; {ALIKE[name]}"
-    if ranks.is_first:
+    if ranks.is_main:
         print(f"{'FAIL' if failed else 'ok  '}  {name:17} {printable(without_passwords(text))}", flush=True)
     return not failed
 
@@ -135,15 +135,15 @@ def _accelerator(device: torch.device, run: RunConfig | None) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
-def _ranks(ranks: Ranks, device: torch.device) -> str:
+def _ranks(ranks: DistributedEnv, device: torch.device) -> str:
     hosts = Counter(_gather(socket.gethostname()))
     numbers = torch.tensor([float(ranks.rank + 1)], device=device)
     dist.all_reduce(numbers)
-    if numbers.item() != ranks.world * (ranks.world + 1) / 2:
-        raise Failed(f"a sum over {ranks.world} ranks is wrong: {numbers.item():g}")
+    if numbers.item() != ranks.world_size * (ranks.world_size + 1) / 2:
+        raise Failed(f"a sum over {ranks.world_size} ranks is wrong: {numbers.item():g}")
     if len(set(hosts.values())) > 1:
         raise Failed(f"hosts hold different numbers of ranks: {', '.join(f'{host} {count}' for host, count in hosts.items())}")
-    return f"{ranks.world} on {len(hosts)} hosts, meeting at {ranks.address}"
+    return f"{ranks.world_size} on {len(hosts)} hosts, meeting at {ranks.address}"
 
 
 def _shared_memory() -> str:
@@ -220,20 +220,20 @@ def _shards(run: RunConfig) -> str:
     return f"{found}; {run.evaluation.path}: {sum(held_out.counts)} pairs, digest {held_out.digest[:8]}"
 
 
-def _ledger(run: RunConfig, ranks: Ranks) -> str:
-    """The folder of ``reference.ledger``, which the first rank alone reads and writes."""
-    assert run.reference.ledger is not None  # asked for only then
-    folder = Path(run.reference.ledger).absolute().parent
-    if ranks.is_first:
+def _precomputed(run: RunConfig, ranks: DistributedEnv) -> str:
+    """The folder of ``reference.precomputed``, which the first rank alone reads and writes."""
+    assert run.reference.precomputed is not None  # asked for only then
+    folder = Path(run.reference.precomputed).absolute().parent
+    if ranks.is_main:
         try:
             tempfile.TemporaryFile(dir=_existing(folder)).close()
         except OSError as error:
-            raise Failed(f"reference.ledger {run.reference.ledger}: not writable: {reason(error).lower()}") from None
+            raise Failed(f"reference.precomputed {run.reference.precomputed}: not writable: {reason(error).lower()}") from None
     return f"{folder}: writable by rank 0"
 
 
 def _free_disk(run: RunConfig) -> str:
-    """Against what :mod:`dde_ds.engine.plan` says that the run will keep."""
+    """Against what :mod:`dde_ds.planning.plan` says that the run will keep."""
     sizes = parameter_sizes(
         load_unet_config(run.model.path, run.model.revision), Adapters(run.lora.rank, run.lora.targets) if run.lora else None
     )
@@ -252,11 +252,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _shared_folder(output: Path, ranks: Ranks) -> tuple[bool, str]:
+def _shared_folder(output: Path, ranks: DistributedEnv) -> tuple[bool, str]:
     """Whether every rank can write into one folder, as each writes its part of a checkpoint, and the first one sees it all. The folder
     and its parents are left as they were found."""
     token, folder = _gather(secrets.token_hex(8))[0], _existing(output)
-    probes = [folder / f".dde_ds-doctor-{token}-{rank}" for rank in range(ranks.world)]
+    probes = [folder / f".dde_ds-doctor-{token}-{rank}" for rank in range(ranks.world_size)]
     problem = ""
     try:
         _write_synced(probes[ranks.rank], token)
@@ -264,7 +264,7 @@ def _shared_folder(output: Path, ranks: Ranks) -> tuple[bool, str]:
         problem = f"output {folder}: not writable: {reason(error).lower()}"
     wrote = not problem
     written = [probe for probe, failed in zip(probes, _gather(problem), strict=True) if not failed]
-    if ranks.is_first and not problem and (lost := _not_shown(written, token)):
+    if ranks.is_main and not problem and (lost := _not_shown(written, token)):
         rank = probes.index(lost[0])
         problem = (
             f"output {folder}: a file that rank {rank} wrote is not there for rank 0; it must be one file system for all nodes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import inspect
 import re
 import sys
 import tempfile
@@ -33,27 +32,6 @@ MENDS = {
     409: "something else was changed there at the same time: push again",
 }
 AGAIN = "push again: what has arrived is not sent twice"
-
-
-def add_command(commands: Any) -> None:
-    """``push`` among the subcommands; it sets ``act``, which takes the parsed arguments."""
-    upload = commands.add_parser("push", help="upload an export to the Hugging Face hub, with a complete model card")
-    upload.add_argument("folder", type=Path, help="diffusers folder or folder of adapters from dde-ds export, or a run folder")
-    upload.add_argument("repo", help="OWNER/NAME on the hub; made where it is not there")
-    upload.add_argument("--license", metavar="ID", help="the hub's name of the licence, which is the base's; needed")
-    upload.add_argument("--license-name", metavar="NAME", help="of a licence that has no id: with --license other")
-    upload.add_argument("--license-link", metavar="URL", help="likewise")
-    upload.add_argument("--base-model", metavar="HUB_ID", help="default: the export's, where that is a hub id")
-    upload.add_argument("--datasets", nargs="+", default=[], metavar="HUB_ID", help="data sets that the pairs came from")
-    upload.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="beside those of the export")
-    upload.add_argument("--comparison", type=Path, help="folder of dde-ds evaluate or compare: its results go into the card")
-    upload.add_argument("--model", metavar="NAME", help="the export's name in the comparison; needed where it compares several")
-    upload.add_argument("--pictures", type=int, default=4, help="how many prompts are shown; 0 shows none")
-    upload.add_argument("--private", action="store_true", help="only into a repository that others cannot see")
-    upload.add_argument("--branch", help="default: main; made where it is not there")
-    upload.add_argument("--message", help="of the commit")
-    upload.add_argument("--dry-run", action="store_true", help="print the card and the files, and upload nothing")
-    upload.set_defaults(act=lambda args: push(**{name: value for name, value in vars(args).items() if name in OPTIONS}))
 
 
 def push(
@@ -117,9 +95,6 @@ def push(
         return
     url = _upload(card, files, repo, private, branch, message or f"Push a model aligned by dde_ds {__version__}")
     print(printable(f"{len(files) + 1} files: {url}"))
-
-
-OPTIONS = frozenset(inspect.signature(push).parameters)
 
 
 def find_export(folder: Path) -> Path:
@@ -301,11 +276,11 @@ def _require_same_weights(export: Path, source: Path, model: str, settings: dict
     """Refuse results of another model. Adapters alone are not checked: the images were drawn by the pipeline that has them merged."""
     if not (export / "model_index.json").is_file():
         return
-    from dde_ds.evaluation.draw import weights_digest
     from dde_ds.evaluation.generate import load_pipeline
-    from dde_ds.models.quiet import quiet_libraries
+    from dde_ds.evaluation.generate_folder import weights_digest
+    from dde_ds.models.silence import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     if weights_digest(load_pipeline(str(export))) != settings.get("weights"):
         raise UserError(
             f"comparison {source}: {model} was drawn by other weights than those in {export}, perhaps of another precision; "
@@ -317,7 +292,7 @@ def _side_by_side(data: dict[str, Any], folder: Path, model: str, count: int) ->
     """Return pictures by their names in the repository, and the table that shows them."""
     import torch
 
-    from dde_ds.evaluation.report_comparison import choose
+    from dde_ds.report.comparison import choose
 
     shown, rows = {}, []
     for prompt, image in choose(torch.zeros(len(data["prompts"]), _images(data)), count)[2]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from dde_ds.cli import main
-from dde_ds.ranks import end_process
+from dde_ds.distributed.process import end_process
 
 if __name__ == "__main__":
     end_process(main(["generate", *sys.argv[1:]]))

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import sys
 
 from dde_ds.cli import main
-from dde_ds.ranks import end_process
+from dde_ds.distributed.process import end_process
 
 if __name__ == "__main__":
     end_process(main(["train", "--one-rank", *sys.argv[1:]]))

@@ -15,12 +15,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "launchers" / "demo"
 
-quiet_libraries()
+silence_libraries()
 # The tests' models are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -36,14 +36,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def sd_model(tmp_path_factory) -> Path:
-    from tests.pipelines import save_sd
+    from tests.support.pipelines import save_sd
 
     return save_sd(tmp_path_factory.mktemp("model") / "sd")
 
 
 @pytest.fixture(scope="session")
 def sdxl_model(tmp_path_factory) -> Path:
-    from tests.pipelines import save_sdxl
+    from tests.support.pipelines import save_sdxl
 
     return save_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
 
@@ -61,11 +61,11 @@ def first_pairs(path: Path) -> Path:
 
 def shard(parquet: Path, model: Path, output: Path, rank: int = 0, world: int = 1, **options) -> Path:
     from dde_ds.data.inputs import find_pairs
-    from dde_ds.data.make import Recipe, make_shards
+    from dde_ds.data.make import EncodingConfig, make_shards
     from dde_ds.models.encode import Encoder
 
     encoder = Encoder(str(model))
-    recipe = Recipe(str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
+    recipe = EncodingConfig(str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
     make_shards(find_pairs([str(parquet)]), output, encoder, recipe, rank, world)
     return output
 

@@ -22,7 +22,7 @@ from dde_ds.models.encode import encoders_digests
 from dde_ds.models.optional import left_out, load_optional
 from dde_ds.models.remembered import remembered
 from dde_ds.models.unet import load_unet, unet_digest
-from tests.bases import changed, copied, in_half, scaled, with_checker
+from tests.support.bases import changed, copied, in_half, scaled, with_checker
 
 
 def test_whole_bases_are_taken(sd_model, sdxl_model, tmp_path):

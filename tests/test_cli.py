@@ -11,9 +11,9 @@ import pytest
 from dde_ds import __version__, load_config
 from dde_ds.cli import main
 from dde_ds.cli.commands import build_parser
-from tests.bases import changed, copied, scaled, with_checker
 from tests.conftest import ROOT, shard
-from tests.launching import RANK_VARIABLES, write_config
+from tests.support.bases import changed, copied, scaled, with_checker
+from tests.support.launching import RANK_VARIABLES, write_config
 
 
 def test_validate(tmp_path, sd_model, sd_shards, capsys):
@@ -46,7 +46,7 @@ def test_validate_finds_what_would_stop_a_run(tmp_path, parquet, sd_model, sd_sh
     encoders = "whose VAE or text encoders have other weights than those of model.path"
     for overrides, named in (
         (f"data.path={sdxl_shards}", "was made for 'sdxl' models"),
-        ("batch.micro=3", "not a multiple of 2 ranks"),
+        ("batch.micro_batch_size=3", "not a multiple of 2 ranks"),
         (f"model.path={other_vae}", f"data.path {sd_shards}: was encoded by '{sd_model}', {encoders} {other_vae}; shard"),
         (f"model.path={other_text}", encoders),
         (f"model.path={other_factor}", "its latents are scaled by 0.18215, those of model.path"),

@@ -50,7 +50,7 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
     assert load_config(again) == run
 
 
-@pytest.mark.parametrize("key", ["output", "data.cache_dir", "reference.ledger"])
+@pytest.mark.parametrize("key", ["output", "data.cache_dir", "reference.precomputed"])
 def test_what_is_written_is_no_url(file, key):
     """As a path it would be a folder ``s3:`` in the working directory, which goes with the machine."""
     with pytest.raises(UserError, match=rf"{key} is 's3://user:\*\*\*@bucket/run': must be a path of this machine"):
@@ -98,7 +98,7 @@ def test_sources(file, tmp_path):
         ("timeout_minutes=1e300", "timeout_minutes is 1e+300: must be 100,000 or less"),
         ("max_hours=1e300", "max_hours is 1e+300: must be 1,000,000,000 or less"),
         ("batch.pairs=1000000000000000003", "batch.pairs is 1000000000000000003: must be 10,000,000 or less"),
-        ("batch.micro=1000000000", "batch.micro is 1000000000: must be 100,000 or less"),
+        ("batch.micro_batch_size=1000000000", "batch.micro_batch_size is 1000000000: must be 100,000 or less"),
         ("samples.seed=-1", "samples.seed is -1: must lie in [0, 2^63)"),
         ("samples.seed=99999999999999999999", "samples.seed is 99999999999999999999: must lie in [0, 2^63)"),
         ("samples.inference_steps=1000000000", "samples.inference_steps is 1000000000: must be 1,000 or less"),
@@ -107,7 +107,15 @@ def test_sources(file, tmp_path):
         (f"model.gradient_checkpointing=every_{'9' * 3000}", "model.gradient_checkpointing is 'every_999"),
         *(
             (f"{key}=runs/{'ä' * 130}", f"{key} is 'runs/äää")
-            for key in ("output", "model.path", "data.path", "evaluation.path", "deepspeed", "reference.ledger", "data.cache_dir")
+            for key in (
+                "output",
+                "model.path",
+                "data.path",
+                "evaluation.path",
+                "deepspeed",
+                "reference.precomputed",
+                "data.cache_dir",
+            )
         ),
         (f"model.path={'a' * 5000}", "model.path has 5,000 characters: must have 4,096 or fewer"),
         (r'output="a\0b"', r"output is 'a\x00b': must not hold a NUL character"),
@@ -146,7 +154,7 @@ def test_missing_key_and_file(tmp_path):
         ("output: é", "not utf-8 text: byte 8 is 0xe9; save it as UTF-8"),
     ):
         path.write_text(text, encoding="latin-1")
-        with pytest.raises(UserError, match=f"^--config {path}: {message}"):
+        with pytest.raises(UserError, match=f"^config {path}: {message}"):
             load_config(path)
     path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-16")
     assert load_config(path).steps == 10
@@ -164,17 +172,17 @@ def test_a_written_configuration_is_read_as_it_was(file, tmp_path):
 
 
 def test_accumulation_is_derived():
-    assert BatchConfig(pairs=2048, micro=4).accumulation(64) == 8
+    assert BatchConfig(pairs=2048, micro_batch_size=4).accumulation(64) == 8
     with pytest.raises(UserError) as error:
-        BatchConfig(pairs=2048, micro=3).accumulation(8)
+        BatchConfig(pairs=2048, micro_batch_size=3).accumulation(8)
     assert str(error.value) == (
-        "batch.pairs is 2048: not a multiple of 8 ranks × batch.micro 3; what fits: batch.pairs 2040 or 2064, or batch.micro 1, 2, 4, 8"
+        "batch.pairs is 2048: not a multiple of 8 ranks × batch.micro_batch_size 3; what fits: batch.pairs 2040 or 2064, or batch.micro_batch_size 1, 2, 4, 8"
     )
     with pytest.raises(UserError, match=r"batch\.pairs 6 or 9"):
-        BatchConfig(pairs=8, micro=1).accumulation(3)
+        BatchConfig(pairs=8, micro_batch_size=1).accumulation(3)
     started = time.perf_counter()
-    with pytest.raises(UserError, match=r"or batch\.micro 1, 3, 9$"):
-        BatchConfig(pairs=9_999_999, micro=7).accumulation(1)
+    with pytest.raises(UserError, match=r"or batch\.micro_batch_size 1, 3, 9$"):
+        BatchConfig(pairs=9_999_999, micro_batch_size=7).accumulation(1)
     assert time.perf_counter() - started < 1
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from dde_ds import doctor
 from dde_ds.config import load_config
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import UserError
-from dde_ds.ranks import Ranks
-from tests.launching import PATIENCE, environment, free_port, write_config
+from tests.support.launching import PATIENCE, environment, free_port, write_config
 
 CODE = "from dde_ds.cli import command; command()"
 
@@ -53,7 +53,7 @@ def lines(process: subprocess.Popen) -> dict[str, str]:
 @pytest.mark.slow
 def test_two_healthy_ranks(config, sd_shards, tmp_path):
     port = free_port()
-    sources = ("data.path=null", f"data.sources=[{{path: {sd_shards}}}]", f"reference.ledger={tmp_path}/ledgers/seed-0")
+    sources = ("data.path=null", f"data.sources=[{{path: {sd_shards}}}]", f"reference.precomputed={tmp_path}/precomputed/seed-0")
     first, second = (start(config, *sources, rank=rank, world=2, port=port) for rank in range(2))
     found = lines(first)
     assert second.communicate(timeout=PATIENCE)[0].strip() == ""
@@ -70,14 +70,14 @@ def test_two_healthy_ranks(config, sd_shards, tmp_path):
             "network device",
             "shards",
             "free disk",
-            "ledger",
+            "precomputed",
         ),
         *("clocks", "traffic", "shared folder"),
     ]
     assert "2 on 1 hosts" in found["ranks"]
     assert f"{sd_shards}: 20 pairs, digest " in found["shards"]
     assert "M parameters and the export take" in found["free disk"]
-    assert found["ledger"] == f"ok {tmp_path}/ledgers: writable by rank 0"
+    assert found["precomputed"] == f"ok {tmp_path}/precomputed: writable by rank 0"
     assert "synced by all, seen by rank 0" in found["shared folder"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "it leaves nothing behind"
 
@@ -127,17 +127,17 @@ def test_ranks_that_do_not_meet():
     assert "error: rank 0 of 2 did not meet the others at 127.0.0.1:" in stderr
 
 
-def test_held_out_pairs_and_the_ledgers_folder_are_looked_at_too(config, sd_shards, tmp_path):
+def test_held_out_pairs_and_the_folder_of_the_precomputed_reference_are_looked_at_too(config, sd_shards, tmp_path):
     def run(**changes):
         return load_config(config, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
     assert doctor._shards(run(evaluation__path=sd_shards)).count(": 20 pairs, digest ") == 2
     with pytest.raises(UserError, match=r"^evaluation.path /nowhere: no such folder"):
         doctor._shards(run(evaluation__path="/nowhere"))
-    ranks = Ranks(0, 1, 0)
+    ranks = DistributedEnv(0, 1, 0)
     (tmp_path / "file").touch()
-    with pytest.raises(doctor.Failed, match=r"^reference.ledger .*: not writable: not a directory"):
-        doctor._ledger(run(reference__ledger=tmp_path / "file" / "ledger"), ranks)
+    with pytest.raises(doctor.Failed, match=r"^reference.precomputed .*: not writable: not a directory"):
+        doctor._precomputed(run(reference__precomputed=tmp_path / "file" / "precomputed"), ranks)
 
 
 def test_nothing_is_left_where_a_rename_fails(tmp_path):

@@ -9,10 +9,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from dde_ds import UserError
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.compute_options import compile_blocks, use_channels_last
 from dde_ds.models.encode import Encoder
 from dde_ds.models.family import Conditioning
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.models.unet import load_unet, predict, unet_digest
 from dde_ds.training.reference import adapters_off
 

@@ -19,8 +19,8 @@ from dde_ds.cli import main
 from dde_ds.engine.export import KOHYA_FILE, LORA_FILE
 from tests.conftest import ROOT
 from tests.engine.test_export import lora_checkpoint, run_of, save_checkpoint
-from tests.hub import TOKEN, serve
-from tests.scorers import save_clip
+from tests.support.hub import TOKEN, serve
+from tests.support.scorers import save_clip
 from tests.test_lora import load
 
 LICENSE = ["--license", "creativeml-openrail-m"]
@@ -259,11 +259,11 @@ def test_what_cannot_be_pushed(hub, run_folder, comparison, sd_model, tmp_path, 
     for arguments, words in [
         ([export, "model", *LICENSE], "repository model: expected OWNER/NAME"),
         ([export, "me/mo..del", *LICENSE], "repository me/mo..del: Cannot have -- or .."),
-        ([export, "me/model"], "license: say under which licence"),
+        ([export, "me/model"], "--license: say under which licence"),
         ([export, "me/model", *LICENSE, "--license-name", "mine"], "has a name and a link already"),
-        ([export, "me/model", *LICENSE, "--base-model", "/a/folder"], "base_model /a/folder: "),
-        ([export, "me/model", *LICENSE, "--datasets", "a/b/c"], "datasets a/b/c: "),
-        ([export, "me/model", *LICENSE, "--message", " "], "message: is empty"),
+        ([export, "me/model", *LICENSE, "--base-model", "/a/folder"], "--base-model /a/folder: "),
+        ([export, "me/model", *LICENSE, "--datasets", "a/b/c"], "--datasets a/b/c: "),
+        ([export, "me/model", *LICENSE, "--message", " "], "--message: is empty"),
         ([export, "me/model", *LICENSE, "--model", "new"], "give the comparison too"),
         ([export, "me/model", *LICENSE, "--comparison", comparison, "--model", "now"], "did you mean 'new'?"),
         ([export, "me/model", *LICENSE, "--comparison", tmp_path], "comparison.json: no such file"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, environment, write_config
+from tests.support.launching import PATIENCE, environment, write_config
 
 BEFORE = """
 import os, signal, sys, threading

@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from dde_ds.cli.node import read_arguments
+from dde_ds.distributed.environment import OWN_PORTS, DistributedEnv, free_port, read_environment
+from dde_ds.distributed.hostfile import first_host, read_hostfile, valid_host
 from dde_ds.errors import UserError
-from dde_ds.ranks import OWN_PORTS, Ranks, first_host, free_port, read_environment, read_hostfile, valid_host
 from tests.conftest import ROOT
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
@@ -33,32 +34,32 @@ SRUN = {
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Ranks(0, 1, 0)),
-        (TORCH, Ranks(5, 8, 1, "node1", 29501)),
-        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, "node1", 29501)),
-        (TORCH | {"MASTER_ADDR": "fe80::1"}, Ranks(5, 8, 1, "fe80::1", 29501)),
-        (MPIRUN, Ranks(1, 2, 1, "127.0.0.1", 29500)),
-        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "10.0.0.1"}, Ranks(1, 2, 1, "10.0.0.1", 29500)),
-        (HYDRA, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        ({}, DistributedEnv(0, 1, 0)),
+        (TORCH, DistributedEnv(5, 8, 1, "node1", 29501)),
+        (TORCH | {"LOCAL_WORLD_SIZE": "4"}, DistributedEnv(5, 8, 1, "node1", 29501)),
+        (TORCH | {"MASTER_ADDR": "fe80::1"}, DistributedEnv(5, 8, 1, "fe80::1", 29501)),
+        (MPIRUN, DistributedEnv(1, 2, 1, "127.0.0.1", 29500)),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "10.0.0.1"}, DistributedEnv(1, 2, 1, "10.0.0.1", 29500)),
+        (HYDRA, DistributedEnv(1, 2, 1, "127.0.0.1", 29500)),
         # A single rank takes a port that is free, whatever its launcher says: another run may be there.
-        ({**TORCH, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Ranks(0, 1, 0)),
-        (dict.fromkeys(MPIRUN, "0") | {"OMPI_COMM_WORLD_SIZE": "1", "MASTER_PORT": "29500"}, Ranks(0, 1, 0)),
+        ({**TORCH, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, DistributedEnv(0, 1, 0)),
+        (dict.fromkeys(MPIRUN, "0") | {"OMPI_COMM_WORLD_SIZE": "1", "MASTER_PORT": "29500"}, DistributedEnv(0, 1, 0)),
         # But torchrun's agent listens there already, and its rank is to call it.
         (
             {**TORCH, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            Ranks(0, 1, 0, "node1", 29501),
+            DistributedEnv(0, 1, 0, "node1", 29501),
         ),
-        (SRUN, Ranks(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
-        (SRUN | {"MASTER_ADDR": "ib-gpu03", "MASTER_PORT": "4000"}, Ranks(5, 8, 1, "ib-gpu03", 4000)),
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+        (SRUN, DistributedEnv(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
+        (SRUN | {"MASTER_ADDR": "ib-gpu03", "MASTER_PORT": "4000"}, DistributedEnv(5, 8, 1, "ib-gpu03", 4000)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, DistributedEnv(0, 1, 0)),
         # srun --mpi=pmi2 sets both.
-        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Ranks(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, DistributedEnv(5, 8, 1, "gpu03", 20000 + 1234 * 7 + 2)),
         # mpiexec in an allocation starts one Slurm task a node, and its own ranks inside.
-        (SRUN | HYDRA, Ranks(1, 2, 1, "127.0.0.1", 29500)),
+        (SRUN | HYDRA, DistributedEnv(1, 2, 1, "127.0.0.1", 29500)),
         # A launcher inside each Slurm task: two tasks, four ranks each.
-        (TORCH | SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, Ranks(5, 8, 1, "node1", 29501)),
+        (TORCH | SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, DistributedEnv(5, 8, 1, "node1", 29501)),
         # The batch script of a job with one task, without srun.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, DistributedEnv(0, 1, 0)),
     ],
 )
 def test_each_launcher(environment, expected):
@@ -137,7 +138,7 @@ def test_hosts():
 def test_one_node_takes_a_free_port_and_several_a_known_one(monkeypatch):
     for name in ("PET_NNODES", "PET_MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("dde_ds.ranks.OWN_PORTS", range(24567, 24667))
+    monkeypatch.setattr("dde_ds.distributed.environment.OWN_PORTS", range(24567, 24667))
     taken = []
     try:
         for port in range(24567, 24666):  # all but the last
@@ -208,7 +209,7 @@ def test_no_hostfile(tmp_path, text, named):
 ENDS = """
 import atexit
 import torch.distributed as dist
-from dde_ds.ranks import end_process
+from dde_ds.distributed.process import end_process
 
 class Held:
     def __del__(self):
@@ -237,7 +238,7 @@ def test_a_deepspeed_that_trains_wrongly_is_refused(monkeypatch):
     import torch
 
     import dde_ds
-    from dde_ds.distributed import DEEPSPEED, check_deepspeed, start
+    from dde_ds.distributed.group import DEEPSPEED, check_deepspeed, start
 
     check_deepspeed()
     oldest = re.search(r"deepspeed>=([\d.]+),", (ROOT / "setup.py").read_text())[1]

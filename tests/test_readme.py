@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, environment
+from tests.support.launching import PATIENCE, environment
 
 ROOMS = ("dde_ds", "docker", "ds_configs", "launchers", "tests", "tools")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ import pytest
 from dde_ds.cli import main
 from dde_ds.cli.inspect_shards import write_sheet
 from tests.conftest import ROOT
-from tests.data.tiny import sign, write_tiny
-from tests.launching import PATIENCE, environment, write_config
+from tests.support.launching import PATIENCE, environment, write_config
+from tests.support.tiny import sign, write_tiny
 
 OURS = [path for folder in ("dde_ds", "launchers", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 SECRETS = {name: f"very-secret-{name.lower()}-7d1c" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
@@ -89,7 +89,7 @@ def manifest_with(folder: Path, rows: dict | None = None, **settings) -> dict:
 
 
 def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, sd_model, sd_shards):
-    from dde_ds import planner
+    from dde_ds.cli import plan
     from dde_ds.cli.shard import _print_rows
     from dde_ds.evaluation.comparison import Comparison, print_table
 
@@ -106,8 +106,8 @@ def test_tables_show_text_from_files_letter_by_letter(tmp_path, printed, sd_mode
     model = tmp_path / "model[b] :warning: \x1b[31m"
     model.symlink_to(sd_model)
     config = write_config(tmp_path / "run.yaml", model, sd_shards)
-    options = {"nodes": 1, "gpus": 1, "gpu_memory": None, "mfu": 0.4, "gpu": planner.GPU, "json": False}
-    planner.plan_run(argparse.Namespace(config=config, overrides=["precision=bf16"], **options))
+    options = {"nodes": 1, "gpus": 1, "gpu_memory": None, "mfu": 0.4, "gpu": plan.GPU, "json": False}
+    plan.plan_run(argparse.Namespace(config=config, overrides=["precision=bf16"], **options))
     assert r"model[b] :warning: \x1b[31m on 1 x" in printed()
 
 
@@ -181,7 +181,7 @@ JSON_OF_OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("path", [*JSON_OF_OTHERS, ROOT / "dde_ds" / "training" / "ledger.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*JSON_OF_OTHERS, ROOT / "dde_ds" / "training" / "precomputed.py"], ids=lambda path: path.stem)
 def test_json_of_shards_is_read_within_limits(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     assert not [node.lineno for node in calls if name_of(node.func) in ("json.loads", "json.load")], "use dde_ds.untrusted"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, environment, rows
+from tests.support.launching import PATIENCE, environment, rows
 
 # What setup.py reads.
 INPUTS = ("dde_ds", "ds_configs", "launchers", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -82,7 +82,7 @@ def test_the_whole_job_from_an_empty_folder(installed, tmp_path):
 
     # Shards, two ranks by the deepspeed launcher, pictures and their judgement.
     short = ["--captions", "6", "--images", "1", "--judge-steps", "30"]
-    overrides = ["steps=2", "batch.pairs=4", "batch.micro=2", "samples.prompts=[fire]", "samples.inference_steps=2"]
+    overrides = ["steps=2", "batch.pairs=4", "batch.micro_batch_size=2", "samples.prompts=[fire]", "samples.inference_steps=2"]
     assert "win rate of the aligned model" in run("dde-ds", "demo", *short, "--", *overrides)
     result = json.loads((tmp_path / "demo_run/result.json").read_text())
     assert result["win_rate"]["prompts"] == 6

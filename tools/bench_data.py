@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from benchmarks import machine, record, table
 
-from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
-from dde_ds.data.make import Recipe, make_shards
+from dde_ds.data.make import EncodingConfig, make_shards
 from dde_ds.data.manifest import PROMPTS_PER_FILE
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from dde_ds.errors import UserError
 from dde_ds.models.encode import Encoder
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
 
 SDXL = {"latents": (4, 128, 128), "prompts": {"prompt_embeds": [77, 2048], "pooled": [1280]}}
 BATCH = 8
@@ -62,7 +62,7 @@ def main() -> int:
     for command in (read, resume, encode, memory):
         command.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
-    quiet_libraries()
+    silence_libraries()
     measure_it, title = {
         "read": (bench_read, "Reading shards"),
         "resume": (bench_resume, "Starting and resuming"),
@@ -139,7 +139,7 @@ def ours(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
     """Pairs of each micro-batch. Checksums, shapes and finite values are checked; noise is drawn and prompts are read as in training."""
     shards = ShardSet(folder)
     order = Order(shards.counts, 0, 8) if shuffled else Sequential(shards.counts)
-    dataset = Latents(shards, order, Draws(0, torch.ones(1000)))
+    dataset = Latents(shards, order, PairRng(0, torch.ones(1000)))
     steps = order.samples // BATCH
     for batch in micro_batches(dataset, RankSlices(BATCH, BATCH, 0, 1, 0, steps), workers, pin_memory=False):
         yield len(batch["prompt"])
@@ -271,7 +271,7 @@ def bench_resume(args: argparse.Namespace, folder: Path) -> str:
 def bench_encode(args: argparse.Namespace, folder: Path) -> str:
     source = find_pairs(args.input)
     encoder = Encoder(args.model, device=args.device)
-    recipe = Recipe(args.model, encoder.resolution, args.pairs_per_shard, args.batch)
+    recipe = EncodingConfig(args.model, encoder.resolution, args.pairs_per_shard, args.batch)
     rows = source.survey().rows
     pairs = len(rows)
 

@@ -28,11 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmarks import machine, ratio, record, table, take_turns
 
+from dde_ds.distributed.process import end_process
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.losses import logistic_loss, margin
 from dde_ds.objective.objective import Objective, build_objective
 from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
-from dde_ds.ranks import end_process
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128)}

@@ -3,7 +3,7 @@
     python tools/bench_train.py                                     # the demo's model
     python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full --zero 2 --compile
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
-    python tools/bench_train.py --ledger                            # with and without the reference's ledger, no plain loop
+    python tools/bench_train.py --precomputed                            # with and without a precomputed reference, no plain loop
     python tools/bench_train.py --apart …                           # where both do not fit the memory together
 
 The plain loop is what public Diffusion-DPO scripts do: a pass of the policy and a separate one of the reference, each over winners and
@@ -37,21 +37,22 @@ from benchmarks import machine, ratio, record, table, take_turns
 from diffusers import UNet2DConditionModel
 
 from dde_ds.config import load_config
-from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
-from dde_ds.distributed import any_rank, start
-from dde_ds.engine.update import accumulating, update
+from dde_ds.distributed.collectives import any_rank
+from dde_ds.distributed.group import start
+from dde_ds.distributed.process import end_process
+from dde_ds.engine.update import apply_if_finite, gradient_accumulation
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.cost import pair_flops
-from dde_ds.models.quiet import quiet_libraries
-from dde_ds.models.speed import compile_blocks, use_channels_last
+from dde_ds.models.compute_options import compile_blocks, use_channels_last
+from dde_ds.models.silence import silence_libraries
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.ranks import end_process
+from dde_ds.planning.cost import pair_flops
 from dde_ds.training.batches import Batch
 from dde_ds.training.guards import Guards
 from dde_ds.training.heartbeat import Heartbeat
@@ -86,10 +87,10 @@ class MadeUpShards:
         sample = {"latents": self._latents[row], "prompt": torch.tensor(0)}
         return sample | ({"time_ids": self._time_ids} if self._xl else {})
 
-    def announce(self, shard: int, row: int) -> None:
+    def prefetch(self, shard: int, row: int) -> None:
         """Nothing to read ahead."""
 
-    def following(self, shard: int, row: int) -> tuple[int, int]:
+    def next_sample(self, shard: int, row: int) -> tuple[int, int]:
         """Return the next pair, round and round; none is ever damaged."""
         return shard, (row + 1) % PAIRS_HELD
 
@@ -115,9 +116,11 @@ def main() -> int:
     )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2, help="ds_configs/zero….json")
     parser.add_argument(
-        "--ledger", action="store_true", help="beside ours the same with a ledger, without a reference, and no plain loop"
+        "--precomputed",
+        action="store_true",
+        help="beside ours the same with a precomputed reference, without a reference, and no plain loop",
     )
-    parser.add_argument("--only", choices=("ours", "ledger", "plain"), help="one loop alone")
+    parser.add_argument("--only", choices=("ours", "precomputed", "plain"), help="one loop alone")
     parser.add_argument(
         "--apart",
         action="store_true",
@@ -127,7 +130,7 @@ def main() -> int:
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
-    quiet_libraries()
+    silence_libraries()
     try:
         found = apart(args) if args.apart else measure(args)
     except UserError as error:
@@ -141,7 +144,11 @@ def main() -> int:
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
         how = f"{args.precision}, latents {args.latent}, micro-batch {args.micro}, checkpointing {args.checkpointing}, ZeRO-{args.zero}"
-        what = "Training step with and without a ledger" if args.ledger or args.only == "ledger" else "Training step"
+        what = (
+            "Training step with and without a precomputed reference"
+            if args.precomputed or args.only == "precomputed"
+            else "Training step"
+        )
         treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
         treated += f", {args.only} alone" if args.only else ""
         record(f"{what}, {name}, {how}{treated}, {found['machine']}", text)
@@ -177,13 +184,13 @@ Step = Callable[[Callable[[str], None]], None]
 
 
 def names(args: argparse.Namespace) -> list[str]:
-    return [args.only] if args.only else ["ours", "ledger" if args.ledger else "plain"]
+    return [args.only] if args.only else ["ours", "precomputed" if args.precomputed else "plain"]
 
 
 def measure(args: argparse.Namespace) -> dict:
     """Seconds of each loop's steps, medians of their parts, peak memory and FLOPs of a pair; the machine, and what it can do."""
     _, device = start()
-    makers = {"ours": ours, "ledger": partial(ours, ledger=True), "plain": plain}
+    makers = {"ours": ours, "precomputed": partial(ours, precomputed=True), "plain": plain}
     loops: dict[str, Step] = {}
     flops: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -260,13 +267,13 @@ def report(args: argparse.Namespace, found: dict) -> str:
         + table(["loop", "step", "pairs/s", "utilisation", "peak memory", *PARTS, "waiting for data"], rows)
     )
     if len(rows) == 2:
-        over, under = ("ours", "ledger") if args.ledger else ("ours", "plain")
+        over, under = ("ours", "precomputed") if args.precomputed else ("ours", "plain")
         middle, low, high = ratio(found["seconds"][over], found["seconds"][under])
         kind = "steps of the same number" if args.apart else "the ratios within a turn"
         text += f"\n\n{over} / {under}, median of {kind}: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
-    if args.ledger:
+    if args.precomputed:
         held = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
-        text += f"; weights of the reference, which the loop with a ledger does without: {held / 2**20:.0f} MiB"
+        text += f"; weights of the reference, which the loop with a precomputed reference does without: {held / 2**20:.0f} MiB"
     return text
 
 
@@ -286,10 +293,10 @@ def load(args: argparse.Namespace) -> Any:
     return unet
 
 
-def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: bool = False) -> tuple[Step, float]:
-    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``ledger`` no reference is loaded: its
+def ours(args: argparse.Namespace, device: torch.device, folder: Path, precomputed: bool = False) -> tuple[Step, float]:
+    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``precomputed`` no reference is loaded: its
     errors, made up, come with the batch."""
-    unet, reference = load(args), None if ledger else load(args)
+    unet, reference = load(args), None if precomputed else load(args)
     for model in (unet, reference) if reference else (unet,):
         if args.channels_last:
             use_channels_last(model)
@@ -298,18 +305,18 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
     path = folder / "run.yaml"
     path.write_text(json.dumps({
         "output": str(folder), "steps": 1, "model": {"path": "-", "compile": args.compile}, "data": {"path": "-"}, "optimizer": {"learning_rate": RATE},
-        "batch": {"pairs": args.micro * args.accumulate, "micro": args.micro},
+        "batch": {"pairs": args.micro * args.accumulate, "micro_batch_size": args.micro},
         "precision": args.precision, "deepspeed": str(ROOT / "ds_configs" / f"zero{args.zero}.json"),
     }))  # fmt: skip
     config = complete_config(load_config(path), 1)
     policy, reference = initialize(unet, reference, config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler(STABLE_DIFFUSION), beta=BETA).to(device)
     shards = MadeUpShards(unet, args.latent)
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, objective.timestep_probabilities))
+    dataset = PairDataset(shards, Order(shards.counts, 0, 1), PairRng(0, objective.timestep_probabilities))
     slices = RankSlices(args.micro * args.accumulate, args.micro, 0, 1, 0, 10**6)
     guards, averages, log, heartbeat, numbers = Guards(1), Averages(), RunLog(folder, 0), Heartbeat(folder), itertools.count(1)
     batches = micro_batches(dataset, slices, workers=0, pin_memory=device.type == "cuda")
-    predict_reference = None if ledger else frozen_model(reference)
+    predict_reference = None if precomputed else frozen_model(reference)
 
     def step(ended: Callable[[str], None]) -> None:
         def timed_reference(*inputs):
@@ -320,12 +327,12 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
             return prediction
 
         number = next(numbers)
-        with accumulating(policy):
+        with gradient_accumulation(policy):
             for _ in range(args.accumulate):
                 batch = Batch(**next(batches))
-                if ledger:
+                if precomputed:
                     batch = dataclasses.replace(batch, reference_errors=torch.ones(2 * args.micro))
-                out = micro_step(policy, None if ledger else timed_reference, objective, batch, device)
+                out = micro_step(policy, None if precomputed else timed_reference, objective, batch, device)
                 ended("forward")
                 policy.backward(guards.watch(out.loss, batch))
                 ended("backward")
@@ -333,7 +340,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
                 if not policy.is_gradient_accumulation_boundary():
                     policy.step()
                 ended("step")
-        norm = update(policy)
+        norm = apply_if_finite(policy)
         heartbeat.beat(number)
         if not math.isfinite(norm):
             guards.skipped(number)  # raises: nothing of this would be a measurement
@@ -345,7 +352,7 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, ledger: b
         ended("step")
 
     flops = pair_flops(unet.config, (unet.config["in_channels"], args.latent, args.latent))
-    return step, 0.75 * flops if ledger else flops  # three passes of four
+    return step, 0.75 * flops if precomputed else flops  # three passes of four
 
 
 def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[Step, float]:
@@ -354,7 +361,7 @@ def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple
     schedule = NoiseSchedule.from_scheduler(STABLE_DIFFUSION)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE)
     shards = MadeUpShards(policy, args.latent)
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(1000)))
+    dataset = PairDataset(shards, Order(shards.counts, 0, 1), PairRng(0, torch.ones(1000)))
     positions = iter(range(10**9))
 
     def step(ended: Callable[[str], None]) -> None:

@@ -28,14 +28,14 @@ import torch
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import win_rate
 from dde_ds.files import write_atomically
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
 from dde_ds.objective import specs
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "launchers" / "demo"
 TUNING_SEED = 1000
-BASE_TUNING = {"name": "base-tuning", "captions": "train", "overrides": None, "ledger": None}
-BASE_HELD_OUT = {"name": "base-held_out", "captions": "held_out", "overrides": None, "ledger": None}
+BASE_TUNING = {"name": "base-tuning", "captions": "train", "overrides": None, "precomputed": None}
+BASE_HELD_OUT = {"name": "base-held_out", "captions": "held_out", "overrides": None, "precomputed": None}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="only write table and figure of the results that are there")
     args = parser.parse_args()
     args.output = args.output.resolve()
-    quiet_libraries()
+    silence_libraries()
     try:
         unknown = [name for name in args.only if name not in VARIANTS]
         if unknown:
@@ -154,9 +154,9 @@ def job(name: str, variant: Variant, setting: Setting, seed: int, captions: str)
     if variant.timesteps:
         overrides.append(f"objective.timestep_range={list(variant.timesteps)}")
     # The first run of a seed writes the reference's errors there, and the others read them.
-    ledger = None if variant.timesteps else f"seed-{seed}"
+    precomputed = None if variant.timesteps else f"seed-{seed}"
     name = f"{name}-{variant.name.replace(' ', '-')}-beta{setting.beta:g}-rate{setting.rate:g}-seed{seed}"
-    return {"name": name, "captions": captions, "overrides": overrides, "ledger": ledger}
+    return {"name": name, "captions": captions, "overrides": overrides, "precomputed": precomputed}
 
 
 def settings(args: argparse.Namespace) -> dict:

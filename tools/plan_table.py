@@ -14,11 +14,11 @@ from pathlib import Path
 from benchmarks import table
 
 from dde_ds.config import RunConfig, load_config
-from dde_ds.engine.devices import Device
-from dde_ds.engine.plan import MODES, Task, rank_memory, usable
-from dde_ds.models.cost import TOKENS
 from dde_ds.models.known import read_architecture
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
+from dde_ds.planning.cost import TOKENS
+from dde_ds.planning.gpus import Device
+from dde_ds.planning.plan import MODES, Workload, rank_memory, usable
 
 ROOT = Path(__file__).resolve().parent.parent
 # Recipe, architecture, side of its latents, and the pairs of a micro-batch below which a GPU waits for launches.
@@ -28,11 +28,11 @@ MEMORIES, COUNTS, LARGEST = (24, 40, 80), (1, 8, 64), 16
 
 
 def main() -> int:
-    quiet_libraries()
+    silence_libraries()
     rows = []
     for recipe, architecture, side, enough in MODELS:
         unet = read_architecture(architecture)
-        task = Task(unet, (unet["in_channels"], side, side), TOKENS, pair_bytes=0)
+        task = Workload(unet, (unet["in_channels"], side, side), TOKENS, pair_bytes=0)
         for memory in MEMORIES:
             device = Device("", 0.0, memory)
             for count in COUNTS:
@@ -55,7 +55,7 @@ def main() -> int:
     return 0
 
 
-def choose(recipe: str, task: Task, count: int, device: Device, enough: int) -> list[str]:
+def choose(recipe: str, task: Workload, count: int, device: Device, enough: int) -> list[str]:
     node = min(count, 8)
     fitting = []
     for file in FILES:
@@ -81,7 +81,11 @@ def choose(recipe: str, task: Task, count: int, device: Device, enough: int) -> 
 
 
 def configured(recipe: str, file: str, mode: str, micro: int) -> RunConfig:
-    overrides = [f"deepspeed={ROOT / 'ds_configs' / file}.json", f"model.gradient_checkpointing={mode}", f"batch.micro={micro}"]
+    overrides = [
+        f"deepspeed={ROOT / 'ds_configs' / file}.json",
+        f"model.gradient_checkpointing={mode}",
+        f"batch.micro_batch_size={micro}",
+    ]
     return load_config(ROOT / "launchers" / "recipes" / f"{recipe}.yaml", overrides)
 
 

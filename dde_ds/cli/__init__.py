@@ -15,7 +15,7 @@ def command() -> NoReturn:
         from dde_ds.training.signals import listen
 
         listen()
-    from dde_ds.ranks import end_process
+    from dde_ds.distributed.process import end_process
 
     end_process(main())
 

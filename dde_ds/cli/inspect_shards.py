@@ -41,9 +41,9 @@ def inspect_shards(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from dde_ds.data.shards import ShardSet
-    from dde_ds.models.quiet import quiet_libraries
+    from dde_ds.models.silence import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     if args.sheet and args.sheet.suffix not in (".html", ".png"):
         raise UserError(f"--sheet {args.sheet}: expected a name that ends in .html or .png")
     if args.pairs < 1:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dde_ds.cli.parsing import Parser
+from dde_ds.distributed.environment import DEFAULT_PORT, free_port
+from dde_ds.distributed.hostfile import valid_host
 from dde_ds.errors import UserError
-from dde_ds.ranks import DEFAULT_PORT, free_port, valid_host
 from dde_ds.training.node import Node, run_node, visible_gpus
 from dde_ds.training.signals import listening
 

@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dde_ds.distributed.environment import DistributedEnv, read_environment
 from dde_ds.errors import RankError, UserError
 from dde_ds.models.base import called
-from dde_ds.ranks import Ranks, read_environment
 from dde_ds.text import verbatim
 from dde_ds.warn import reason
 
@@ -80,12 +80,12 @@ def add_commands(commands: Any) -> None:
 def shard(args: argparse.Namespace) -> None:
     """Shard as the options say, or this rank's part of it."""
     _check(args)
-    ranks = Ranks(0, 1, 0) if args.alone else read_environment()
+    ranks = DistributedEnv(0, 1, 0) if args.alone else read_environment()
     try:
         with called("--model"):
             if not args.dry_run:
-                _shard(args, ranks.rank, ranks.world, ranks.local_rank)
-            elif ranks.is_first:
+                _shard(args, ranks.rank, ranks.world_size, ranks.local_rank)
+            elif ranks.is_main:
                 _dry_run(args)
     except OSError as error:
         if error.errno not in DISK_PROBLEMS:
@@ -118,9 +118,9 @@ def _colour(name: str) -> tuple[int, int, int]:
 
 
 def _recipe(args: argparse.Namespace, resolution: int):
-    from dde_ds.data.make import Recipe
+    from dde_ds.data.make import EncodingConfig
 
-    return Recipe(
+    return EncodingConfig(
         args.model,
         resolution,
         args.pairs_per_shard,
@@ -168,9 +168,9 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     from dde_ds.data.inputs import find_pairs
     from dde_ds.data.make import make_shards
     from dde_ds.models.encode import Encoder
-    from dde_ds.models.quiet import quiet_libraries
+    from dde_ds.models.silence import silence_libraries
 
-    quiet_libraries()
+    silence_libraries()
     warnings.filterwarnings("ignore", module="PIL")  # odd images are counted, not warned of
     recipe = _recipe(args, _resolution(args))
     source = find_pairs(args.input, args.split, args.root, args.follow_links)  # before minutes of loading

@@ -1,4 +1,4 @@
-"""``dde-ds train`` and ``launchers/train.py``: align a model; ``dde-ds ledger``: the reference's part of it, ahead of time."""
+"""``dde-ds train`` and ``launchers/train.py``: align a model; ``dde-ds precompute-reference``: the reference's part of it, ahead of time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from dde_ds.cli.node import OPTIONS, add_node_options, flag, node_of
 from dde_ds.config import load_config
+from dde_ds.distributed.environment import launched
 from dde_ds.errors import UserError
-from dde_ds.ranks import launched
 from dde_ds.training.node import run_node
 from dde_ds.training.signals import asked
 
@@ -45,10 +45,12 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--one-rank", action="store_true", help="start no ranks: this process is one, whatever GPUs there are")
     add_node_options(train.add_argument_group("where no launcher started it"))
 
-    ledger = commands.add_parser("ledger", help="write the reference's errors for a run, and runs like it, without training")
-    ledger.set_defaults(act=fill_ledger, report={"over_ranks": True})
-    ledger.add_argument("config", help="YAML of a run with reference.ledger")
-    ledger.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    precomputed = commands.add_parser(
+        "precompute-reference", help="write the reference's errors for a run, and runs like it, without training"
+    )
+    precomputed.set_defaults(act=precompute_reference, report={"over_ranks": True})
+    precomputed.add_argument("config", help="YAML of a run with reference.precomputed")
+    precomputed.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
 
 def run_training(args: argparse.Namespace) -> int:
@@ -96,7 +98,7 @@ def leave_if_asked_before_joining() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def fill_ledger(args: argparse.Namespace) -> None:
-    from dde_ds.training import ledger_pass
+def precompute_reference(args: argparse.Namespace) -> None:
+    from dde_ds.training import precompute_reference
 
-    ledger_pass.fill_ledger(load_config(args.config, args.overrides))
+    precompute_reference.precompute_reference(load_config(args.config, args.overrides))

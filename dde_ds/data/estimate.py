@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dde_ds.data.make import CUT_CAPTION, Recipe
+from dde_ds.data.make import CUT_CAPTION, EncodingConfig
 from dde_ds.data.pairs import PairSource
 from dde_ds.errors import UserError
 from dde_ds.models.base import family_of
@@ -21,7 +21,7 @@ SAMPLED, RUN = 256, 32
 OVERHEAD = 2560
 
 
-def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) -> dict:
+def estimate(source: PairSource, recipe: EncodingConfig, revision: str | None = None) -> dict:
     """Rows by reason, samples, distinct prompts, the share of images that would be upscaled, and bytes on disk.
 
     ``upscaled`` and ``unusable`` are shares of ``sampled`` images, of which only the headers are decoded.
@@ -31,7 +31,7 @@ def estimate(source: PairSource, recipe: Recipe, revision: str | None = None) ->
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if recipe.resolution % factor:
-        raise UserError(f"--resolution {recipe.resolution}: must be a multiple of {factor}, the VAE's factor")
+        raise UserError(f"resolution {recipe.resolution}: must be a multiple of {factor}, the VAE's factor")
     latent = 2 * 2 * vae["latent_channels"] * (recipe.resolution // factor) ** 2
     copies = 1 + recipe.flip + (recipe.latents == "mean+logvar")
     texts = {text.part: load_component_config(recipe.model, text.part, revision) for text in family.text_encoders}
@@ -59,7 +59,7 @@ def _tokenizers(model: str, names: Iterable[str], revision: str | None) -> list[
     try:
         return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]  # pyright: ignore[reportArgumentType]  # takes None
     except OSError as error:
-        raise UserError(f"--model {model}: tokenizer not loadable: {' '.join(str(error).split())}") from None
+        raise UserError(f"model {model}: tokenizer not loadable: {' '.join(str(error).split())}") from None
 
 
 def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:

@@ -48,17 +48,17 @@ class FolderPairs:
 
     def __init__(self, path: Path, root: Path | None = None, follow_links: bool = False):
         if root is not None and not root.is_dir():
-            raise UserError(f"--root {root}: no such folder")
+            raise UserError(f"root {root}: no such folder")
         folder = root or path.parent
         self.path, self.root, self.follow_links = path, folder.resolve(), follow_links
         self._roots = (self.root, folder.absolute())
-        self._option = f"--root {root}" if root else f"the folder of {path.name}"
+        self._option = f"root {root}" if root else f"the folder of {path.name}"
         try:
             data = read_regular(path)
         except OSError as error:
-            raise UserError(f"--input {path}: not readable: {reason(error).lower()}") from None
+            raise UserError(f"input {path}: not readable: {reason(error).lower()}") from None
         except ValueError as error:
-            raise UserError(f"--input {path}: {error}") from None
+            raise UserError(f"input {path}: {error}") from None
         self.pairs = [self._parse(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
         self.identity = [{"name": path.name, "rows": len(self.pairs), "sha256": hashlib.sha256(data).hexdigest()}]
 
@@ -88,7 +88,7 @@ class FolderPairs:
         return Path(os.path.normpath(self.root / name))
 
     def _parse(self, number: int, line: bytes) -> Line:
-        where = f"--input {self.path}, line {number}"
+        where = f"input {self.path}, line {number}"
         try:
             record = parse_json(line, unique_keys=True)
             winner, loser, caption = (record[key] for key in ("winner", "loser", "caption"))
@@ -122,7 +122,7 @@ class FolderPairs:
         steps = [step for step in (*reversed(place.parents), place) if inside and step not in self._roots]
         link = next((step for step in steps if step.is_symlink() and any(step.is_relative_to(root) for root in self._roots)), None)
         if link is None:
-            mend = "--root DIR names the folder that paths may point into"
+            mend = "name the folder that paths may point into as root"
             raise UserError(f"{where}: {name!r} lies outside of {self._option}; {mend}")
         raise UserError(
             f"{where}: {name!r} lies outside of {self._option}, behind the link {link} -> {link.readlink()}; --follow-links follows it"

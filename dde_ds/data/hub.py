@@ -28,16 +28,16 @@ class HubPairs:
         try:
             import datasets
         except ImportError:
-            raise UserError(f"--input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
+            raise UserError(f"input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
         datasets.disable_progress_bars()
         try:
             found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
         except Exception as error:  # whatever the hub, the network and the builder may raise
             problem = " ".join(str(error).split())[:300]
-            raise UserError(f"--input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
+            raise UserError(f"input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
-                raise UserError(f"--split {split}: {name} has {', '.join(map(str, found))}")
+                raise UserError(f"split {split}: {name} has {', '.join(map(str, found))}")
             found = found[split]
         check_columns(name, found.features.arrow_schema)
         self.label = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
@@ -53,7 +53,7 @@ class HubPairs:
     def survey(self, keep_no_caption: bool = False) -> Survey:
         found, row = SurveyBuilder(keep_no_caption), 0
         for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
-            captions = captions_of(batch["caption"], f"--input {self.label}", row)
+            captions = captions_of(batch["caption"], f"input {self.label}", row)
             for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
                 found.add(caption, label_of(label))
             row += len(captions)

@@ -29,11 +29,11 @@ def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = 
     inputs = [item.removeprefix("file://") for item in inputs]
     for item in inputs:
         if "://" in item and item.partition("://")[0] not in SCHEMES:
-            raise UserError(f"--input {item}: expected a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+            raise UserError(f"input {item}: expected a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
     if lines := _pairs_jsonl(inputs):
         return FolderPairs(lines, root, follow_links)
     if root or follow_links:
-        option = "--root" if root else "--follow-links"
+        option = "root" if root else "follow_links"
         raise UserError(f"{option}: is for the images of a pairs.jsonl, and --input {inputs[0]} is none; leave it out")
     path = Path(inputs[0])
     if len(inputs) == 1 and "://" not in inputs[0]:
@@ -50,5 +50,5 @@ def _pairs_jsonl(inputs: list[str]) -> Path | None:
         return Path(inputs[0]) / "pairs.jsonl"
     found = [Path(file) for item in inputs if item.endswith(".jsonl") and "://" not in item for file in find_files(item)]
     if found and (len(found) > 1 or len(inputs) > 1):
-        raise UserError(f"--input {found[0]}: one pairs.jsonl is read at a time, without other inputs")
+        raise UserError(f"input {found[0]}: one pairs.jsonl is read at a time, without other inputs")
     return found[0] if found else None

@@ -39,7 +39,7 @@ REPEATED_PAIR, CUT_CAPTION = "repeated pair", "cut caption"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodingConfig:
     """How pairs become samples."""
 
     model: str
@@ -91,7 +91,7 @@ def make_shards(
     source: PairSource,
     output: Path,
     encoder: Encoder,
-    recipe: Recipe,
+    recipe: EncodingConfig,
     rank: int = 0,
     world: int = 1,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -114,15 +114,15 @@ def make_shards(
     survey = source.survey(recipe.keep_no_caption)
     if not len(survey.rows):
         mend = (
-            "--keep-no-caption keeps those without a caption"
+            "keep_no_caption keeps those without a caption"
             if NO_CAPTION in survey.counts
             else "label_0 must be 1 or 0 in some rows"
         )
-        raise UserError(f"--input: no decided pair ({dict(survey.counts)}): {mend}")
+        raise UserError(f"input: no decided pair ({dict(survey.counts)}): {mend}")
     captions = ["", *(caption for caption in survey.captions if caption)]
     prompts_files, shards = -(-len(captions) // PROMPTS_PER_FILE), -(-len(survey.rows) // recipe.pairs_per_shard)
     if prompts_files + shards > MOST_FILES:
-        raise UserError(f"--pairs-per-shard {recipe.pairs_per_shard}: makes {shards} shards, more than a manifest holds; raise it")
+        raise UserError(f"pairs_per_shard {recipe.pairs_per_shard}: makes {shards} shards, more than a manifest holds; raise it")
     settings = recipe.settings(encoder, source)
     settings, digest = _claim(output, settings)
     shapes = {name: list(value.shape[1:]) for name, value in encoder.prompts([""]).items()}
@@ -197,7 +197,7 @@ def _finish(
     write_atomically(output / "errors.jsonl", lines.encode())
     if kept == 0:
         raise UserError(
-            f"--input: none of {len(survey.rows)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}"
+            f"input: none of {len(survey.rows)} decided pairs could be encoded; the reasons are in {output / 'errors.jsonl'}"
         )
     counts = survey.counts
     counts.update(error["reason"].partition(":")[0] for error in failed)
@@ -240,27 +240,27 @@ def _claim(output: Path, settings: dict) -> tuple[dict, str]:
         # Before looking for the settings: another rank may write them now, and its shards only after them.
         foreign = [entry for entry in output.iterdir() if not entry.name.startswith(".settings.json.")]
     except OSError as error:
-        raise UserError(f"--output {output}: not writable: {reason(error).lower()}") from None
+        raise UserError(f"output {output}: not writable: {reason(error).lower()}") from None
     data = json.dumps(settings, ensure_ascii=False, indent=1).encode()
     if not path.is_file():
         if foreign and not path.is_file():
-            raise UserError(f"--output {output}: is not empty and holds no shards of ours; choose another folder")
+            raise UserError(f"output {output}: is not empty and holds no shards of ours; choose another folder")
         write_atomically(path, data)
     try:
         data = read_regular(path, JSON_BYTES)
         before = parse_json(data)
         differing = [key for key in {**settings, **before} if key not in FREE and before.get(key) != settings.get(key)]
     except (ValueError, TypeError):
-        raise UserError(f"--output {output}: its settings.json is damaged; delete the folder") from None
+        raise UserError(f"output {output}: its settings.json is damaged; delete the folder") from None
     if differing and "background" not in before:
         raise UserError(
-            f"--output {output}: was begun by an earlier version, which read some images and captions otherwise; "
+            f"output {output}: was begun by an earlier version, which read some images and captions otherwise; "
             "finish it with that version, or choose another folder"
         )
     if differing:
         key = differing[0]
         raise UserError(
-            f"--output {output}: was begun with other settings ({key} {before.get(key)!r}, now {settings.get(key)!r}); "
+            f"output {output}: was begun with other settings ({key} {before.get(key)!r}, now {settings.get(key)!r}); "
             "choose another folder or delete this one"
         )
     return before, hashlib.sha256(data).hexdigest()
@@ -280,7 +280,7 @@ def _encode_prompts(captions: list[str], first: int, encoder: Encoder, batch: in
 Decoded = tuple[int, PairRow, "Future[Prepared]", "Future[Prepared]"]
 
 
-def _prepare(pairs: Iterable[PairRow], first: int, recipe: Recipe, decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
+def _prepare(pairs: Iterable[PairRow], first: int, recipe: EncodingConfig, decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
     """Consecutive pairs in chunks of a batch, numbered from ``first``, the images of the next chunks already being decoded."""
     numbered = enumerate(pairs, first)
     ahead: deque[list[Decoded]] = deque()
@@ -295,7 +295,7 @@ def _prepare(pairs: Iterable[PairRow], first: int, recipe: Recipe, decoders: Thr
         yield ahead.popleft()
 
 
-def _prepared(data: bytes | None, recipe: Recipe) -> Prepared:
+def _prepared(data: bytes | None, recipe: EncodingConfig) -> Prepared:
     if data is None:
         raise ValueError("missing image")
     return prepare_image(data, recipe.resolution, recipe.shortest, recipe.background)
@@ -305,7 +305,7 @@ def _encode(
     chunks: Iterable[list[Decoded]],
     encoder: Encoder,
     prompt_of: dict[str, int],
-    recipe: Recipe,
+    recipe: EncodingConfig,
     first: int,
     count: int,
     notes: list[dict],
@@ -340,7 +340,7 @@ def _fingerprint(pair: PairRow) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: Recipe, stream: int) -> dict[str, Tensor]:
+def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: EncodingConfig, stream: int) -> dict[str, Tensor]:
     """What is stored of images (2N,3,H,W): tensors (N,2,C,h,w) float16."""
     mean, logvar = (value.unflatten(0, (-1, 2)) for value in encoder.posterior(pixels))
     if recipe.latents == "sample":

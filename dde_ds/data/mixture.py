@@ -93,21 +93,21 @@ class MixedShards:
         sample = one.read(own, row)
         return {**sample, "prompt": sample["prompt"] + self._first_prompt[self._set_of[shard]]}
 
-    def announce(self, shard: int, row: int) -> None:
-        """As :meth:`ShardSet.announce`."""
+    def prefetch(self, shard: int, row: int) -> None:
+        """As :meth:`ShardSet.prefetch`."""
         one, own = self._places[shard]
-        one.announce(own, row)
+        one.prefetch(own, row)
 
     def prompt(self, row: int) -> dict[str, torch.Tensor]:
         """As :meth:`ShardSet.prompt`."""
         number = int(np.searchsorted(self._first_prompt, row, side="right")) - 1
         return self.sets[min(number, len(self.sets) - 1)].prompt(row - self._first_prompt[min(number, len(self.sets) - 1)])
 
-    def following(self, shard: int, row: int) -> tuple[int, int]:
-        """As :meth:`ShardSet.following`, within the same source."""
+    def next_sample(self, shard: int, row: int) -> tuple[int, int]:
+        """As :meth:`ShardSet.next_sample`, within the same source."""
         one, own = self._places[shard]
         first = shard - own
-        found, row = one.following(own, row)
+        found, row = one.next_sample(own, row)
         return first + found, row
 
 

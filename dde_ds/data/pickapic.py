@@ -59,7 +59,7 @@ class ParquetPairs:
             with _opened(file) as parquet:
                 row = 0
                 for batch in parquet.iter_batches(columns=["caption", "label_0"]):
-                    captions = captions_of(batch["caption"], f"--input {file}", row)
+                    captions = captions_of(batch["caption"], f"input {file}", row)
                     for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
                         found.add(caption, label_of(label))
                     row += len(captions)
@@ -124,11 +124,11 @@ def find_files(name: str) -> list[str]:
         UserError: nothing is there.
     """
     if "://" in name:
-        fs, root = filesystem(name, "--input")
+        fs, root = filesystem(name, "input")
         try:
             found = sorted(fs.glob(root)) if glob.has_magic(root) and not fs.exists(root) else [root]
         except Exception as error:  # every driver has exceptions of its own
-            raise UserError(f"--input {name}: not readable: {type(error).__name__} {' '.join(str(error).split())}") from None
+            raise UserError(f"input {name}: not readable: {type(error).__name__} {' '.join(str(error).split())}") from None
         found = [path if "://" in path else fs.unstrip_protocol(path) for path in found]
     elif glob.has_magic(name) and not Path(name).exists():
         found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
@@ -136,9 +136,9 @@ def find_files(name: str) -> list[str]:
         found = [name]
     found = [file for path in found for file in (_parquet_below(path) if Path(path).is_dir() else [path])]
     if not found and Path(name).is_dir():
-        raise UserError(f"--input {name}: holds no pairs.jsonl, no parquet file and no data set that `datasets` saved")
+        raise UserError(f"input {name}: holds no pairs.jsonl, no parquet file and no data set that `datasets` saved")
     if not found:
-        raise UserError(f"--input {name}: no file matches")
+        raise UserError(f"input {name}: no file matches")
     return found
 
 
@@ -161,7 +161,7 @@ def _opened(file: str):
         raise
     except FileNotFoundError:
         raise UserError(
-            f"--input {file}: no such file; give parquet files or a quoted glob such as 'pickapic/train-*.parquet'"
+            f"input {file}: no such file; give parquet files or a quoted glob such as 'pickapic/train-*.parquet'"
         ) from None
     except Exception as error:  # pyarrow's, the file system's, and every remote driver's own
         problem = " ".join(str(error).split())[:300] or type(error).__name__
@@ -170,7 +170,7 @@ def _opened(file: str):
             rest = (
                 "parquet files in Pick-a-Pic's columns, one pairs.jsonl, a folder of either or a data set for `datasets` are read"
             )
-        raise UserError(f"--input {file}: not readable as parquet: {problem}; {rest}") from error
+        raise UserError(f"input {file}: not readable as parquet: {problem}; {rest}") from error
 
 
 def _open(file: str):
@@ -182,7 +182,7 @@ def _open(file: str):
             raise FileNotFoundError(file)
         # Absolute: pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there.
         return pq.ParquetFile(Path(file).absolute(), buffer_size=1 << 20, pre_buffer=False)
-    fs, root = filesystem(file, "--input")
+    fs, root = filesystem(file, "input")
     return pq.ParquetFile(fs.open(root, "rb", block_size=4 << 20), pre_buffer=False)
 
 
@@ -192,11 +192,11 @@ def check_columns(file: str, schema: Any) -> None:
     """
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
-        raise UserError(f"--input {file}: no column {', '.join(missing)}; Pick-a-Pic v2's {', '.join(COLUMNS)} are needed")
+        raise UserError(f"input {file}: no column {', '.join(missing)}; Pick-a-Pic v2's {', '.join(COLUMNS)} are needed")
     for name, is_kind in (("caption", _is_text), ("label_0", _is_label), ("jpg_0", _is_image), ("jpg_1", _is_image)):
         kind = schema.field(name).type
         if not is_kind(_values_of(kind)):
-            raise UserError(f"--input {file}: column {name} holds {kind}; Pick-a-Pic v2 has text, a number and JPEG bytes")
+            raise UserError(f"input {file}: column {name} holds {kind}; Pick-a-Pic v2 has text, a number and JPEG bytes")
 
 
 # By name: older pyarrow has no views to ask for.

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dde_ds.data.draws import Draws
 from dde_ds.data.order import PairOrder
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.shards import Shards
 from dde_ds.data.storage import DamagedData
 from dde_ds.errors import RankError, UserError
@@ -50,7 +50,7 @@ class PairDataset(Dataset):
             every reader and after every resume: what is trained on stays a function of (seed, position) and of the shards' bytes.
     """
 
-    def __init__(self, shards: Shards, order: PairOrder, draws: Draws, max_bad_samples: int = 0):
+    def __init__(self, shards: Shards, order: PairOrder, draws: PairRng, max_bad_samples: int = 0):
         self.shards, self.order, self.draws, self.max_bad_samples = shards, order, draws, max_bad_samples
         self.bad: dict[tuple[int, int], str] = {}
         """Damaged samples that this process has met, and what was said of them."""
@@ -61,7 +61,7 @@ class PairDataset(Dataset):
         # An exception that leaves a worker is rewritten with its traceback; handed over as a value it keeps its one line.
         try:
             for position in coming:
-                self.shards.announce(*self.order.locate(position))
+                self.shards.prefetch(*self.order.locate(position))
             tensors = self.collate([self.pair(position) for position in positions])
         except UserError as error:
             return error
@@ -81,7 +81,7 @@ class PairDataset(Dataset):
                 return self._pair(position, place)
             except DamagedData as error:
                 self.bad[place] = str(error)
-            after = self.shards.following(*place)
+            after = self.shards.next_sample(*place)
             if len(self.bad) > self.max_bad_samples or after == first:
                 raise DamagedData(f"{self.bad[place]}{self._limit()}")
             place = after

@@ -83,11 +83,11 @@ class Shards(Protocol):
 
     def read(self, shard: int, row: int) -> dict[str, Tensor]: ...
 
-    def announce(self, shard: int, row: int) -> None: ...
+    def prefetch(self, shard: int, row: int) -> None: ...
 
     def prompt(self, row: int) -> dict[str, Tensor]: ...
 
-    def following(self, shard: int, row: int) -> tuple[int, int]: ...
+    def next_sample(self, shard: int, row: int) -> tuple[int, int]: ...
 
 
 class ShardSet:
@@ -162,14 +162,14 @@ class ShardSet:
             raise DamagedData(f"{self._where(file, number)}: names prompt {int(tensors['prompt'])}, which no prompts file holds")
         return tensors
 
-    def announce(self, shard: int, row: int) -> None:
+    def prefetch(self, shard: int, row: int) -> None:
         """Say that a pair will be read soon, so that a disk has several requests to work on. Whatever is wrong, reading says."""
         if not isinstance(self.storage, LocalFolder):  # there the loader's processes fetch side by side
             return
         file = self.manifest["shards"][shard]
         with contextlib.suppress(UserError):
             _, offset, size = self.index(file).members[row].tolist()
-            self.storage.announce(f"{file['name']}.tar", offset, size)
+            self.storage.prefetch(f"{file['name']}.tar", offset, size)
 
     def describe(self, shard: int, row: int) -> dict:
         """What the sample says of itself in words: caption, source row, uids. Raises as :meth:`read`."""
@@ -195,7 +195,7 @@ class ShardSet:
             self._empty_prompt = tensors
         return tensors
 
-    def following(self, shard: int, row: int) -> tuple[int, int]:
+    def next_sample(self, shard: int, row: int) -> tuple[int, int]:
         """The place after this one, through all shards and round again: where a replacement for a bad sample is taken from."""
         row += 1
         while row >= self.counts[shard]:

@@ -76,7 +76,7 @@ class LocalFolder:
         self.counters["bytes"] += len(data)
         return data
 
-    def announce(self, name: str, offset: int, length: int) -> None:
+    def prefetch(self, name: str, offset: int, length: int) -> None:
         """Tell the kernel that a range will be fetched soon. Never fails: fetching says what is wrong."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no posix_fadvise on macOS
             os.posix_fadvise(self._handle(name), offset, length, os.POSIX_FADV_WILLNEED)

@@ -15,7 +15,7 @@ from dde_ds.demo.parts import BASE, PAIRS, TRAIN, launch, rank_count, say, shard
 from dde_ds.demo.scoring import CaptionSet, Drawn, latent_spread
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance, win_rate
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.rows import read_rows
@@ -31,7 +31,7 @@ def run_demo(output: Path, zero: str, images: int, captions: int | None, judge_s
         captions: only the first so many of the held-out ones.
         overrides: of the demo's ``train.yaml``.
     """
-    quiet_libraries()
+    silence_libraries()
     overrides = [
         f"output={output / 'train'}",
         f"data.path={output / 'shards'}",

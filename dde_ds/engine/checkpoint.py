@@ -32,7 +32,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dde_ds.distributed import any_rank, first_does
+from dde_ds.distributed.collectives import any_rank, first_does
 from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
 from dde_ds.files import discard, empty_trash, publish, save_tensors, sha256_of, sha256_of_open, sync

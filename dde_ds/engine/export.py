@@ -83,17 +83,17 @@ def export_checkpoint(
         UserError: an unknown dtype or form, a target that exists, a checkpoint of another model, or a weight that is not finite.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if form not in FORMATS:
-        raise UserError(f"--format {form}: must be one of {', '.join(FORMATS)}")
+        raise UserError(f"format {form}: must be one of {', '.join(FORMATS)}")
     if form in ("lora", "kohya") and not run.lora:
-        raise UserError(f"--format {form}: this run trained all parameters and has no adapters; choose folder or single")
+        raise UserError(f"format {form}: this run trained all parameters and has no adapters; choose folder or single")
     if form in ("kohya", "single") and target.suffix != ".safetensors":
-        raise UserError(f"--output {target}: --format {form} writes one file; give it a name that ends in .safetensors")
+        raise UserError(f"output {target}: format {form} writes one file; give it a name that ends in .safetensors")
     if max_shard_size and not re.fullmatch(r"\d+[KMG]B", max_shard_size):
-        raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 500MB or 5GB")
+        raise UserError(f"max_shard_size {max_shard_size}: expected a size such as 500MB or 5GB")
     if target.exists():
-        raise UserError(f"--output {target}: exists already; choose another name")
+        raise UserError(f"output {target}: exists already; choose another name")
     reader, kind = WeightReader(checkpoint), EMA if run.ema and not raw else WEIGHT
     trained = {name.removesuffix(f"/{kind}"): reader.read(name) for name in reader.names if name.endswith(f"/{kind}")}
     if not trained:

@@ -84,7 +84,7 @@ def to_single_file(pipeline: Any, family: Family) -> dict[str, Tensor]:
         layers = encoder.config.num_hidden_layers
         if text.layers_read and layers > text.layers_read:
             raise UserError(
-                f"--format single: {text.part} has {layers} layers, of which programs read {text.layers_read} from a single file of "
+                f"format single: {text.part} has {layers} layers, of which programs read {text.layers_read} from a single file of "
                 f"{family.title}; choose folder"
             )
         names = open_clip_names if text.open_clip else clip_names

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dde_ds.engine import lowbit
+from dde_ds.engine import adamw8bit
 
 WEIGHT = "weight"
 """Name of the float32 weights among a parameter's tensors; the others are the optimizer's, such as ``exp_avg``."""
@@ -26,8 +26,8 @@ def moments(policy: Any) -> list[str]:
     """Names of the optimizer's tensors that have an entry for each weight. Empty before the first step."""
     flat = _masters(policy)[0]
     state = _optimizer(policy).state.get(flat, {})
-    if lowbit.is_quantized(state):
-        return sorted({*lowbit.MOMENTS, *({EMA} & state.keys())})
+    if adamw8bit.is_quantized(state):
+        return sorted({*adamw8bit.MOMENTS, *({EMA} & state.keys())})
     return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
 
 
@@ -57,8 +57,8 @@ def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
     states = _optimizer(policy).state
     if _is_plain(policy):
         return parameter.detach() if kind == WEIGHT else states[parameter][kind]
-    if kind != WEIGHT and kind in lowbit.MOMENTS and lowbit.is_quantized(states[_masters(policy)[0]]):
-        return lowbit.full_moment(parameter, states.get(_master_of(policy, parameter), {}), kind)
+    if kind != WEIGHT and kind in adamw8bit.MOMENTS and adamw8bit.is_quantized(states[_masters(policy)[0]]):
+        return adamw8bit.full_moment(parameter, states.get(_master_of(policy, parameter), {}), kind)
     whole = safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
     assert whole is not None, f"DeepSpeed holds no {kind} of a parameter that it trains"
     return whole
@@ -71,9 +71,9 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
     optimizer = _optimizer(policy)
     group = optimizer.param_groups[0]
     for flat in _masters(policy):
-        if lowbit.is_ours(optimizer):
-            whole = {kind: torch.zeros_like(flat) for kind in kinds if kind not in lowbit.MOMENTS}
-            optimizer.state[flat] = {"restoring": lowbit.Restoring(flat, steps), **whole}
+        if adamw8bit.is_ours(optimizer):
+            whole = {kind: torch.zeros_like(flat) for kind in kinds if kind not in adamw8bit.MOMENTS}
+            optimizer.state[flat] = {"restoring": adamw8bit.Restoring(flat, steps), **whole}
             continue
         if type(optimizer).__module__.startswith("torch."):
             on_device = group.get("fused") or group.get("capturable")
@@ -125,7 +125,7 @@ def restore(policy: Any, parameter: torch.nn.Parameter, tensors: dict[str, Tenso
     utils.safe_set_full_fp32_param(parameter, weight)
     for kind in kinds:
         flat = _master_of(policy, parameter)
-        if kind in lowbit.MOMENTS and flat is not None and "restoring" in states[flat]:
+        if kind in adamw8bit.MOMENTS and flat is not None and "restoring" in states[flat]:
             states[flat]["restoring"].take(parameter, kind, tensors[kind])
         else:
             utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
@@ -176,7 +176,7 @@ def _masters(policy: Any) -> list[Tensor]:
 
 def _master_of(policy: Any, parameter: torch.nn.Parameter) -> Tensor | None:
     """The flat partition that holds this rank's part of a parameter, at stages 1 and 2; None where it has none."""
-    place = lowbit.hp_mapping(parameter)
+    place = adamw8bit.hp_mapping(parameter)
     if place is None:
         return None
     storage = place.hp_fragment.untyped_storage().data_ptr()

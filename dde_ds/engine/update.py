@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 
-def accumulating(policy: Any) -> AbstractContextManager:
-    """Around the backward passes of one step, at whose end comes :func:`update`.
+def gradient_accumulation(policy: Any) -> AbstractContextManager:
+    """Around the backward passes of one step, at whose end comes :func:`apply_if_finite`.
 
     At stage 2 DeepSpeed takes each micro-batch's gradients through its reduction, to keep of the sums what is the rank's own. One rank keeps
     all, and in float32 they can add up where they are: there they go through it once a step, to the same numbers, and no sums lie beside
@@ -23,7 +23,7 @@ def accumulating(policy: Any) -> AbstractContextManager:
     return policy.coalesce_grad_reduction()
 
 
-def update(policy: Any) -> float:
+def apply_if_finite(policy: Any) -> float:
     """``policy.step()`` at the end of an accumulation, left out on all ranks where a gradient is not finite. Collective.
 
     DeepSpeed's ZeRO and bfloat16 optimizers do so themselves, silently, by the norm, which is all ranks' gradients' together; the one

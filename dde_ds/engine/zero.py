@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dde_ds.config import RunConfig
-from dde_ds.engine import accepted, lowbit
+from dde_ds.engine import accepted, adamw8bit
 from dde_ds.engine.reference import NO_TIMER, reference_config, resolve_placement
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
@@ -88,12 +88,12 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     """The first half of :func:`initialize`: who loads the reference after it does not hold two whole UNets in the host's memory on the way to a GPU."""
     import deepspeed
 
-    from dde_ds import distributed
+    from dde_ds.distributed import group
 
-    distributed.check_deepspeed()
+    group.check_deepspeed()
     config = copy.deepcopy(config)
     if not torch.distributed.is_initialized():
-        distributed.start()
+        group.start()
     _refuse_autocast(config)
     _take_torch_adam(config)
     _keep_linear(config, is_selective(policy))
@@ -108,7 +108,7 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
         # Of parameters that zero.Init has cut up the whole sizes.
         trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         zero["reduce_bucket_size"] = bucket_elements(zero, trained)
-    optimizer = lowbit.client_optimizer(config)
+    optimizer = adamw8bit.client_optimizer(config)
     engine, *_ = deepspeed.initialize(
         model=policy.train(),
         model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # takes any iterable of them
@@ -133,8 +133,8 @@ def check_engine(config: dict, trained: int | None, ranks: int, selective: bool)
     _refuse_autocast(config)
     _take_torch_adam(config)
     _keep_linear(config, selective)
-    if lowbit.client_optimizer(config) and trained:
-        lowbit.check_partition(trained, ranks)
+    if adamw8bit.client_optimizer(config) and trained:
+        adamw8bit.check_partition(trained, ranks)
 
 
 def initialize_reference(reference: torch.nn.Module, config: dict, placement: str = "auto", dtype: str = "policy") -> Any:
@@ -253,7 +253,7 @@ def _check_sizes(zero: dict, where: str) -> None:
         zero[key] = int(value)
 
 
-def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) -> dict:
+def complete_config(run: RunConfig, world: int, local_world_size: int | None = None) -> dict:
     """The run's DeepSpeed configuration, with what the run configuration states filled in.
 
     Args:
@@ -269,15 +269,15 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
     accumulation = run.batch.accumulation(world)
     stated = {
         "train_batch_size": (run.batch.pairs, "batch.pairs"),
-        "train_micro_batch_size_per_gpu": (run.batch.micro, "batch.micro"),
-        "gradient_accumulation_steps": (accumulation, f"batch.pairs / ({world} ranks × batch.micro)"),
+        "train_micro_batch_size_per_gpu": (run.batch.micro_batch_size, "batch.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, f"batch.pairs / ({world} ranks × batch.micro_batch_size)"),
         "gradient_clipping": (run.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         "bf16.enabled": (run.precision == "bf16", "precision"),
         # Both on, DeepSpeed skips a step with a bad gradient at every stage and in either precision.
         "bf16.check_grad_overflow": (True, "guards"),
         "zero_optimization.compute_grad_norm": (True, "guards"),
         "fp16.enabled": (False, "precision"),
-        "optimizer.type": (lowbit.TYPE if run.optimizer.type == "adamw_8bit" else "AdamW", "optimizer.type"),
+        "optimizer.type": (adamw8bit.TYPE if run.optimizer.type == "adamw_8bit" else "AdamW", "optimizer.type"),
         "optimizer.params.lr": (run.optimizer.learning_rate, "optimizer.learning_rate"),
         "optimizer.params.betas": (list(run.optimizer.betas), "optimizer.betas"),
         "optimizer.params.eps": (run.optimizer.eps, "optimizer.eps"),
@@ -296,7 +296,7 @@ def complete_config(run: RunConfig, world: int, on_a_node: int | None = None) ->
             )
         place[leaf] = value  # 8.0 and true are equal to 8 and 1, but no such numbers
     if "zero_hpz_partition_size" in zero:
-        node = on_a_node or world
+        node = local_world_size or world
         if zero["zero_hpz_partition_size"] == "auto":
             zero["zero_hpz_partition_size"] = node
         if not zero["zero_hpz_partition_size"] or world % zero["zero_hpz_partition_size"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, win_rate
 from dde_ds.evaluation.inception import NAME as INCEPTION
-from dde_ds.evaluation.pictures import Pictures, open_pictures, require_whole
+from dde_ds.evaluation.pictures import ImageFolder, open_pictures, require_whole
 from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
 from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import write_atomically
@@ -119,15 +119,15 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
     paths = [path if equals else name for name, equals, path in given]
     chosen = [name if equals else None for name, equals, _ in given]
     if any(not path for path in paths) or any(name == "" for name in chosen):
-        raise UserError(f"--base and --model: {sources} holds an empty name or folder; expected DIR or NAME=DIR")
+        raise UserError(f"base and model: {sources} holds an empty name or folder; expected DIR or NAME=DIR")
     parts = [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = [name or "-".join(part for part in own[-length:] if part != "/") for name, own in zip(chosen, parts, strict=True)]
         if len(set(names)) == len(names):
             if bad := [name for name in names if "/" in name or name in (".", "..")]:
-                raise UserError(f"--base and --model: {bad[0]!r} is no name; write NAME=DIR")
+                raise UserError(f"base and model: {bad[0]!r} is no name; write NAME=DIR")
             return dict(zip(names, paths, strict=True))
-    raise UserError(f"--base and --model: two of {', '.join(sources)} have the same name or folder; write NAME=DIR")
+    raise UserError(f"base and model: two of {', '.join(sources)} have the same name or folder; write NAME=DIR")
 
 
 def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests: Mapping[str, str] | None = None) -> Comparison:
@@ -173,7 +173,7 @@ def write_comparison(found: Comparison, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: not writable: {reason(error).lower()}") from None
+        raise UserError(f"out {out}: not writable: {reason(error).lower()}") from None
     # Relative, so that a folder that is moved as a whole stays whole.
     places = {name: os.path.relpath(folder.resolve(), out.resolve()) for name, folder in found.folders.items()}
     data = {
@@ -302,7 +302,7 @@ def _tables(found: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ..
     return [(columns, rows) for columns, rows in both if rows]
 
 
-def _set_row(name: str, pictures: Pictures, digest: str) -> dict[str, Any]:
+def _set_row(name: str, pictures: ImageFolder, digest: str) -> dict[str, Any]:
     found = load_set_score(pictures, INCEPTION, digest)
     if found is None:
         raise UserError(f"{pictures.folder}: these images have no {INCEPTION} score; score with dde-ds evaluate")
@@ -310,7 +310,7 @@ def _set_row(name: str, pictures: Pictures, digest: str) -> dict[str, Any]:
     return {"scorer": INCEPTION, "model": name, **kept}
 
 
-def _require_paired(base: Pictures, other: Pictures) -> None:
+def _require_paired(base: ImageFolder, other: ImageFolder) -> None:
     for key in PAIRED:
         if base.settings.get(key) != other.settings.get(key):
             raise UserError(
@@ -323,7 +323,7 @@ def _require_paired(base: Pictures, other: Pictures) -> None:
         raise UserError(f"{other.folder}: {what}; generate both from the same file")
 
 
-def _cached_version(pictures: Sequence[Pictures], name: str) -> tuple[str, str]:
+def _cached_version(pictures: Sequence[ImageFolder], name: str) -> tuple[str, str]:
     name, _, wanted = name.partition("@")
     common = set.intersection(*(cached_digests(each, name) for each in pictures))
     matching = sorted(digest for digest in common if digest.startswith(wanted[:DIGITS]))
@@ -331,8 +331,8 @@ def _cached_version(pictures: Sequence[Pictures], name: str) -> tuple[str, str]:
         return name, matching[0]
     if matching:
         raise UserError(
-            f"--scorers {name}: scores of {len(matching)} versions are cached; pick one: {', '.join(f'{name}@{d}' for d in matching)}"
+            f"scorers {name}: scores of {len(matching)} versions are cached; pick one: {', '.join(f'{name}@{d}' for d in matching)}"
         )
     lacking = [str(each.folder) for each in pictures if not cached_digests(each, name)]
     where = f"{', '.join(lacking)} holds none" if lacking else "no version is in all folders"
-    raise UserError(f"--scorers {name}: no scores to compare: {where}; score with dde-ds evaluate")
+    raise UserError(f"scorers {name}: no scores to compare: {where}; score with dde-ds evaluate")

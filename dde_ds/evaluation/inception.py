@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dde_ds.errors import UserError
-from dde_ds.evaluation import clip_files as files
+from dde_ds.evaluation import clip_loading as files
 
 NAME = "inception"
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -31,7 +31,7 @@ class InceptionScorer:
     name = NAME
 
     def __init__(self, weights: str | None, device: torch.device):
-        self._key, self._device = f"--scorers {NAME}", device
+        self._key, self._device = f"scorers {NAME}", device
         if not weights or not Path(weights).expanduser().is_file():
             raise UserError(
                 f"{self._key} {weights or ''}: name the file of the weights, {NAME}=FILE; they are to be had from {SOURCE}"

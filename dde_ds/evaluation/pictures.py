@@ -32,7 +32,7 @@ MOST_IMAGES = 10**8
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFolder:
     folder: Path
     prompts: list[str]
     settings: dict[str, Any]
@@ -87,7 +87,7 @@ def settings_digest(settings: Mapping, prompts: list[str]) -> str:
     return hashlib.sha256(json.dumps([dict(settings), prompts], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def claim(pictures: Pictures) -> Pictures:
+def claim(pictures: ImageFolder) -> ImageFolder:
     """Mark the folder as belonging to these settings, or find that it does. The model is known by its weights: it may lie elsewhere now.
 
     Returns:
@@ -108,18 +108,18 @@ def claim(pictures: Pictures) -> Pictures:
             differing.append(f"{len(before.prompts)} prompts, now {len(pictures.prompts)} or others")
         if differing:
             raise UserError(
-                f"--out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
+                f"out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
             )
         return before
     # Before anything is made: what cannot be written must leave nothing that a second run would stumble over.
     manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
     data = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
     if not _is_unclaimed(pictures.folder):
-        raise UserError(f"--out {pictures.folder}: is not empty and holds no images of ours; choose another folder")
+        raise UserError(f"out {pictures.folder}: is not empty and holds no images of ours; choose another folder")
     try:
         (pictures.folder / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {pictures.folder}: not writable: {reason(error).lower()}") from None
+        raise UserError(f"out {pictures.folder}: not writable: {reason(error).lower()}") from None
     write_atomically(path, data)
     return pictures
 
@@ -132,7 +132,7 @@ def _is_unclaimed(folder: Path) -> bool:
     return not found or (found == [folder / "images"] and found[0].is_dir() and not any(found[0].iterdir()))
 
 
-def open_pictures(folder: str | Path) -> Pictures:
+def open_pictures(folder: str | Path) -> ImageFolder:
     """A folder that :func:`claim` made.
 
     Raises:
@@ -154,7 +154,7 @@ def open_pictures(folder: str | Path) -> Pictures:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a manifest of images: {error}") from None
-    pictures = Pictures(folder, manifest["prompts"], manifest["settings"])
+    pictures = ImageFolder(folder, manifest["prompts"], manifest["settings"])
     if manifest["digest"] != pictures.digest:
         raise UserError(f"{path}: was changed by hand (its digest differs); generate the images again")
     if not 1 <= pictures.per_prompt * len(pictures.prompts) <= MOST_IMAGES:
@@ -164,7 +164,7 @@ def open_pictures(folder: str | Path) -> Pictures:
     return pictures
 
 
-def require_whole(pictures: Pictures) -> None:
+def require_whole(pictures: ImageFolder) -> None:
     """Raises:
     UserError: images are missing or damaged; the message names the first of them and how many there are.
     """

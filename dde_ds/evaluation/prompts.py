@@ -30,22 +30,22 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str],
     path = Path(path)
     readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix not in readers:
-        raise UserError(f"--prompts {path}: unknown kind of file {path.suffix!r}; expected {', '.join(readers)}")
+        raise UserError(f"prompts {path}: unknown kind of file {path.suffix!r}; expected {', '.join(readers)}")
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: must be 1 or more")
+        raise UserError(f"limit {limit}: must be 1 or more")
     if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file")
+        raise UserError(f"prompts {path}: no such file")
     found: dict[str, None] = {}
     repeated = 0
     for place, prompt in readers[path.suffix](path):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"--prompts {path}, {place}: the prompt is {prompt!r}, expected text")
+            raise UserError(f"prompts {path}, {place}: the prompt is {prompt!r}, expected text")
         if prompt in found:
             repeated += 1
         elif limit is None or len(found) < limit:
             found[prompt] = None
     if not found:
-        raise UserError(f"--prompts {path}: holds no prompt")
+        raise UserError(f"prompts {path}: holds no prompt")
     return list(found), repeated
 
 
@@ -62,13 +62,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
         try:
             row = parse_json(line)
         except json.JSONDecodeError:
-            raise UserError(f"--prompts {path}, line {number}: not valid JSON: {line[:80]!r}") from None
+            raise UserError(f"prompts {path}, line {number}: not valid JSON: {line[:80]!r}") from None
         except ValueError as error:
-            raise UserError(f"--prompts {path}, line {number}: {error}") from None
+            raise UserError(f"prompts {path}, line {number}: {error}") from None
         if isinstance(row, dict):
             column = next((name for name in COLUMNS if name in row), None)
             if column is None:
-                raise UserError(f"--prompts {path}, line {number}: no key {' or '.join(COLUMNS)}; found {', '.join(map(str, row))}")
+                raise UserError(f"prompts {path}, line {number}: no key {' or '.join(COLUMNS)}; found {', '.join(map(str, row))}")
             row = row[column]
         yield f"line {number}", row
 
@@ -78,20 +78,20 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"--prompts {path}: pyarrow is not installed, which reads parquet: pip install -e '.[shard]'") from None
+        raise UserError(f"prompts {path}: pyarrow is not installed, which reads parquet: pip install -e '.[shard]'") from None
     try:
         file = pq.ParquetFile(path.absolute())  # pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there
         names = file.schema_arrow.names
         column = next((name for name in COLUMNS if name in names), None)
         if column is None:
-            raise UserError(f"--prompts {path}: no column {' or '.join(COLUMNS)}; found {', '.join(names)}")
+            raise UserError(f"prompts {path}: no column {' or '.join(COLUMNS)}; found {', '.join(names)}")
         row = 0
         for batch in file.iter_batches(columns=[column]):
-            for prompt in captions_of(batch[column], f"--prompts {path}", row):
+            for prompt in captions_of(batch[column], f"prompts {path}", row):
                 yield f"row {row}", prompt
                 row += 1
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"--prompts {path}: not readable as parquet: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"prompts {path}: not readable as parquet: {' '.join(str(error).split())[:300]}") from None
 
 
 def _lines(path: Path) -> list[str]:
@@ -99,7 +99,7 @@ def _lines(path: Path) -> list[str]:
         # Not splitlines(): a prompt may hold a form feed or U+2028, which are no line ends of these formats.
         return read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
-        raise UserError(f"--prompts {path}: not readable: {reason(error).lower()}") from None
+        raise UserError(f"prompts {path}: not readable: {reason(error).lower()}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"--prompts {path}, line {line}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"prompts {path}, line {line}: not UTF-8 at byte {error.start}") from None

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dde_ds.errors import UserError, nearest
-from dde_ds.evaluation import clip_files as files
+from dde_ds.evaluation import clip_loading as files
 from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.inception import InceptionScorer
 
@@ -67,9 +67,9 @@ def build_scorers(specifications: Sequence[str], device: torch.device) -> list[S
     for specification in specifications:
         name, _, sources = specification.partition("=")
         if name not in (*KINDS, INCEPTION):
-            raise UserError(f"--scorers {name!r}{nearest(name, (*KINDS, INCEPTION))}")
+            raise UserError(f"scorers {name!r}{nearest(name, (*KINDS, INCEPTION))}")
         if name in found:
-            raise UserError(f"--scorers: {name} is given twice")
+            raise UserError(f"scorers: {name} is given twice")
         if name == INCEPTION:
             found[name] = InceptionScorer(sources or None, device)
             continue
@@ -83,7 +83,7 @@ class ClipScorer:
     """``clip`` and ``pickscore``: transformers CLIP models, stored as safetensors."""
 
     def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
-        kind, self.name, self._key, self._device = KINDS[name], name, f"--scorers {name}", device
+        kind, self.name, self._key, self._device = KINDS[name], name, f"scorers {name}", device
         self._folder = files.resolve(model or kind.model, files.CONFIG + files.WEIGHTS + files.PROCESSOR, self._key)
         if not self._folder.is_dir():
             raise UserError(f"{self._key} {self._folder}: is a file, expected the folder of a transformers CLIP model")
@@ -128,7 +128,7 @@ class OpenClipScorer:
     """``hps_v2`` and ``hps_v2.1``: open_clip weights in one file, tokenizer and architecture from elsewhere."""
 
     def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
-        kind, self.name, self._key, self._device = KINDS[name], name, f"--scorers {name}", device
+        kind, self.name, self._key, self._device = KINDS[name], name, f"scorers {name}", device
         assert kind.weights and kind.processor  # open_clip's weights come without
         source = files.resolve(model or kind.model, (kind.weights,), self._key)
         self._weights = source if source.is_file() else source / kind.weights

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dde_ds.distributed import Ranks, agree, first_says, gather_rows
+from dde_ds.distributed.collectives import barrier, broadcast_object, gather_rows
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
-from dde_ds.evaluation.pictures import Pictures
+from dde_ds.evaluation.pictures import ImageFolder
 from dde_ds.evaluation.scorers import Scorer
 from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import sha256_of, write_atomically
@@ -45,9 +46,9 @@ def full_float32() -> Iterator[None]:
 
 @full_float32()
 def score_folder(
-    pictures: Pictures,
+    pictures: ImageFolder,
     scorer: Scorer,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     device: torch.device,
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -59,8 +60,8 @@ def score_folder(
     """
     folder = cache_folder(pictures, scorer.name, scorer.digest)
     known = read_cache(folder)
-    agree(ranks, device)  # all have read before one writes
-    share = list(pictures.items())[ranks.rank :: ranks.world]
+    barrier(ranks, device)  # all have read before one writes
+    share = list(pictures.items())[ranks.rank :: ranks.world_size]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{ranks.rank:05d}.jsonl"
     write_atomically(path, b"".join(_row(image, score) for image, score in _read_rows(path)))  # without a torn last line
@@ -75,15 +76,15 @@ def score_folder(
                 scores = scorer.score([image for _, _, image in waiting], [text for _, text, _ in waiting]).tolist()
                 for (image, text, _), score in zip(waiting, scores, strict=True):
                     if not math.isfinite(score):
-                        raise RankError(f"--scorers {scorer.name}: gives {score} for an image of {text!r} in {pictures.folder}")
+                        raise RankError(f"scorers {scorer.name}: gives {score} for an image of {text!r} in {pictures.folder}")
                     cache.write(_row(image, score))
                 cache.flush()
                 waiting = []
             on_progress(number, len(share))
-    agree(ranks, device)
+    barrier(ranks, device)
 
 
-def load_scores(pictures: Pictures, name: str, digest: str) -> Tensor:
+def load_scores(pictures: ImageFolder, name: str, digest: str) -> Tensor:
     """Cached scores, (prompts, images a prompt) float64.
 
     Raises:
@@ -102,9 +103,9 @@ def load_scores(pictures: Pictures, name: str, digest: str) -> Tensor:
 
 @full_float32()
 def score_set(
-    pictures: Pictures,
+    pictures: ImageFolder,
     scorer: InceptionScorer,
-    ranks: Ranks,
+    ranks: DistributedEnv,
     device: torch.device,
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -117,24 +118,24 @@ def score_set(
     """
     paths = [pictures.path(*item) for item in pictures.items()]
     if len(paths) < SPLITS:
-        raise UserError(f"--scorers {scorer.name}: {pictures.folder} holds {len(paths)} images; {SPLITS} or more are needed")
-    known = load_set_score(pictures, scorer.name, scorer.digest) if ranks.is_first else None
-    if first_says(known, ranks):
+        raise UserError(f"scorers {scorer.name}: {pictures.folder} holds {len(paths)} images; {SPLITS} or more are needed")
+    known = load_set_score(pictures, scorer.name, scorer.digest) if ranks.is_main else None
+    if broadcast_object(known, ranks):
         return
-    own = equal_share(paths, ranks.rank, ranks.world)
+    own = equal_share(paths, ranks.rank, ranks.world_size)
     features = []
     for low in range(0, len(own), batch):
         chunk = own[low : low + batch]
         features.append(scorer.features([_decode(_read(path), path) for path in chunk]))
         on_progress(low + len(chunk), len(own))
     rows = gather_rows(torch.cat(features).to(device), ranks)[: len(paths)].cpu()
-    if ranks.is_first:
+    if ranks.is_main:
         mean, deviation = inception_score(rows)
         row = {"images": _set_digest(pictures), "count": len(paths), "splits": SPLITS, "mean": mean, "deviation": deviation}
         path = cache_folder(pictures, scorer.name, scorer.digest).with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(row).encode() + b"\n")
-    agree(ranks, device)
+    barrier(ranks, device)
 
 
 def equal_share(items: Sequence, rank: int, world: int) -> list:
@@ -143,7 +144,7 @@ def equal_share(items: Sequence, rank: int, world: int) -> list:
     return [items[min(number, len(items) - 1)] for number in range(rank * share, (rank + 1) * share)]
 
 
-def load_set_score(pictures: Pictures, name: str, digest: str) -> dict | None:
+def load_set_score(pictures: ImageFolder, name: str, digest: str) -> dict | None:
     """``count``, ``splits``, ``mean`` and ``deviation`` of these very images, or None where they have not been scored."""
     path = cache_folder(pictures, name, digest).with_suffix(".json")
     try:
@@ -156,18 +157,18 @@ def load_set_score(pictures: Pictures, name: str, digest: str) -> dict | None:
         raise UserError(f"{path}: damaged; delete it to score again") from None
 
 
-def _set_digest(pictures: Pictures) -> str:
+def _set_digest(pictures: ImageFolder) -> str:
     return hashlib.sha256("".join(sha256_of(pictures.path(*item)) for item in pictures.items()).encode()).hexdigest()
 
 
-def cached_digests(pictures: Pictures, name: str) -> set[str]:
+def cached_digests(pictures: ImageFolder, name: str) -> set[str]:
     """Short digests of the scorers of this name whose scores are cached."""
     digits = "?" * DIGITS
     found = [path for ending in ("", ".json") for path in (pictures.folder / "scores").glob(f"{name}-{digits}{ending}")]
     return {path.name.removesuffix(".json").removeprefix(f"{name}-") for path in found}
 
 
-def cache_folder(pictures: Pictures, name: str, digest: str) -> Path:
+def cache_folder(pictures: ImageFolder, name: str, digest: str) -> Path:
     return pictures.folder / "scores" / f"{name}-{digest[:DIGITS]}"
 
 

@@ -204,7 +204,7 @@ class Encoder:
         """
         factor = self.pipeline.vae_scale_factor
         if resolution < factor or resolution % factor:
-            raise UserError(f"--resolution {resolution}: must be a multiple of {factor}, the VAE's factor")
+            raise UserError(f"resolution {resolution}: must be a multiple of {factor}, the VAE's factor")
         return self.pipeline.vae.config.latent_channels, resolution // factor, resolution // factor
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ class Objective:
         self.needs_reference, self.link = spec.needs_reference, spec.link
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
         drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
-        self._gain = torch.ones(schedule.timesteps, dtype=torch.float64) if drawn else spec.gain(schedule, discount)
+        self._gain = torch.ones(schedule.num_train_timesteps, dtype=torch.float64) if drawn else spec.gain(schedule, discount)
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
@@ -168,7 +168,7 @@ class Objective:
         }
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
         by_timestep = z.new_zeros(len(BY_TIMESTEP), TIMESTEP_BUCKETS)
-        bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.timesteps
+        bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.num_train_timesteps
         by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], torch.ones_like(z)]))
         return metrics, by_timestep
 
@@ -238,12 +238,12 @@ def build_objective(
         raise UserError(f"objective.correction_ema is {correction_ema}: it must lie in [0, 1)")
     if discount_mode not in ("weight", "sample"):
         raise UserError(f"objective.discount_mode {discount_mode!r}{nearest(str(discount_mode), ('weight', 'sample'))}")
-    discount = float(0.9 ** (50 / schedule.timesteps)) if discount is None else discount
+    discount = float(0.9 ** (50 / schedule.num_train_timesteps)) if discount is None else discount
     if not 0 < discount <= 1:
         raise UserError(f"objective.discount is {discount}: it must lie in (0, 1]")
-    low, high = (0, schedule.timesteps) if timestep_range is None else timestep_range
-    if not 0 <= low < high <= schedule.timesteps:
-        raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.timesteps})")
+    low, high = (0, schedule.num_train_timesteps) if timestep_range is None else timestep_range
+    if not 0 <= low < high <= schedule.num_train_timesteps:
+        raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.num_train_timesteps})")
     return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high))
 
 
@@ -251,7 +251,7 @@ def _timestep_probabilities(
     spec: ObjectiveSpec, schedule: NoiseSchedule, discount: float, discount_mode: str, timestep_range: tuple[int, int]
 ) -> Tensor:
     drawn = spec.discounted and discount_mode == "sample"
-    profile = spec.gain(schedule, discount) if drawn else torch.ones(schedule.timesteps, dtype=torch.float64)
+    profile = spec.gain(schedule, discount) if drawn else torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
     low, high = timestep_range
     inside = torch.zeros_like(profile)
     inside[low:high] = profile[low:high]

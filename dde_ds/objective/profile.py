@@ -42,7 +42,7 @@ def credit_profile(objective: Objective, margins: Tensor) -> Profile:
 
     Through autograd, so that what is shown is what a training step does.
     """
-    every = torch.arange(objective.schedule.timesteps)
+    every = torch.arange(objective.schedule.num_train_timesteps)
     if not objective.needs_reference:  # the error itself is the loss
         return Profile(torch.ones(len(every), dtype=torch.float64), torch.full((len(every),), torch.nan, dtype=torch.float64))
     winner = margins.double().clone().requires_grad_()

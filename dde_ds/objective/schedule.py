@@ -88,7 +88,7 @@ class NoiseSchedule:
     """What the model's output is: ``epsilon``, ``v_prediction`` or ``sample``."""
 
     @property
-    def timesteps(self) -> int:
+    def num_train_timesteps(self) -> int:
         """T, the number of training timesteps."""
         return len(self.alphas_cumprod)
 

@@ -56,12 +56,14 @@ def single_shot(schedule: NoiseSchedule, discount: float) -> Tensor:
 
 def flat(schedule: NoiseSchedule, discount: float) -> Tensor:
     """Return 1 for every timestep, (T,) float64."""
-    return torch.ones(schedule.timesteps, dtype=torch.float64)
+    return torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
 
 
 def discounted(schedule: NoiseSchedule, discount: float) -> Tensor:
     """Return γ^(T-1-t), (T,) float64, counted from the noisy start."""
-    return torch.tensor(discount, dtype=torch.float64) ** torch.arange(schedule.timesteps - 1, -1, -1, dtype=torch.float64)
+    return torch.tensor(discount, dtype=torch.float64) ** torch.arange(
+        schedule.num_train_timesteps - 1, -1, -1, dtype=torch.float64
+    )
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dde_ds.config import RunConfig
-from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards, order_of
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, ReadingTotals, Slices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.family import Conditioning
@@ -66,7 +66,7 @@ def open_batches(
         slices: positions of each, such as :class:`dde_ds.data.reader.RankSlices`.
         totals: takes account of what was read and replaced.
     """
-    draws = Draws(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
+    draws = PairRng(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)
     for batch in micro_batches(dataset, slices, run.data.workers, pin_memory=device.type == "cuda", totals=totals):
         yield Batch(**batch)

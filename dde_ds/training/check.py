@@ -94,9 +94,9 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
     trained = None if run.lora else sum(parameter.numel() for parameter in empty.parameters())
     check_engine(ds_config, trained, world, run.model.gradient_checkpointing == "selective")
     require_trackers(run)
-    if run.samples.prompts and run.samples.inference_steps > objective.schedule.timesteps:
+    if run.samples.prompts and run.samples.inference_steps > objective.schedule.num_train_timesteps:
         raise UserError(
-            f"samples.inference_steps is {run.samples.inference_steps}: the model has {objective.schedule.timesteps} timesteps"
+            f"samples.inference_steps is {run.samples.inference_steps}: the model has {objective.schedule.num_train_timesteps} timesteps"
         )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dde_ds.distributed import first_does
+from dde_ds.distributed.collectives import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.training.lock import Lock, lock

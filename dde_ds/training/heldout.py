@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from dde_ds.config import RunConfig
-from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import sum_over_ranks
+from dde_ds.distributed.collectives import sum_over_ranks
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.objective import losses
 from dde_ds.objective.objective import Objective
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.ranks import Ranks
 from dde_ds.training.batches import Batch
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import errors_of
-from dde_ds.training.stop import StopRequest, unless_stopped
+from dde_ds.training.stop import StopRequest, none_if_stopped
 
 # β of `loss_uniform`, the Diffusion-DPO loss that all runs share whatever they train on.
 COMMON_BETA = 2000.0
@@ -51,12 +51,12 @@ class HeldOut:
         self.schedule, self.micro = schedule, micro
         order = Order(shards.counts, 0, block=1)
         self.pairs = min(pairs or order.samples, order.samples)
-        self._dataset = PairDataset(shards, order, Draws(0, torch.ones(schedule.timesteps)))
+        self._dataset = PairDataset(shards, order, PairRng(0, torch.ones(schedule.num_train_timesteps)))
         own = range(rank, rank + world * -(-self.pairs // world), world)
         self._positions = [position % self.pairs for position in own]
         self.weight = torch.tensor([float(position < self.pairs) for position in own], dtype=torch.float64)
         """(n,): 1, or 0 for a pair that another rank evaluates."""
-        quantiles = torch.arange(1, 10) * schedule.timesteps // 10
+        quantiles = torch.arange(1, 10) * schedule.num_train_timesteps // 10
         self.timesteps = quantiles[torch.tensor(self._positions) % 9]
         """(n,) int64."""
 
@@ -112,16 +112,18 @@ class HeldOutEvaluator:
         shards: ShardSet | MixedShards | None,
         objective: Objective,
         policy: torch.nn.Module,
-        ranks: Ranks,
+        ranks: DistributedEnv,
         stop: StopRequest,
     ):
         self._every, self._last = run.evaluation.every, run.steps
         self._objective, self._policy, self._stop = objective, policy, stop
         self._held_out = None
         if shards:
-            held_out = HeldOut(shards, objective.schedule, run.evaluation.pairs, run.batch.micro, ranks.rank, ranks.world)
+            held_out = HeldOut(
+                shards, objective.schedule, run.evaluation.pairs, run.batch.micro_batch_size, ranks.rank, ranks.world_size
+            )
             self._held_out = held_out
-            self._base = unless_stopped(lambda: held_out.errors(policy, stop.poll))
+            self._base = none_if_stopped(lambda: held_out.errors(policy, stop.poll))
 
     def due(self, step: int) -> bool:
         return self._held_out is not None and (step % self._every == 0 or step == self._last)
@@ -130,7 +132,7 @@ class HeldOutEvaluator:
         """Return ``eval/…`` numbers for a row of ``metrics.jsonl``; empty where a request to stop came between."""
         held_out = self._held_out
         assert held_out is not None  # otherwise never due
-        errors = unless_stopped(lambda: held_out.errors(self._policy, self._stop.poll))
+        errors = none_if_stopped(lambda: held_out.errors(self._policy, self._stop.poll))
         if errors is None:
             return {}
         shares = held_out.summary(self._objective, errors, self._base)

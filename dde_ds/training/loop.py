@@ -9,14 +9,14 @@ from pathlib import Path
 from torch.nn import functional
 
 from dde_ds.config import RunConfig
-from dde_ds.distributed import first_does
+from dde_ds.distributed.collectives import first_does
+from dde_ds.distributed.environment import read_environment
 from dde_ds.engine.ema import update_ema
 from dde_ds.engine.export import export_policy
-from dde_ds.engine.update import accumulating, update
+from dde_ds.engine.update import apply_if_finite, gradient_accumulation
 from dde_ds.errors import RankError
 from dde_ds.files import write_atomically
-from dde_ds.models.quiet import quiet_libraries
-from dde_ds.ranks import read_environment
+from dde_ds.models.silence import silence_libraries
 from dde_ds.training.resume import missing_outputs
 from dde_ds.training.session import Session, open_session
 from dde_ds.training.signals import listening
@@ -41,7 +41,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     Raises:
         UserError: unusable input.
     """
-    quiet_libraries()
+    silence_libraries()
     with listening(), contextlib.ExitStack() as held:
         # ZeRO-3 leaves a function of its own there, which rounds otherwise: for the next run in this process.
         held.callback(setattr, functional, "linear", functional.linear)
@@ -49,7 +49,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
         # Open models, data and folder; make up for what a request to stop cut off
         session = open_session(run, resume, held)
         if session is None or not catch_up(session):
-            if read_environment().is_first:
+            if read_environment().is_main:
                 print(UNSTARTED, flush=True)
             return STOPPED
 
@@ -63,7 +63,7 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
         # Export
         export_policy(session.policy, run, run.steps, session.log.last, session.folder / "export")
-        if session.ranks.is_first:
+        if session.ranks.is_main:
             write_done(session.folder, run.steps)
         return DONE
 
@@ -74,7 +74,7 @@ def optimizer_step(session: Session, step: int) -> float | None:
     policy, run = session.policy, session.run
 
     # Add up the gradients of the micro-batches
-    with accumulating(policy):
+    with gradient_accumulation(policy):
         for _ in range(session.accumulation):
             batch = next(session.batches)
             out = micro_step(policy, session.reference, session.objective, batch, session.device)
@@ -85,7 +85,7 @@ def optimizer_step(session: Session, step: int) -> float | None:
     # Update the weights
     for group in policy.optimizer.param_groups:
         group["lr"] = run.optimizer.rate(step - 1)
-    norm = update(policy)
+    norm = apply_if_finite(policy)
     session.heartbeat.beat(step)
     if session.lock:
         session.lock.check()
@@ -128,7 +128,7 @@ def after_step(session: Session, step: int, grad_norm: float | None) -> bool:
 
 def save(session: Session, step: int) -> None:
     """Write the checkpoint of ``step``, and the reference's errors that it makes final. Collective."""
-    session.ledger.write(session.ranks)
+    session.precomputed.write(session.ranks)
     beside = {"skipped": session.guards.counts(), "averages": session.averages.state(session.accumulation)}
     session.progress.say(session.checkpoints.save(step, session.policy, session.objective, beside))
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dde_ds.distributed import mean_over_ranks
+from dde_ds.distributed.collectives import mean_over_ranks
 from dde_ds.objective.objective import BY_TIMESTEP, Objective, ObjectiveOutput
 from dde_ds.rows import RowFile, is_metrics, last_numbers, read_rows
 from dde_ds.training.track import finish, send_images, send_row
@@ -164,7 +164,7 @@ class RunLog:
         with _going_on():
             send_row(self._trackers, step, row)
         if objective and objective.correction_weight:
-            steps = objective.schedule.timesteps
+            steps = objective.schedule.num_train_timesteps
             timesteps = torch.arange(0, steps, max(1, steps // 20))
             values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
             self._correction.write({"step": step, "timesteps": timesteps.tolist(), "correction": values})

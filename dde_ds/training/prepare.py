@@ -18,8 +18,8 @@ from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
 from dde_ds.models.base import family_of
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.compute_options import compile_blocks, use_channels_last
 from dde_ds.models.lora import add_adapters
-from dde_ds.models.speed import compile_blocks, use_channels_last
 from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.rows import is_correction, read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
@@ -40,13 +40,13 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
         UserError: no run folder, no checkpoint in it, or a run whose objective has no reference.
     """
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"--run {folder}: no config.yaml there; name the output folder of a run")
+        raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
     objective = build_run_objective(load_config(folder / "config.yaml"))
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
     if not checkpoints:
-        raise UserError(f"--run {folder}: no checkpoint there yet; explain the run after its first one")
+        raise UserError(f"run {folder}: no checkpoint there yet; explain the run after its first one")
     if not objective.needs_reference:
-        raise UserError(f"--run {folder}: {objective.name} compares with no reference and records no table")
+        raise UserError(f"run {folder}: {objective.name} compares with no reference and records no table")
     checkpoint.load_table(checkpoints[-1], objective)
     return objective, read_rows(folder / "correction.jsonl", is_correction)
 
@@ -59,18 +59,18 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
     set_checkpointing(policy, checkpointing)
-    treat_alike(run, policy)
+    apply_compute_options(run, policy)
     engine = initialize_policy(policy, ds_config)
     if not with_reference:
         return engine, None
     if run.lora:
         return engine, adapters_off(engine.module)
     second = models.load_unet(run.model.path, run.model.revision, run.reference_precision, run.model.variant)
-    treat_alike(run, second)
+    apply_compute_options(run, second)
     return engine, frozen_model(initialize_reference(second, ds_config, run.reference.placement, run.reference.dtype))
 
 
-def treat_alike(run: RunConfig, unet: UNet2DConditionModel) -> None:
+def apply_compute_options(run: RunConfig, unet: UNet2DConditionModel) -> None:
     """What policy and reference must both be, to begin at the same predictions."""
     if run.model.channels_last:
         use_channels_last(unet)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dde_ds.data.reader import ReadingTotals
-from dde_ds.distributed import mean_over_ranks, union_over_ranks
+from dde_ds.distributed.collectives import mean_over_ranks, union_over_ranks
 from dde_ds.errors import UserError
 
 COUNTED = ("bytes", "pairs", "cache_hits", "cache_misses")

@@ -13,7 +13,7 @@ from dde_ds import __version__
 from dde_ds.config import RunConfig
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
-from dde_ds.distributed import first_does
+from dde_ds.distributed.collectives import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
 from dde_ds.rows import is_metrics, read_rows

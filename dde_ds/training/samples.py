@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from dde_ds.config import RunConfig
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.evaluation.generate import PromptSet, save_row
-from dde_ds.ranks import Ranks
 from dde_ds.training.metrics import RunLog
 from dde_ds.training.resume import sample_path
-from dde_ds.training.stop import StopRequest, unless_stopped
+from dde_ds.training.stop import StopRequest, none_if_stopped
 from dde_ds.warn import reason, warn_once
 
 
 class Samples:
     """Draws ``samples.prompts`` when that is due, never where there are none. Collective, since ZeRO-3's forward passes are."""
 
-    def __init__(self, run: RunConfig, policy: Any, ranks: Ranks, device: torch.device, stop: StopRequest, log: RunLog):
+    def __init__(self, run: RunConfig, policy: Any, ranks: DistributedEnv, device: torch.device, stop: StopRequest, log: RunLog):
         self._run, self._policy, self._ranks, self._stop, self._log = run, policy, ranks, stop, log
         self._prompts = None
         if run.samples.prompts:
@@ -34,12 +34,12 @@ class Samples:
         """Write ``samples/step-….png``. A request to stop leaves it out; a full disk is a warning."""
         options, prompts = self._run.samples, self._prompts
         assert prompts is not None  # otherwise never due
-        images = unless_stopped(
+        images = none_if_stopped(
             lambda: prompts.draw(
                 self._policy.module, options.seed, options.inference_steps, options.guidance_scale, poll=self._stop.poll
             )
         )
-        if images is None or not self._ranks.is_first:
+        if images is None or not self._ranks.is_main:
             return
         try:
             save_row(images, sample_path(self._run, step))

@@ -13,23 +13,25 @@ import torch
 
 from dde_ds.config import RunConfig
 from dde_ds.data.reader import RankSlices, ReadingTotals
-from dde_ds.distributed import any_rank, first_does, ranks_of_a_node, start
+from dde_ds.distributed.collectives import any_rank, find_local_world_size, first_does
+from dde_ds.distributed.environment import DistributedEnv
+from dde_ds.distributed.group import start
 from dde_ds.engine import checkpoint
 from dde_ds.engine.zero import complete_config
 from dde_ds.objective.objective import Objective, ObjectiveOutput
-from dde_ds.ranks import Ranks
+from dde_ds.planning.workload import Utilisation, chosen_checkpointing
 from dde_ds.rows import RowFile
 from dde_ds.training.batches import Batch, open_batches
 from dde_ds.training.check import check_start
 from dde_ds.training.checkpoints import Checkpoints
 from dde_ds.training.folder import claimed
 from dde_ds.training.guards import Guards
+from dde_ds.training.health import HealthMonitor
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.heldout import HeldOutEvaluator
-from dde_ds.training.ledger import Ledger, open_ledger
 from dde_ds.training.lock import Lock
 from dde_ds.training.metrics import Averages, Clock, RunLog
-from dde_ds.training.planning import Utilisation, chosen_checkpointing
+from dde_ds.training.precomputed import PrecomputedReference, open_precomputed
 from dde_ds.training.prepare import build_run_objective, load_engines, open_folder, open_shards
 from dde_ds.training.progress import ProgressLine
 from dde_ds.training.reading import reading_row
@@ -39,7 +41,6 @@ from dde_ds.training.samples import Samples
 from dde_ds.training.signals import asked
 from dde_ds.training.stop import StopRequest
 from dde_ds.training.track import open_trackers
-from dde_ds.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Session:
     """The parts of a run, each on every rank. A part that is switched off is there, is never due and does nothing."""
 
     run: RunConfig
-    ranks: Ranks
+    ranks: DistributedEnv
     device: torch.device
     folder: Path
     first_step: int
@@ -58,11 +59,11 @@ class Session:
     policy: Any
     """DeepSpeed's engine."""
     reference: Reference | None
-    """None where nothing compares with one, or all its errors are in the ledger."""
+    """None where nothing compares with one, or all its errors are in the precomputed reference."""
     objective: Objective
     batches: Iterator[Batch]
 
-    ledger: Ledger
+    precomputed: PrecomputedReference
     guards: Guards
     heartbeat: Heartbeat
     lock: Lock | None
@@ -73,7 +74,7 @@ class Session:
     clock: Clock
     utilisation: Utilisation
     reading: ReadingTotals
-    health: Watch
+    health: HealthMonitor
     log: RunLog
     progress: ProgressLine
     evaluator: HeldOutEvaluator
@@ -82,7 +83,7 @@ class Session:
 
     def take(self, batch: Batch, out: ObjectiveOutput) -> torch.Tensor:
         """Count what a micro-batch came to, and return its loss as it goes into the backward pass."""
-        self.ledger.add(batch, out.reference_errors)
+        self.precomputed.add(batch, out.reference_errors)
         self.averages.add(out)
         return self.guards.watch(out.loss, batch)
 
@@ -92,7 +93,7 @@ class Session:
         Args:
             grad_norm: of the last step before clipping; None where the step was skipped.
         """
-        row = {**self.averages.read(self.objective.schedule.timesteps), **self.clock.read()}
+        row = {**self.averages.read(self.objective.schedule.num_train_timesteps), **self.clock.read()}
         row |= self.utilisation.row(row["perf/pairs_per_s"])
         row |= reading_row(self.reading, self.run.data.max_bad_samples, row["perf/pairs_per_s"], self.device)
         row |= {"learning_rate": self.run.optimizer.rate(step - 1), "guard/skipped_steps": self.guards.steps}
@@ -123,23 +124,23 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
     ranks, device = start(run.timeout_minutes)
     if any_rank(asked(), device):  # while libraries were imported and the others waited for
         return None
-    on_a_node = ranks_of_a_node(ranks, device)
-    ds_config = complete_config(run, ranks.world, on_a_node)
+    local_world_size = find_local_world_size(ranks, device)
+    ds_config = complete_config(run, ranks.world_size, local_world_size)
 
     # Run folder: whether the run may write there, whether base and shards are whole and fit, and what it goes on from
     lock = held.enter_context(claimed(folder, resume, _warn))
-    base, said = first_does(lambda: check_start(run, shards, held_out_shards, objective, ds_config, ranks.world))
-    for line in said if ranks.is_first else ():
+    base, said = first_does(lambda: check_start(run, shards, held_out_shards, objective, ds_config, ranks.world_size))
+    for line in said if ranks.is_main else ():
         print(f"note: {line}", flush=True)
     resumed, state, damaged = choose_checkpoint(run, shards, base, resume, _warn)
     first_step = state.get("step", 0)
-    ledger = open_ledger(run, shards, objective, ranks)
+    precomputed = open_precomputed(run, shards, objective, ranks)
     first_does(lambda: open_folder(folder, run))
 
     # Models. All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
     stop = StopRequest(folder, device, deadline)
-    with_reference = objective.needs_reference and not ledger.covers(first_step, run.steps)
-    checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world, on_a_node, device)
+    with_reference = objective.needs_reference and not precomputed.covers(first_step, run.steps)
+    checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world_size, local_world_size, device)
     policy, reference = load_engines(run, ds_config, with_reference, checkpointing)
     objective.to(device)
     evaluator = HeldOutEvaluator(run, held_out_shards, objective, policy.module, ranks, stop)  # before weights are restored
@@ -149,12 +150,12 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
         checkpoint.load(resumed, policy, objective)
 
     # Data
-    slices = RankSlices(run.batch.pairs, run.batch.micro, ranks.rank, ranks.world, first_step, run.steps)
-    clock, reading, accumulation = Clock(), ReadingTotals(), run.batch.accumulation(ranks.world)
-    batches = ledger.fill(clock.timed(open_batches(run, shards, objective, slices, device, reading)))
+    slices = RankSlices(run.batch.pairs, run.batch.micro_batch_size, ranks.rank, ranks.world_size, first_step, run.steps)
+    clock, reading, accumulation = Clock(), ReadingTotals(), run.batch.accumulation(ranks.world_size)
+    batches = precomputed.fill(clock.timed(open_batches(run, shards, objective, slices, device, reading)))
 
     # What is counted, and where it goes
-    writing = folder if ranks.is_first else None
+    writing = folder if ranks.is_main else None
     averages = Averages()
     averages.restore(state.get("averages", {}), accumulation, device)
     skipped = RowFile(folder / "skipped.jsonl", first_step) if writing else None
@@ -163,11 +164,15 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
     held.callback(log.close)
     heartbeat = Heartbeat(writing)
     heartbeat.beat(first_step)
-    progress = ProgressLine(first_step, run.steps, visible=ranks.is_first)
+    progress = ProgressLine(first_step, run.steps, visible=ranks.is_main)
     progress.say(
-        f"{run.objective.name} on {ranks.world} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
-        f"{run.batch.pairs} pairs a step = {ranks.world} ranks x {accumulation} micro-batches of {run.batch.micro}"
-        + (f"; {'no reference, but' if reference is None else 'reference errors into'} {ledger.path}" if ledger.path else "")
+        f"{run.objective.name} on {ranks.world_size} x {device.type}, ZeRO-{ds_config['zero_optimization']['stage']}, {run.precision}: "
+        f"{run.batch.pairs} pairs a step = {ranks.world_size} ranks x {accumulation} micro-batches of {run.batch.micro_batch_size}"
+        + (
+            f"; {'no reference, but' if reference is None else 'reference errors into'} {precomputed.path}"
+            if precomputed.path
+            else ""
+        )
         + (f"; gradient checkpointing {checkpointing}" if checkpointing != run.model.gradient_checkpointing else "")
         + (f"; resumed after step {first_step}" if first_step else "")
     )
@@ -182,16 +187,16 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
         reference=reference,
         objective=objective,
         batches=batches,
-        ledger=ledger,
+        precomputed=precomputed,
         guards=guards,
         heartbeat=heartbeat,
         lock=lock,
         stop=stop,
         averages=averages,
         clock=clock,
-        utilisation=Utilisation(run, shards, with_reference, ranks.world, device),
+        utilisation=Utilisation(run, shards, with_reference, ranks.world_size, device),
         reading=reading,
-        health=Watch(),
+        health=HealthMonitor(),
         log=log,
         progress=progress,
         evaluator=evaluator,

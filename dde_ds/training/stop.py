@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dde_ds.distributed import any_rank
+from dde_ds.distributed.collectives import any_rank
 from dde_ds.training.signals import asked
 
 
@@ -48,7 +48,7 @@ class StopRequest:
             raise Interrupted
 
 
-def unless_stopped(work: Callable[[], Any]) -> Any:
+def none_if_stopped(work: Callable[[], Any]) -> Any:
     """What ``work()`` gives; None where a request to stop cut it short."""
     try:
         return work()

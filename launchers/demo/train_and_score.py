@@ -2,7 +2,7 @@
 
     deepspeed launchers/demo/train_and_score.py --plan demo_compare/plan.json
 
-The plan is ``{"settings": …, "jobs": [{"name", "captions", "overrides", "ledger"}, …]}``, as ``tools/compare_objectives.py`` writes it; beside it
+The plan is ``{"settings": …, "jobs": [{"name", "captions", "overrides", "precomputed"}, …]}``, as ``tools/compare_objectives.py`` writes it; beside it
 lie the judge and the held-out shards. Each job
 is a run of ``train.yaml`` with its overrides (none: the base model as it is), drawn on training or on held-out captions. Its
 result, ``results/NAME.json`` beside the plan, is whole or absent, and jobs that have one are left out: a launch that was killed
@@ -32,14 +32,16 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.demo.judge import Judge, read_vendors
 from dde_ds.demo.parts import BASE, PAIRS, TRAIN, say
 from dde_ds.demo.scoring import CaptionSet
-from dde_ds.distributed import agree, gather_rows, start
+from dde_ds.distributed.collectives import barrier, gather_rows
+from dde_ds.distributed.environment import DistributedEnv
+from dde_ds.distributed.group import start
+from dde_ds.distributed.process import end_process
 from dde_ds.errors import UserError
 from dde_ds.evaluation.compare import frechet_distance
 from dde_ds.files import discard, write_atomically
-from dde_ds.models.quiet import quiet_libraries
+from dde_ds.models.silence import silence_libraries
 from dde_ds.models.unet import load_scheduler_config, load_unet
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.ranks import Ranks, end_process
 from dde_ds.training.heldout import HeldOut
 from dde_ds.training.loop import DONE, STOPPED, train
 
@@ -50,14 +52,14 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_args()
     try:
-        quiet_libraries()
+        silence_libraries()
         ranks, device = start()
         plan, folder = json.loads(args.plan.read_text(encoding="utf-8")), args.plan.parent
         missing = [job for job in plan["jobs"] if not result_file(folder, job["name"]).exists()]
-        agree(ranks, device)  # nobody writes a result before all have looked
+        barrier(ranks, device)  # nobody writes a result before all have looked
         bench = Bench(folder, plan["settings"], ranks, device)
         for number, job in enumerate(missing, 1):
-            if ranks.is_first:
+            if ranks.is_main:
                 say(f"{number} of {len(missing)}: {job['name']}")
             if do(job, plan["settings"], folder, bench) == STOPPED:
                 return STOPPED
@@ -74,7 +76,7 @@ def result_file(folder: Path, name: str) -> Path:
 class Bench:
     """What all jobs share, read once a launch: the judge, and each rank's captions with their embeddings."""
 
-    def __init__(self, folder: Path, settings: dict, ranks: Ranks, device: torch.device):
+    def __init__(self, folder: Path, settings: dict, ranks: DistributedEnv, device: torch.device):
         self.ranks, self.device, self._settings = ranks, device, settings
         self.judge = Judge().eval().requires_grad_(False)
         self.judge.load_state_dict(safetensors.torch.load_file(folder / "judge.safetensors"))
@@ -82,7 +84,7 @@ class Bench:
         self._preferred: dict[str, Tensor] = {}
         schedule = NoiseSchedule.from_scheduler(load_scheduler_config(BASE))
         shards = ShardSet(folder / "shards_held_out")
-        self._held_out = HeldOut(shards, schedule, settings["captions"], rank=ranks.rank, world=ranks.world)
+        self._held_out = HeldOut(shards, schedule, settings["captions"], rank=ranks.rank, world=ranks.world_size)
 
     def score(self, unet: torch.nn.Module, which: str) -> dict:
         """The numbers of one model; the same on all ranks. Collective."""
@@ -114,13 +116,13 @@ class Bench:
 
     def _own(self, count: int) -> list[int]:
         """This rank's share of ``count`` things, as :class:`HeldOut` has it: as many on each rank, the last ones perhaps repeated."""
-        rank, world = self.ranks.rank, self.ranks.world
+        rank, world = self.ranks.rank, self.ranks.world_size
         return [i % count for i in range(rank, rank + world * -(-count // world), world)]
 
     def _gather(self, rows: Tensor, count: int) -> Tensor:
         """Rows of all ranks in the order of the things, from each rank's rows of its own."""
         together = gather_rows(rows.to(self.device).contiguous(), self.ranks).cpu()
-        return together.unflatten(0, (self.ranks.world, -1)).transpose(0, 1).flatten(0, 1)[:count]
+        return together.unflatten(0, (self.ranks.world_size, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
@@ -132,9 +134,9 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
         resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
         run = load_config(TRAIN, [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
         # A finished run whose result was taken away has neither export nor checkpoints left: it is trained once more.
-        if bench.ranks.is_first and (run_folder / "DONE").exists() and not (run_folder / "export").exists():
+        if bench.ranks.is_main and (run_folder / "DONE").exists() and not (run_folder / "export").exists():
             discard(run_folder)
-        agree(bench.ranks, bench.device)
+        barrier(bench.ranks, bench.device)
         if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
         gc.collect()  # engines are in cycles, and the next run makes new ones
@@ -145,14 +147,14 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
     cpu, wall = (torch.tensor(values, dtype=torch.float64).diff() for values in zip(*spent, strict=True))
     cpu = gather_rows(cpu.to(bench.device)[None], bench.ranks).sum(0)
     result |= {"cpu_s": cpu.tolist(), "wall_s": wall.tolist(), "resumed": resumed}
-    if bench.ranks.is_first:
+    if bench.ranks.is_main:
         target = result_file(folder, job["name"])
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps(result).encode())
         if run_folder is not None:  # a hundred megabytes a run; metrics.jsonl stays
             discard(run_folder / "checkpoints")
             discard(run_folder / "export")
-    agree(bench.ranks, bench.device)
+    barrier(bench.ranks, bench.device)
     return DONE
 
 
@@ -166,12 +168,14 @@ def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> lis
         f"data.path={folder / 'shards'}",
         "deepspeed=zero2",
         f"batch.pairs={pairs}",
-        f"batch.micro={micro_batch(pairs)}",
+        f"batch.micro_batch_size={micro_batch(pairs)}",
         "samples.prompts=[]",
         f"checkpoint.every={steps}",
         "log.every=8",
     ]
-    return overrides + ([f"reference.ledger={folder / 'ledgers' / job['ledger']}.safetensors"] if job["ledger"] else [])
+    return overrides + (
+        [f"reference.precomputed={folder / 'precomputed' / job['precomputed']}.safetensors"] if job["precomputed"] else []
+    )
 
 
 def micro_batch(pairs: int) -> int:

@@ -23,16 +23,16 @@ import safetensors.torch
 import torch
 
 from dde_ds import UserError
-from dde_ds.data.draws import Draws
 from dde_ds.data.manifest import manifest_digest
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData
 from dde_ds.data.verify import verify
 from dde_ds.data.writer import finished_shard, write_manifest, write_shard
 from dde_ds.files import sha256_of
-from tests.data.tiny import SETTINGS, as_format_2, pair, sign, write_tiny
+from tests.support.tiny import SETTINGS, as_format_2, pair, sign, write_tiny
 
 MUTATIONS = 10_000
 COUNTS = (3, 3, 2)
@@ -284,7 +284,7 @@ def test_another_format_is_refused(tmp_path):
 
 def dataset(folder: Path, max_bad: int, **draws) -> PairDataset:
     shards = ShardSet(folder, check_sizes=not max_bad)
-    return PairDataset(shards, Order(shards.counts, 0, 2), Draws(0, torch.ones(10), **draws), max_bad)
+    return PairDataset(shards, Order(shards.counts, 0, 2), PairRng(0, torch.ones(10), **draws), max_bad)
 
 
 def break_pair(folder: Path, shard: int, row: int) -> None:

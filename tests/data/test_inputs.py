@@ -18,7 +18,7 @@ from dde_ds.cli.parsing import Parser
 from dde_ds.cli.shard import _recipe, add_commands
 from dde_ds.cli.verify_shards import remake
 from dde_ds.data.inputs import find_pairs
-from dde_ds.data.make import Recipe, make_shards
+from dde_ds.data.make import EncodingConfig, make_shards
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.encode import Encoder, cut_captions
 
@@ -35,7 +35,9 @@ def images(parquet) -> list[bytes]:
 
 
 def make(source, output: Path, encoder, rank: int = 0, world: int = 1, **options):
-    return make_shards(source, output, encoder, Recipe("sd", **{"resolution": 16, "pairs_per_shard": 2, **options}), rank, world)
+    return make_shards(
+        source, output, encoder, EncodingConfig("sd", **{"resolution": 16, "pairs_per_shard": 2, **options}), rank, world
+    )
 
 
 def table(images: list[bytes], captions=None, labels=None, count: int = 4) -> pa.Table:
@@ -269,21 +271,22 @@ def test_paths_outside_are_allowed_by_a_root(folder):
     store = folder / "store"
     absolute = pairs_of(folder, {"winner": str(store / "0.jpg"), "loser": str(store / "1.jpg"), "caption": "x"})
     with pytest.raises(
-        UserError, match=r"line 1: .*0\.jpg' lies outside of the folder of pairs.jsonl; --root DIR names the folder"
+        UserError,
+        match=r"line 1: .*0\.jpg' lies outside of the folder of pairs.jsonl; name the folder that paths may point into as root",
     ):
         find_pairs(absolute)
     source = find_pairs(absolute, root=folder)
     (pair,) = source.read(source.survey().rows)
     assert pair.winner == (store / "0.jpg").read_bytes()
-    with pytest.raises(UserError, match=f"lies outside of --root {folder / 'lists'};"):
+    with pytest.raises(UserError, match=f"lies outside of root {folder / 'lists'};"):
         find_pairs(absolute, root=folder / "lists")
     relative = pairs_of(folder, {"winner": "0.jpg", "loser": "./x/../1.jpg", "caption": "x"})
     (pair,) = find_pairs(relative, root=store).read(np.array([0]))
     assert (pair.winner, pair.loser) == ((store / "0.jpg").read_bytes(), (store / "1.jpg").read_bytes())
     escaping = pairs_of(folder, {"winner": "0.jpg", "loser": "../lists/pairs.jsonl", "caption": "x"})
-    with pytest.raises(UserError, match="lies outside of --root"):
+    with pytest.raises(UserError, match="lies outside of root"):
         find_pairs(escaping, root=store, follow_links=True)
-    with pytest.raises(UserError, match="--root /nowhere: no such folder"):
+    with pytest.raises(UserError, match="root /nowhere: no such folder"):
         find_pairs(absolute, root=Path("/nowhere"))
 
 
@@ -308,9 +311,9 @@ def test_links_that_lead_out_are_named_and_followed_when_asked(folder):
 
 def test_options_of_pairs_jsonl_elsewhere(images, tmp_path):
     given = written(tmp_path / "p.parquet", table(images))
-    with pytest.raises(UserError, match=r"--follow-links: is for the images of a pairs.jsonl"):
+    with pytest.raises(UserError, match=r"follow_links: is for the images of a pairs.jsonl"):
         find_pairs(given, follow_links=True)
-    with pytest.raises(UserError, match=r"--root: is for the images of a pairs.jsonl"):
+    with pytest.raises(UserError, match=r"root: is for the images of a pairs.jsonl"):
         find_pairs(given, root=tmp_path)
 
 

@@ -22,13 +22,13 @@ import torch
 
 from dde_ds import UserError
 from dde_ds.data.inputs import find_pairs
-from dde_ds.data.make import Recipe, make_shards
+from dde_ds.data.make import EncodingConfig, make_shards
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.verify import verify
 from dde_ds.models.encode import Encoder, prepare_image
-from tests.bases import copied, scaled
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, PATIENCE, environment, free_port
+from tests.support.bases import copied, scaled
+from tests.support.launching import LAUNCHER, PATIENCE, environment, free_port
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def make(source, output: Path, encoder, rank: int = 0, world: int = 1, **options
         source,
         output,
         encoder,
-        Recipe(**{"model": "sd", "resolution": 16, "pairs_per_shard": 3, "batch": 2, **options}),
+        EncodingConfig(**{"model": "sd", "resolution": 16, "pairs_per_shard": 3, "batch": 2, **options}),
         rank,
         world,
     )
@@ -303,9 +303,12 @@ def test_pairs_of_ones_own(grouped, encoder, tmp_path):
         ('{"winner": 1, "loser": "b.png", "caption": ""}', "line 2: expected"),
         (
             '{"winner": "a.png", "loser": "../../etc/passwd", "caption": ""}',
-            "lies outside of the folder of pairs.jsonl; --root DIR",
+            "lies outside of the folder of pairs.jsonl; name the folder that paths may point into as root",
         ),
-        ('{"winner": "/etc/passwd", "loser": "b.png", "caption": ""}', "lies outside of the folder of pairs.jsonl; --root DIR"),
+        (
+            '{"winner": "/etc/passwd", "loser": "b.png", "caption": ""}',
+            "lies outside of the folder of pairs.jsonl; name the folder that paths may point into as root",
+        ),
         ('{"winner": "a.png", "loser": "b.png", "caption": "\\udc80"}', r"line 2: expected .*half a surrogate pair: '\\udc80'"),
         ('{"winner": "a.png", "loser": "b.png", "caption": "a", "label": 0}', "line 2: label 0 prefers the loser; swap"),
         ('{"winner": "a.png", "loser": "b.png", "caption": "a", "label": []}', r"line 2: label is \[\], expected 1"),
@@ -329,7 +332,7 @@ def test_a_folder_that_datasets_saved(grouped, encoder, tmp_path):
     own, parquet = ShardSet(tmp_path / "own"), ShardSet(tmp_path / "parquet")
     for number in range(len(names)):
         assert torch.equal(own.read(number, 0)["latents"], parquet.read(number, 0)["latents"])
-    with pytest.raises(UserError, match=r"--split validation: .*saved has train"):
+    with pytest.raises(UserError, match=r"split validation: .*saved has train"):
         find_pairs([str(tmp_path / "saved")], "validation")
     with pytest.raises(UserError, match="no file, and no data set to be had"):
         find_pairs(["nobody/nothing"])

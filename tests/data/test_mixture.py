@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dde_ds import UserError
-from dde_ds.data.draws import Draws
 from dde_ds.data.mixture import ROUND, MixedOrder, open_sources, order_of, shares
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
-from tests.data.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
@@ -123,7 +123,7 @@ def mixed_dataset(tmp_path, weights=(3, 1), **options) -> PairDataset:
         write_tiny(tmp_path / "a", (3, 4, 2, 5), prompts=3)
         write_tiny(tmp_path / "b", (2, 6), prompts=2, first=1000)
     shards = open_sources(list(zip(paths, weights, strict=True)))
-    return PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2), **options)
+    return PairDataset(shards, order_of(shards, 7, 2), PairRng(7, torch.ones(10), caption_dropout=0.2), **options)
 
 
 def test_mixed_sources(tmp_path):
@@ -172,7 +172,7 @@ def test_grid(tmp_path, source):
     """Six steps of twelve pairs, more than three epochs: whoever reads them, and however often it stopped between."""
     if source == "one":
         shards = open_sources([(str(write_tiny(tmp_path / "a", (3, 4, 2, 5), latents="mean+logvar", flip=True)), 1.0)])
-        data = PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2, flip=True))
+        data = PairDataset(shards, order_of(shards, 7, 2), PairRng(7, torch.ones(10), caption_dropout=0.2, flip=True))
     else:
         data = mixed_dataset(tmp_path)
     expected = read_all(data, 1, 12, 0, 0, 6)
@@ -208,7 +208,7 @@ def read_in_a_process(path: Path, rank: int, world: int, step: int) -> tuple[int
 
 def tiny_dataset(path: Path) -> PairDataset:
     shards = open_sources([(str(path), 1.0)])
-    return PairDataset(shards, order_of(shards, 7, 2), Draws(7, torch.ones(10), caption_dropout=0.2))
+    return PairDataset(shards, order_of(shards, 7, 2), PairRng(7, torch.ones(10), caption_dropout=0.2))
 
 
 def test_killed_readers_go_on_where_the_trainer_was(tmp_path):

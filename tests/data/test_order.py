@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dde_ds import UserError
-from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import AHEAD, LookAhead, RankSlices
 
 COUNTS = [7, 5, 0, 9, 6, 3, 8]
@@ -68,21 +68,21 @@ def test_every_position_is_announced_once_and_in_time(steps):
 
 
 def test_draws_depend_on_seed_and_position_only():
-    draws = Draws(5, torch.ones(1000), caption_dropout=0.3)
+    draws = PairRng(5, torch.ones(1000), caption_dropout=0.3)
     t, noise, drop = draws(123456789, (2, 4, 8, 8))
-    again = Draws(5, torch.ones(1000), caption_dropout=0.3)
+    again = PairRng(5, torch.ones(1000), caption_dropout=0.3)
     again(7, (2, 4, 8, 8))
     t2, noise2, drop2 = again(123456789, (2, 4, 8, 8))
     assert (t, drop) == (t2, drop2)
     assert torch.equal(noise, noise2)
-    assert not torch.equal(noise, Draws(6, torch.ones(1000))(123456789, (2, 4, 8, 8))[1])
-    assert Draws(5, torch.ones(1000), shared_noise=False)(0, (2, 4, 8, 8))[1].shape == (2, 4, 8, 8)
+    assert not torch.equal(noise, PairRng(6, torch.ones(1000))(123456789, (2, 4, 8, 8))[1])
+    assert PairRng(5, torch.ones(1000), shared_noise=False)(0, (2, 4, 8, 8))[1].shape == (2, 4, 8, 8)
 
 
 def test_draws_have_their_distributions():
     probabilities = torch.zeros(1000)
     probabilities[200:700] = 1
-    draws = Draws(0, probabilities, caption_dropout=0.2)
+    draws = PairRng(0, probabilities, caption_dropout=0.2)
     found = [draws(position, (2, 1, 2, 2)) for position in range(4000)]
     t = torch.tensor([t for t, _, _ in found]).float()
     assert t.min() >= 200

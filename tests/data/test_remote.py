@@ -20,14 +20,14 @@ from dde_ds import UserError
 from dde_ds.data import as_webdataset, storage
 from dde_ds.data import cache as caching
 from dde_ds.data.cache import BUCKETS, Cache
-from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
 from dde_ds.data.mixture import open_sources, order_of
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, ReadingTotals, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.storage import DamagedData, RemoteFolder
 from tests.data.test_damage import break_pair, everything, same
-from tests.data.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 INIT = RemoteFolder.__init__
 BOMB = gzip.compress(bytes(100 * 2**20))
@@ -243,7 +243,7 @@ def test_no_more_is_taken_than_was_asked_for(folder, server, monkeypatch, fault)
 
 def dataset(path: str, cache: Path | None = None, max_bad: int = 0) -> PairDataset:
     shards = open_sources([(path, 1.0)], str(cache) if cache else None, 0.01, strict=not max_bad)
-    return PairDataset(shards, order_of(shards, 3, 2), Draws(3, torch.ones(10), caption_dropout=0.2), max_bad)
+    return PairDataset(shards, order_of(shards, 3, 2), PairRng(3, torch.ones(10), caption_dropout=0.2), max_bad)
 
 
 def batches(data: PairDataset, workers: int, totals: ReadingTotals | None = None) -> list[dict]:

@@ -19,14 +19,14 @@ import webdataset
 from PIL import Image
 
 from dde_ds import UserError
-from dde_ds.data.draws import Draws
 from dde_ds.data.inputs import find_pairs
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.encode import Encoder, prepare_image
 from tests.conftest import shard
-from tests.data.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -171,13 +171,13 @@ def test_prepare_image_crops_the_centre():
 
 def _dataset(folder: Path, **draws) -> PairDataset:
     shards = ShardSet(folder)
-    return PairDataset(shards, Order(shards.counts, 0, 2), Draws(0, torch.ones(1000), **draws))
+    return PairDataset(shards, Order(shards.counts, 0, 2), PairRng(0, torch.ones(1000), **draws))
 
 
 def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
     """Launchers send them to whole process groups: a worker that died of one would break the step that is to be saved."""
     shards = ShardSet(write_tiny(tmp_path / "shards"))
-    dataset = PairDataset(shards, Order(shards.counts, 0, 1), Draws(0, torch.ones(10)))
+    dataset = PairDataset(shards, Order(shards.counts, 0, 1), PairRng(0, torch.ones(10)))
     batches = micro_batches(dataset, RankSlices(4, 4, 0, 1, 0, 40), 2, pin_memory=False)
     others = psutil.Process().children()
     first = [next(batches), next(batches)]  # one of each worker: both are up

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from dde_ds import UserError
-from dde_ds.data.draws import Draws
 from dde_ds.data.order import Order
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
-from tests.data.tiny import write_tiny
+from tests.support.tiny import write_tiny
 
 
 @pytest.fixture
 def batches(tmp_path):
     shards = ShardSet(write_tiny(tmp_path / "shards"))
-    dataset = PairDataset(shards, Order(shards.counts, 0, 2), Draws(0, torch.full((10,), 0.1), False, 0.0, False))
+    dataset = PairDataset(shards, Order(shards.counts, 0, 2), PairRng(0, torch.full((10,), 0.1), False, 0.0, False))
     return micro_batches(dataset, RankSlices(2, 2, 0, 1, 0, 1000), 2, pin_memory=False)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dde_ds import UserError
 from tests.conftest import DEMO, ROOT
-from tests.launching import PATIENCE, environment
+from tests.support.launching import PATIENCE, environment
 
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(DEMO))
@@ -74,7 +74,7 @@ def test_runs_of_a_seed_differ_in_nothing_but_what_is_compared():
     common = set.intersection(*(set(job["overrides"]) for job in jobs))
     assert common == {"seed=3", "objective.beta=500.0", "optimizer.learning_rate=0.0001"}
     assert jobs[3]["overrides"][-1] == "objective.timestep_range=[300, 400]"
-    assert [job["ledger"] for job in jobs] == ["seed-3", "seed-3", "seed-3", None]
+    assert [job["precomputed"] for job in jobs] == ["seed-3", "seed-3", "seed-3", None]
 
 
 def test_numbers_of_a_model():

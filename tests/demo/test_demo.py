@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from tests.conftest import DEMO, ROOT
-from tests.launching import PATIENCE, environment
+from tests.support.launching import PATIENCE, environment
 
 
 def captions(name: str) -> list[str]:
@@ -42,7 +42,7 @@ def test_base_model_is_a_complete_small_pipeline():
 def test_whole_demo_in_short(stage, tmp_path):
     output = tmp_path / "demo"
     short = ["--captions", "6", "--images", "1", "--judge-steps", "30", "--zero", stage]
-    overrides = ["steps=2", "batch.pairs=4", "batch.micro=2", "samples.prompts=[fire]", "samples.inference_steps=2"]
+    overrides = ["steps=2", "batch.pairs=4", "batch.micro_batch_size=2", "samples.prompts=[fire]", "samples.inference_steps=2"]
     command = [sys.executable, DEMO / "run.py", "--output", output, *short, "--", *overrides]
     process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 0, process.stderr[-3000:]

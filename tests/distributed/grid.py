@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from tests.conftest import ROOT
-from tests.launching import Run, rows, write_config
+from tests.support.launching import Run, rows, write_config
 
 KINDS = ("sd", "sdxl")
 RANKS = (1, 2)
@@ -71,7 +71,7 @@ def run(setting: Setting, config: Path, output: Path, *overrides: str) -> Run:
         "output": output,
         "deepspeed": output.parent / f"{output.name}.json",
         "batch.pairs": PAIRS,
-        "batch.micro": PAIRS // setting.ranks // setting.accumulation,
+        "batch.micro_batch_size": PAIRS // setting.ranks // setting.accumulation,
         "model.gradient_checkpointing": setting.checkpointing,
         "reference.placement": setting.reference,
     }

@@ -18,8 +18,8 @@ import torch
 from dde_ds import load_config
 from tests.conftest import first_pairs, shard
 from tests.distributed.grid import KINDS, TRAJECTORIES, write_grid_config
-from tests.pipelines import save_sd, save_sdxl
-from tests.plain_loop import plain_steps
+from tests.support.pipelines import save_sd, save_sdxl
+from tests.support.reference_loop import plain_steps
 
 
 def main() -> int:

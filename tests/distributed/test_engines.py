@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dde_ds import load_config
-from tests.launching import Run, launch_many, rows, shipped, write_config
-from tests.plain_loop import plain_losses
+from tests.support.launching import Run, launch_many, rows, shipped, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ import torch
 from dde_ds import load_config
 from tests.conftest import DEMO, shard
 from tests.distributed.grid import EVERY, KINDS, RANKS, TRAJECTORIES, Setting, covering, run, trajectory, write_grid_config
-from tests.launching import launch_many
-from tests.plain_loop import plain_steps
+from tests.support.launching import launch_many
+from tests.support.reference_loop import plain_steps
 
 LOSS, NORM = 1e-5, 1e-4
 COLUMNS = [field.name for field in fields(Setting)]
@@ -94,7 +94,7 @@ def test_rounding_at_the_default_beta(parquet, tmp_path, capsys):
         "ZeRO-2": run(zero2, config, tmp_path / "two", *changes),
         "the same again": run(zero2, config, tmp_path / "again", *changes),
         "ZeRO-3": run(zero3, config, tmp_path / "three", *changes),
-        "micro-batches of 1": run(zero2, config, tmp_path / "micro", *changes, "batch.micro=1"),
+        "micro-batches of 1": run(zero2, config, tmp_path / "micro", *changes, "batch.micro_batch_size=1"),
     }
     assert [outcome.code for outcome in launch_many(list(runs.values()), 2)] == [0] * 4
     losses = [[loss for loss, _ in trajectory(tmp_path / name)] for name in ("two", "again", "three", "micro")]

@@ -16,8 +16,8 @@ from dde_ds.engine.export import KOHYA_FILE
 from dde_ds.models.unet import load_unet
 from dde_ds.training.heldout import error_drift
 from tests.conftest import DEMO, shard
-from tests.launching import alone, launch, rows, shipped, write_config
-from tests.plain_loop import plain_losses
+from tests.support.launching import alone, launch, rows, shipped, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 LORA = {"rank": 4, "alpha": 6, "targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1"]}
@@ -42,7 +42,7 @@ def test_adapters_from_the_launch_to_the_user(tmp_path, parquet, sd_model, sd_sh
     run, zero3 = tmp_path / "run", shipped(tmp_path, "zero3")
     process = launch(config, "steps=3", zero3, "model.gradient_checkpointing=full")
     assert process.returncode == 0, process.stderr[-3000:]
-    process = alone(config, "--resume", "steps=5", "batch.micro=4")
+    process = alone(config, "--resume", "steps=5", "batch.micro_batch_size=4")
     assert process.returncode == 0, process.stderr[-3000:]
 
     losses = [row["loss"] for row in rows(run)]

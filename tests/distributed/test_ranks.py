@@ -13,8 +13,8 @@ import pytest
 
 from dde_ds import load_config
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, alone, environment, free_port, rows, wait_for_rows, write_config
-from tests.plain_loop import plain_losses
+from tests.support.launching import PATIENCE, alone, environment, free_port, rows, wait_for_rows, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 

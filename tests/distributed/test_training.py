@@ -24,9 +24,20 @@ from dde_ds.engine.checkpoint import list_checkpoints
 from dde_ds.rows import read_rows
 from dde_ds.training.heldout import error_drift
 from tests.conftest import DEMO, ROOT, shard
-from tests.launching import PATIENCE, Outcome, Run, command, environment, launch, launch_many, rows, wait_for_rows, write_config
-from tests.pipelines import save_sd
-from tests.plain_loop import plain_losses, plain_steps
+from tests.support.launching import (
+    PATIENCE,
+    Outcome,
+    Run,
+    command,
+    environment,
+    launch,
+    launch_many,
+    rows,
+    wait_for_rows,
+    write_config,
+)
+from tests.support.pipelines import save_sd
+from tests.support.reference_loop import plain_losses, plain_steps
 
 pytestmark = pytest.mark.slow
 BF16_LOSS, BF16_NORM = 0.02, 0.25
@@ -83,7 +94,7 @@ def settling(tmp_path_factory, sd_model, sd_shards) -> Path:
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     steps = {"num_train_timesteps": 50, "beta_start": 0.017, "beta_end": 0.24}  # about the signal at the end that 1000 leave
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | steps))
-    changes = {"batch": {"pairs": 32, "micro": 32}, "steps": 240, "log": {"every": 5}}
+    changes = {"batch": {"pairs": 32, "micro_batch_size": 32}, "steps": 240, "log": {"every": 5}}
     changes["objective"] = {"name": "dde", "beta": 20, "timestep_range": [0, 30]}
     return write_config(folder / "run.yaml", model, sd_shards, optimizer={"learning_rate": 3e-3}, **changes)
 
@@ -110,7 +121,7 @@ def ended(config, held_out, other_configs, settling, tmp_path_factory) -> dict[s
     }
     # By one rank of the other stage with another micro-batch. Two steps on: the first shows the weights and the table, the second
     # Adam's moments.
-    other = (*every_step, "steps=5", "batch.micro=4")
+    other = (*every_step, "steps=5", "batch.micro_batch_size=4")
     one = {
         "alone": Run(config, [output["alone"], held_out, *LOOKING]),
         "zero2": Run(config, [output["zero2"], *other, stage(3)], "required"),

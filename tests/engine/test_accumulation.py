@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from dde_ds.engine.update import accumulating, update
+from dde_ds.engine.update import apply_if_finite, gradient_accumulation
 from dde_ds.engine.zero import complete_config
 from dde_ds.errors import UserError
 from tests.conftest import ROOT
@@ -24,7 +24,7 @@ EXACT = 1 + (MICRO_BATCHES - 1) / 512
 def summed(name: str, grad_accum_dtype: str) -> float:
     """The gradient of a single weight over a step, as the engine reports its norm."""
     from dde_ds import initialize
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     start()
@@ -54,7 +54,7 @@ def test_in_bfloat16_they_would_not():
 
 def engine(name: str, precision: str = "fp32"):
     from dde_ds import initialize
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     start()
@@ -80,11 +80,11 @@ def reductions(name: str, precision: str, monkeypatch) -> list[int]:
         return original(tensor, *arguments, **options)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    with accumulating(policy):
+    with gradient_accumulation(policy):
         for number in range(3):
             backward(policy, number)
             counted.append(0)
-    update(policy)
+    apply_if_finite(policy)
     return counted
 
 
@@ -100,10 +100,10 @@ def trained(steps: list[list[float]], summed_in_place: bool) -> tuple[list[torch
     """Weights, norms and steps made, where a step is the factors of its micro-batches' losses."""
     policy, norms = engine("zero2"), []
     for number, factors in enumerate(steps):
-        with accumulating(policy) if summed_in_place else nullcontext():
+        with gradient_accumulation(policy) if summed_in_place else nullcontext():
             for micro, factor in enumerate(factors):
                 backward(policy, 3 * number + micro, factor)
-        norms.append(update(policy))
+        norms.append(apply_if_finite(policy))
     return [parameter.detach().clone() for parameter in policy.module.parameters()], norms, policy.global_steps
 
 
@@ -124,7 +124,7 @@ def test_to_the_same_numbers(bad):
 @pytest.mark.parametrize("micro", [0, 1])
 def test_an_error_within_is_told_as_it_is(micro):
     policy = engine("zero2")
-    with pytest.raises(UserError, match="a shard is bad"), accumulating(policy):
+    with pytest.raises(UserError, match="a shard is bad"), gradient_accumulation(policy):
         for number in range(micro):
             backward(policy, number)
         raise UserError("a shard is bad")

@@ -19,7 +19,7 @@ from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.cli import main
 from dde_ds.engine import checkpoint, state
 from dde_ds.engine.ema import update_ema
-from tests.launching import spawn
+from tests.support.launching import spawn
 
 pytestmark = pytest.mark.slow
 SCHEDULE = NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})
@@ -80,7 +80,7 @@ def plain_average(weights):
 
 def one_rank(rank, world, folder, plan, results):
     """Each leg of ``plan``: (stage, bf16, steps). A leg resumes what is there, trains, and saves."""
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     start()
     for stage, bf16, steps in plan:
@@ -153,7 +153,7 @@ def test_hierarchical_on_two_groups(tmp_path, unbroken):
 @pytest.fixture(scope="module")
 def alone():
     """An engine in this process, after two steps."""
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     start()
@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_is_not_exported(two, tmp_path, capfd):
 
 def find_in_two_ranks(rank, folder, outcomes):
     """The first rank meets an error of reading; then damage."""
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     start()
     newest, opened = folder / "step-00000002", os.open

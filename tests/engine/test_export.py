@@ -166,7 +166,7 @@ def test_what_kohya_is_not_for(tmp_path, sd_model, capsys):
     assert "--format kohya: this run trained all parameters and has no adapters" in capsys.readouterr().err
     source, _ = lora_checkpoint(tmp_path, sd_model, ATTENTION)
     assert main(["export", str(source), "--output", str(tmp_path / "x"), "--format", "kohya"]) == 1
-    assert "--format kohya writes one file; give it a name that ends in .safetensors" in capsys.readouterr().err
+    assert "format kohya writes one file; give it a name that ends in .safetensors" in capsys.readouterr().err
 
 
 def change_scheduler(model: Path, folder: Path, **changes) -> Path:
@@ -186,7 +186,7 @@ def change_scheduler(model: Path, folder: Path, **changes) -> Path:
     ],
 )
 def test_a_single_file_says_what_it_predicts(tmp_path, sd_model, changes, keys, said, capsys):
-    from tests.pipelines import save_sdxl
+    from tests.support.pipelines import save_sdxl
 
     # diffusers tells SDXL's two text encoders apart by their widths.
     for name, source in (("sd", sd_model), ("sdxl", save_sdxl(tmp_path / "first", second_width=24))):

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dde_ds import UserError
 from dde_ds.engine.single_file import clip_names, to_single_file
 from dde_ds.models.family import FAMILIES
-from tests.pipelines import save_sd2, save_sdxl
+from tests.support.pipelines import save_sd2, save_sdxl
 
 
 @pytest.mark.parametrize("name", FAMILIES)

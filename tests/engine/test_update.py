@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from dde_ds import NoiseSchedule, build_objective
 from dde_ds.engine import checkpoint
 from dde_ds.engine import state as training_state
-from dde_ds.engine.update import update
-from tests.launching import spawn
+from dde_ds.engine.update import apply_if_finite
+from tests.support.launching import spawn
 
 pytestmark = pytest.mark.slow
 WORLD, ACCUMULATION = 2, 2
@@ -45,7 +45,7 @@ def one_step(policy, rank: int, poison: bool = False) -> float:
         policy.backward(loss)
         if not policy.is_gradient_accumulation_boundary():
             policy.step()
-    return update(policy)
+    return apply_if_finite(policy)
 
 
 def everything(policy) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def one_rank(rank: int, folder, results) -> None:
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     start()
     for stage, bf16 in [(0, False), *((stage, bf16) for stage in (1, 2, 3) for bf16 in (False, True))]:

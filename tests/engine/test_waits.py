@@ -18,7 +18,7 @@ def waits(name: str, monkeypatch, **changes) -> int:
     from deepspeed.accelerator import get_accelerator
 
     from dde_ds import initialize
-    from dde_ds.distributed import start
+    from dde_ds.distributed.group import start
 
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
     start()

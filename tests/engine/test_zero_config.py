@@ -11,16 +11,16 @@ import torch
 
 from dde_ds import UserError, initialize
 from dde_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ReferenceConfig, RunConfig
-from dde_ds.distributed import start
-from dde_ds.engine.lowbit import check_partition
+from dde_ds.distributed.group import start
+from dde_ds.engine.adamw8bit import check_partition
 from dde_ds.engine.reference import SHARDED, reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.checkpointing import blocks, set_checkpointing
-from dde_ds.models.cost import made_up_conditioning
 from dde_ds.models.family import Conditioning
 from dde_ds.models.known import read_architecture
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import load_unet, predict
+from dde_ds.planning.cost import made_up_conditioning
 from tests.conftest import ROOT
 
 
@@ -320,7 +320,7 @@ def test_managed_accumulation(tmp_path):
 
 def test_a_node_is_filled_in():
     run = run_with(ROOT / "ds_configs/zero3_hierarchical.json")
-    assert complete_config(run, world=8, on_a_node=4)["zero_optimization"]["zero_hpz_partition_size"] == 4
+    assert complete_config(run, world=8, local_world_size=4)["zero_optimization"]["zero_hpz_partition_size"] == 4
     assert complete_config(run, world=8)["zero_optimization"]["zero_hpz_partition_size"] == 8
 
 

@@ -21,9 +21,9 @@ from dde_ds.evaluation.pictures import open_pictures
 from dde_ds.evaluation.scorers import build_scorers
 from dde_ds.evaluation.scoring import load_scores, read_cache
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, PATIENCE, environment, free_port
-from tests.pipelines import save_sd
-from tests.scorers import save_clip, save_hps
+from tests.support.launching import LAUNCHER, PATIENCE, environment, free_port
+from tests.support.pipelines import save_sd
+from tests.support.scorers import save_clip, save_hps
 
 PROMPTS = ["red fire", "penguin", "dagger | fox", "snow", "moon"]
 DRAWING = ["--images-per-prompt", "2", "--steps", "2"]
@@ -232,7 +232,7 @@ def test_names(tmp_path):
     assert name_sources(["a/base", path, f"b={path}"]) == {"base": "a/base", "export": path, "b": path}
     assert name_sources(["b=runs/x", "n=runs/x"]) == {"b": "runs/x", "n": "runs/x"}
     for bad in (["a", "a"], ["n=a", "n=b"], ["=a", "b"], ["n=", "b"], ["a/..", "b"], ["x/y=a", "b"]):
-        with pytest.raises(UserError, match="--base and --model"):
+        with pytest.raises(UserError, match="base and model"):
             name_sources(bad)
 
 

@@ -14,7 +14,7 @@ from dde_ds.evaluation.generate import PromptSet
 from dde_ds.training.heldout import HeldOut, error_drift
 from dde_ds.training.prepare import open_shards
 from tests.conftest import DEMO, shard
-from tests.launching import write_config
+from tests.support.launching import write_config
 
 
 @pytest.fixture(scope="module")

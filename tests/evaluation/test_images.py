@@ -15,26 +15,27 @@ import pytest
 import torch
 from PIL import Image
 
+from dde_ds.cli import evaluate
+from dde_ds.cli.parsing import options_of
 from dde_ds.cli.reporting import report_errors
-from dde_ds.distributed import Ranks
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import UserError
-from dde_ds.evaluation import commands
-from dde_ds.evaluation.draw import DrawOptions, draw_folder
 from dde_ds.evaluation.generate import initial_noise
-from dde_ds.evaluation.pictures import Pictures, claim, open_pictures, require_whole
-from tests.bases import copied, scaled
+from dde_ds.evaluation.generate_folder import DrawOptions, generate_folder
+from dde_ds.evaluation.pictures import ImageFolder, claim, open_pictures, require_whole
 from tests.conftest import ROOT
-from tests.launching import LAUNCHER, environment, free_port
-from tests.pipelines import save_sd
+from tests.support.bases import copied, scaled
+from tests.support.launching import LAUNCHER, environment, free_port
+from tests.support.pipelines import save_sd
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, 0)
+ALONE = DistributedEnv(0, 1, 0)
 PROMPTS = ["red fire", "penguin", "größer – 狐"]
 OPTIONS = DrawOptions(images_per_prompt=2, steps=3)
 
 
 def draw(model, folder, prompts=PROMPTS, options=OPTIONS, batch=2, ranks=ALONE):
-    return draw_folder(str(model), None, prompts, folder, options, ranks, CPU, batch)
+    return generate_folder(str(model), None, prompts, folder, options, ranks, CPU, batch)
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -167,16 +168,16 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path, drawn, sd_model):
 
 def test_bad_options(tmp_path, sd_model):
     for options, named in (
-        ({"images_per_prompt": 0}, "--images-per-prompt 0"),
+        ({"images_per_prompt": 0}, "images_per_prompt 0"),
         ({"scheduler": "ddmi"}, "did you mean 'ddim'"),
-        ({"precision": "int8"}, "--precision 'int8'"),
-        ({"guidance": 0.5}, "--guidance 0.5"),
+        ({"precision": "int8"}, "precision 'int8'"),
+        ({"guidance": 0.5}, "guidance 0.5"),
     ):
         with pytest.raises(UserError, match=named):
             DrawOptions(**options)
     # Before any weights are read: this model has none.
     weightless = shutil.copytree(sd_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match="--resolution 18: must be a multiple of 4"):
+    with pytest.raises(UserError, match="resolution 18: must be a multiple of 4"):
         draw(weightless, tmp_path / "images", options=DrawOptions(resolution=18))
     assert not (tmp_path / "images").exists()
 
@@ -190,7 +191,7 @@ def test_a_mended_prompts_file_works_with_the_same_folder(tmp_path, sd_model, ca
     assert "p.jsonl, line 2: text holds half a surrogate pair" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(UnicodeEncodeError):  # whoever calls it from Python
-        claim(Pictures(out, ["party \ud83c"], {"images_per_prompt": 1}))
+        claim(ImageFolder(out, ["party \ud83c"], {"images_per_prompt": 1}))
     assert not out.exists()
     (out / "images").mkdir(parents=True)
     (out / ".manifest.json.host-1.partial").write_text("{")
@@ -211,8 +212,8 @@ def generate(*arguments: str) -> int:
     for name in ("--model", "--revision", "--prompts"):
         parser.add_argument(name)
     parser.add_argument("--out", type=Path)
-    commands.add_drawing(parser)
-    return report_errors(lambda: commands.generate(parser.parse_args(arguments)))
+    evaluate.add_drawing(parser)
+    return report_errors(lambda: evaluate.generate(parser.parse_args(arguments)), options=options_of(parser))
 
 
 def test_ctrl_c_is_no_traceback(tmp_path, drawn, sd_model, capsys):
@@ -221,7 +222,7 @@ def test_ctrl_c_is_no_traceback(tmp_path, drawn, sd_model, capsys):
             signal.raise_signal(signal.SIGINT)
 
     def act() -> None:
-        draw_folder(str(sd_model), None, PROMPTS, tmp_path, OPTIONS, ALONE, CPU, 2, interrupted)
+        generate_folder(str(sd_model), None, PROMPTS, tmp_path, OPTIONS, ALONE, CPU, 2, interrupted)
 
     assert report_errors(act) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by Ctrl-C; what is whole is kept"

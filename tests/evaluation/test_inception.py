@@ -13,12 +13,12 @@ from PIL import Image
 
 from dde_ds.cli import main
 from dde_ds.errors import UserError
-from dde_ds.evaluation import clip_files
+from dde_ds.evaluation import clip_loading
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
-from dde_ds.evaluation.pictures import Pictures, claim, open_pictures
+from dde_ds.evaluation.pictures import ImageFolder, claim, open_pictures
 from dde_ds.evaluation.scorers import build_scorers
 from dde_ds.evaluation.scoring import equal_share
-from tests.inception import picture, save_inception
+from tests.support.inception import picture, save_inception
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_the_network_is_torch_fidelitys(weights, size, expected):
 def folder_of(path: Path, kinds: int, prompts: int = 40) -> Path:
     """One image a prompt, ``kinds`` of them different."""
     settings = {"images_per_prompt": 1, "seed": 0, "resolution": 40, "model": path.name, "weights": path.name}
-    pictures = Pictures(path, [f"prompt {number}" for number in range(prompts)], settings)
+    pictures = ImageFolder(path, [f"prompt {number}" for number in range(prompts)], settings)
     claim(pictures)
     for number in range(prompts):
         pictures.save(number, 0, np.asarray(picture((40, 40), number % kinds)))
@@ -131,7 +131,7 @@ def test_what_cannot_be_scored(weights, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="not the weights of"):
         InceptionScorer(str(tmp_path / "other.pth"), CPU).features([picture((32, 32))])
     formula = InceptionScorer(str(weights), CPU).digest
-    monkeypatch.setattr(clip_files, "FORMULA", 2)
+    monkeypatch.setattr(clip_loading, "FORMULA", 2)
     assert InceptionScorer(str(weights), CPU).digest != formula
     few = folder_of(tmp_path / "few", 3, prompts=3)
     command = ["evaluate", "--base", str(few), "--model", f"again={few}", "--out", str(tmp_path / "out")]

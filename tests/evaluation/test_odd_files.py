@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dde_ds.errors import UserError
-from dde_ds.evaluation.pictures import Pictures, claim, open_pictures, require_whole, settings_digest
+from dde_ds.evaluation.pictures import ImageFolder, claim, open_pictures, require_whole, settings_digest
 from dde_ds.evaluation.scoring import cache_folder, load_scores, load_set_score
 from dde_ds.files import sha256_of
 
@@ -21,8 +21,8 @@ ODD = (None, True, -1, 1.5, 10**400, 10**12, math.nan, "x", [], {}, [None])
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Pictures:
-    found = Pictures(tmp_path / "images", ["a fox", "two geese"], SETTINGS)
+def pictures(tmp_path) -> ImageFolder:
+    found = ImageFolder(tmp_path / "images", ["a fox", "two geese"], SETTINGS)
     claim(found)
     for item in found.items():
         found.save(*item, np.full((8, 8, 3), 40 * sum(item), dtype=np.uint8))

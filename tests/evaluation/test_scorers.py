@@ -11,8 +11,8 @@ from transformers import CLIPModel
 
 from dde_ds.errors import UserError
 from dde_ds.evaluation.scorers import CLIP_DEVIATION, CLIP_MEAN, build_scorers, hps_pixels
-from tests.pipelines import make_tokenizer
-from tests.scorers import SIDE, open_clip, save_aesthetic, save_clip, save_hps, save_processor
+from tests.support.pipelines import make_tokenizer
+from tests.support.scorers import SIDE, open_clip, save_aesthetic, save_clip, save_hps, save_processor
 
 CPU = torch.device("cpu")
 PROMPTS = ["red fire", "a dagger in the snow", "red fire", "penguin"]

@@ -18,7 +18,7 @@ from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, Outcome, Run, alone, environment, launch, launch_many, write_config
+from tests.support.launching import PATIENCE, Outcome, Run, alone, environment, launch, launch_many, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def flipped(source: Path, target: Path) -> Path:
 REFUSED = {
     "no shards": ("data.path=/nowhere/shards", "data.path /nowhere/shards: no such folder", False),
     "no model": ("model.path=/nowhere/model", "model.path /nowhere/model: no model_index.json", False),
-    "batch": ("batch.micro=3", "batch.pairs is 8: not a multiple of 1 ranks × batch.micro 3", False),
+    "batch": ("batch.micro_batch_size=3", "batch.pairs is 8: not a multiple of 1 ranks × batch.micro_batch_size 3", False),
     "no deepspeed": ("deepspeed=/nowhere/ds.json", "deepspeed /nowhere/ds.json: no such file", False),
     "truncated": (truncated, "shard {shards}/00001.tar has 4000 bytes", False),
     "narrow": (narrow, "latents have shape (2, 4, 8, 4) float16, manifest.json says (2, 4, 8, 8)", True),

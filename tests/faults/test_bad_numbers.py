@@ -9,12 +9,12 @@ import re
 import pytest
 
 from dde_ds import load_config
-from dde_ds.data.draws import Draws
+from dde_ds.data.pair_rng import PairRng
 from dde_ds.engine import checkpoint
 from dde_ds.training.prepare import build_run_objective
-from tests.faults.legs import Leg, run_legs
-from tests.launching import rows, shipped, write_config
-from tests.plain_loop import plain_losses
+from tests.support.fault_injection import Leg, run_legs
+from tests.support.launching import rows, shipped, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_skipped_then_too_many_in_a_row_then_resumed(tmp_path, sd_model, sd_shar
     # Steps 4 and 5 were run again, so their lines are gone.
     (line,) = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert (line["step"], line["what"], line["ranks"], line["positions"]) == (2, "loss", [1], [14, 15])
-    draws = Draws(0, build_run_objective(load_config(config)).timestep_probabilities)
+    draws = PairRng(0, build_run_objective(load_config(config)).timestep_probabilities)
     assert line["timesteps"] == [draws(position, (2, 4, 8, 8))[0] for position in (14, 15)]
     # A run that made no step has no moving average yet: its export is the base.
     assert unmoved == 0

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from dde_ds import load_config
 from dde_ds.engine import checkpoint
 from tests.faults.test_bad_input import error_lines
-from tests.launching import alone, launch, rows, write_config
-from tests.plain_loop import plain_losses
+from tests.support.launching import alone, launch, rows, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 

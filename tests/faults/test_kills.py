@@ -26,7 +26,7 @@ from dde_ds import NoiseSchedule, build_objective
 from dde_ds.engine import checkpoint
 from dde_ds.training.node import die_with
 from tests.engine.test_checkpoint import engine, train
-from tests.launching import RANK_VARIABLES, free_port
+from tests.support.launching import RANK_VARIABLES, free_port
 
 pytestmark = pytest.mark.slow
 EVENTS = ("os.mkdir", "open", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
@@ -41,7 +41,7 @@ def rank_process(rank: int, port: int, folder: Path, kill_at: int, victims: list
     signal.alarm(60)  # a hang is a failure, not a wait
     for name, value in zip(RANK_VARIABLES, (rank, 2, rank, "127.0.0.1", port), strict=True):
         os.environ[name] = str(value)
-    from dde_ds.distributed import is_lost_peer, start
+    from dde_ds.distributed.group import is_lost_peer, start
 
     try:
         start()

@@ -13,8 +13,8 @@ from dde_ds import UserError, load_config
 from dde_ds.cli import main
 from dde_ds.data.shards import ShardSet
 from dde_ds.training.resume import identity, require_same_run
-from tests.bases import changed, copied, in_half, scaled, with_checker
-from tests.launching import Outcome, Run, launch_many, rows, write_config
+from tests.support.bases import changed, copied, in_half, scaled, with_checker
+from tests.support.launching import Outcome, Run, launch_many, rows, write_config
 
 
 @pytest.fixture(scope="module")

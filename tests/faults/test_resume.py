@@ -9,8 +9,8 @@ import pytest
 
 from dde_ds.engine import checkpoint
 from dde_ds.rows import read_rows
-from tests.faults.legs import Leg, run_legs
-from tests.launching import rows, write_config
+from tests.support.fault_injection import Leg, run_legs
+from tests.support.launching import rows, write_config
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from dde_ds import load_config
 from dde_ds.engine import checkpoint
 from dde_ds.rows import read_rows
 from tests.conftest import DEMO, shard
-from tests.faults.legs import Leg, run_legs
-from tests.launching import rows, shipped, write_config
-from tests.plain_loop import plain_losses
+from tests.support.fault_injection import Leg, run_legs
+from tests.support.launching import rows, shipped, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.slow
 

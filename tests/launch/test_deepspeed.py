@@ -11,7 +11,7 @@ import pytest
 
 from dde_ds.engine import checkpoint
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, command, environment, rows, wait_for_rows, write_config
+from tests.support.launching import PATIENCE, command, environment, rows, wait_for_rows, write_config
 
 pytestmark = pytest.mark.launch
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.launch.hosts import find
+from tests.support.hosts import find
 
 pytestmark = pytest.mark.launch
 MANIFESTS = sorted((ROOT / "launchers" / "kubernetes").glob("*.yaml"))

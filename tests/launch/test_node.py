@@ -16,8 +16,8 @@ from dde_ds import load_config
 from dde_ds.cli.node import main
 from dde_ds.training import node as node_of_ranks
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
-from tests.plain_loop import plain_losses
+from tests.support.launching import PATIENCE, environment, free_port, rows, wait_for_rows, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.launch
 NODE = ROOT / "launchers" / "node.py"

@@ -11,9 +11,9 @@ import pytest
 
 from dde_ds import load_config
 from tests.conftest import ROOT
-from tests.launch.hosts import NAMES, Hosts, find, need, wait_until
-from tests.launching import PATIENCE, environment, rows, write_config
-from tests.plain_loop import plain_losses
+from tests.support.hosts import NAMES, Hosts, find, need, wait_until
+from tests.support.launching import PATIENCE, environment, rows, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.launch
 SBATCH = ROOT / "launchers" / "slurm" / "train.sbatch"

@@ -11,9 +11,9 @@ import pytest
 
 from dde_ds import load_config
 from tests.conftest import ROOT
-from tests.launch.hosts import NAMES, Hosts, find, need
-from tests.launching import LAUNCHER, PATIENCE, environment, rows, wait_for_rows, write_config
-from tests.plain_loop import plain_losses
+from tests.support.hosts import NAMES, Hosts, find, need
+from tests.support.launching import LAUNCHER, PATIENCE, environment, rows, wait_for_rows, write_config
+from tests.support.reference_loop import plain_losses
 
 pytestmark = pytest.mark.launch
 TRAIN = ROOT / "launchers" / "train.py"

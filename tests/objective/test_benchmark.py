@@ -25,7 +25,7 @@ def test_in_short(monkeypatch, capsys):
         "| model | pairs | MB moved | floor | fused | eager | fused / floor | eager / fused | peak fused | peak eager |" in printed
     )
     assert re.search(
-        r"\| tiny \| 1 \| 0\.0 \| .*µs \| .*µs \| .*µs \| [\d.]+ \| [\d.]+ \([\d.]+–[\d.]+\) \| .*MiB \| .*MiB \|", printed
+        r"\| tiny \| 1 \| 0\.0 \| .*µs \| .*µs \| .*µs \| [\d.]+ \| [\d.]+ \([-\d.]+–[-\d.]+\) \| .*MiB \| .*MiB \|", printed
     )
     # Six rows of a thousand timesteps in float64.
     assert re.search(r"`commit\(\)` on two gloo ranks: \d+ µs, with an all-reduce of 48,000 bytes", printed)

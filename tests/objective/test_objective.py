@@ -179,11 +179,11 @@ def test_a_references_errors_in_its_place_give_the_same_bits(prediction_type):
         out = objective(policy, None if given else reference, noise, T, noisy, **given)
         objective.commit()
         found.append((out, torch.autograd.grad(out.loss, policy)[0], objective.state_dict()))
-    (model, gradient, table), (ledger, again, same_table) = found
+    (model, gradient, table), (precomputed, again, same_table) = found
     assert model.reference_errors.shape == (2 * PAIRS,) and model.reference_errors.dtype == torch.float32
-    assert torch.equal(model.loss, ledger.loss) and torch.equal(gradient, again)
-    assert all(torch.equal(value, ledger.metrics[name]) for name, value in model.metrics.items())
-    assert torch.equal(model.by_timestep, ledger.by_timestep)
+    assert torch.equal(model.loss, precomputed.loss) and torch.equal(gradient, again)
+    assert all(torch.equal(value, precomputed.metrics[name]) for name, value in model.metrics.items())
+    assert torch.equal(model.by_timestep, precomputed.by_timestep)
     assert all(torch.equal(value, same_table[name]) for name, value in table.items())
 
 

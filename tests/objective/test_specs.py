@@ -37,7 +37,7 @@ def test_a_row_is_all_that_a_new_objective_needs(schedule, monkeypatch):
     """A gain of its own and a squared hinge for a link: loss, gradient weight and credit profile follow."""
 
     def ramp(schedule, discount):
-        return torch.linspace(1, 2, schedule.timesteps, dtype=torch.float64)
+        return torch.linspace(1, 2, schedule.num_train_timesteps, dtype=torch.float64)
 
     link = Link(lambda z: (1 - z).clamp(min=0) ** 2, lambda z: 2 * (1 - z).clamp(min=0))
     monkeypatch.setitem(OBJECTIVES, "ramp", ObjectiveSpec(ramp, "1 + t/T", "here", link=link))

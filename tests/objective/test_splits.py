@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dde_ds import build_objective
-from tests.launching import spawn
+from tests.support.launching import spawn
 
 PAIRS, STEPS = 8, 3
 

@@ -18,7 +18,7 @@ from dde_ds import UserError, load_config
 from dde_ds.training import lock as lock_py
 from dde_ds.training.folder import LOCK, claimed, holds
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, Run, environment, free_port, launch_many, write_config
+from tests.support.launching import PATIENCE, Run, environment, free_port, launch_many, write_config
 
 
 @pytest.fixture(scope="module", autouse=True)

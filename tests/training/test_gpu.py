@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dde_ds import NoiseSchedule, build_objective, initialize, load_config
-from dde_ds.distributed import start
-from dde_ds.engine.update import update
+from dde_ds.distributed.group import start
+from dde_ds.engine.update import apply_if_finite
 from dde_ds.engine.zero import complete_config
 from dde_ds.models.unet import load_unet
 from dde_ds.training.batches import Batch
@@ -21,7 +21,7 @@ from dde_ds.training.metrics import Averages
 from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import micro_step
 from tests.conftest import ROOT
-from tests.launching import PATIENCE, RANK_VARIABLES, rows, shipped, write_config
+from tests.support.launching import PATIENCE, RANK_VARIABLES, rows, shipped, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = "cuda"
@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, sd_model, sd_shards, name, 
 def test_the_host_waits_for_nothing(tmp_path, sd_model, sd_shards, name):
     """Of one rank. Of more, whose gradients are reduced beside the backward pass, it waits in DeepSpeed: ds_configs/README.md."""
     start()
-    path = write_config(tmp_path / "run.yaml", sd_model, sd_shards, precision="bf16", batch={"pairs": 6, "micro": 2})
+    path = write_config(tmp_path / "run.yaml", sd_model, sd_shards, precision="bf16", batch={"pairs": 6, "micro_batch_size": 2})
     config = complete_config(load_config(path, [shipped(tmp_path, name)]), 1)
     policy, reference = initialize(*(load_unet(str(sd_model), precision="bf16") for _ in range(2)), config)
     objective = build_objective("dde", NoiseSchedule.from_scheduler({"beta_schedule": "squaredcos_cap_v2"})).to(DEVICE)
@@ -80,7 +80,7 @@ def test_the_host_waits_for_nothing(tmp_path, sd_model, sd_shards, name):
             micro_batch()
         with torch.profiler.profile() as profiler:
             micro_batch()
-        update(policy)
+        apply_if_finite(policy)
         objective.commit()
     found = {event.key: event.count for event in profiler.key_averages() if event.key in WAITS}
     # The profiler itself waits once where it ends.

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from dde_ds import UserError, build_objective
-from dde_ds.distributed import start
+from dde_ds.distributed.group import start
 from dde_ds.evaluation.generate import save_row
 from dde_ds.rows import RowFile, is_correction, is_metrics, read_rows
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.loop import write_done
 from dde_ds.training.metrics import Averages, Clock, RunLog
 from dde_ds.training.progress import ProgressLine
-from tests.launching import spawn
+from tests.support.launching import spawn
 
 
 @pytest.fixture(scope="module", autouse=True)

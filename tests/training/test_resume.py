@@ -6,7 +6,7 @@ import pytest
 
 from dde_ds.config import load_config
 from dde_ds.training.resume import differences, identity
-from tests.launching import write_config
+from tests.support.launching import write_config
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.engine.export import KOHYA_FILE
 from dde_ds.training.prepare import open_shards
 from tests.conftest import shard
-from tests.launching import Run, launch_many, rows, write_config
-from tests.pipelines import save_sd2
-from tests.plain_loop import plain_losses
+from tests.support.launching import Run, launch_many, rows, write_config
+from tests.support.pipelines import save_sd2
+from tests.support.reference_loop import plain_losses
 from tests.test_lora import load, predict
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,9 @@ def made(tmp_path_factory, parquet) -> dict[str, tuple[Path, Path]]:
     runs = []
     for kind, base in bases.items():
         changes = {"lora": {"rank": 2}} if kind == "v_prediction" else {}
-        config = write_config(folder / f"{kind}-run" / "run.yaml", base, shards, steps=2, batch={"pairs": 8, "micro": 4}, **changes)
+        config = write_config(
+            folder / f"{kind}-run" / "run.yaml", base, shards, steps=2, batch={"pairs": 8, "micro_batch_size": 4}, **changes
+        )
         runs.append(Run(config))
     assert [outcome.code for outcome in launch_many(runs, ranks=1)] == [0, 0]
     return {kind: (base, folder / f"{kind}-run" / "run") for kind, base in bases.items()}

@@ -72,6 +72,6 @@ def test_a_reference_alone_finds_the_errors_that_it_finds_beside_a_policy(sd_mod
     out = micro_step(policy, reference, objective, batch, torch.device("cpu"))
     alone = errors_of(reference, schedule, batch, torch.device("cpu"), policy_type)
     assert alone.dtype == torch.float32 and alone.equal(out.reference_errors)
-    # What the ledger hands over takes the reference's place.
+    # What the precomputed reference hands over takes the reference's place.
     again = micro_step(policy, None, objective, dataclasses.replace(batch, reference_errors=alone), torch.device("cpu"))
     assert again.loss.equal(out.loss)

@@ -7,7 +7,7 @@ import torch
 
 from dde_ds import UserError, load_config
 from dde_ds.training.track import finish, open_trackers, send_images, send_row
-from tests.launching import write_config
+from tests.support.launching import write_config
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""``dde-ds explain``: draw which timesteps an objective teaches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dde_ds.errors import UserError
+
+
+def add_commands(commands: Any) -> None:
+    picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
+    picture.set_defaults(act=explain)
+    picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all that compare pairs")
+    picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
+    picture.add_argument("--beta", type=float, help="default: 2000")
+    picture.add_argument(
+        "--margin", type=float, help="how far ahead every pair is assumed to be, as a mean squared error; default: 1e-3"
+    )
+    picture.add_argument("--run", type=Path, help="a run folder: draw what its correction table recorded instead")
+    picture.add_argument("--credit-only", action="store_true", help="draw the credit profiles alone")
+    picture.add_argument("--output", type=Path, default=Path("explain.png"))
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Draw an objective, or what a run made of it, and print where its credit lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dde_ds.models.unet import load_scheduler_config
+    from dde_ds.objective.objective import build_objective
+    from dde_ds.objective.schedule import NoiseSchedule
+    from dde_ds.objective.specs import COMPARING
+    from dde_ds.report import explain as pictures
+
+    if args.run:
+        own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
+        if own:
+            raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
+        from dde_ds.training.prepare import load_run_objective
+
+        pictures.draw_run(*load_run_objective(args.run), args.output)
+        print(args.output)
+        return
+    margin = 1e-3 if args.margin is None else args.margin
+    if not margin > 0:
+        raise UserError(f"--margin {margin}: must be above 0")
+    beta = 2000.0 if args.beta is None else args.beta
+    names = args.objective or list(COMPARING)
+    schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
+    objectives = [build_objective(name, schedule, beta=beta) for name in names]
+    found = pictures.profiles(objectives, margin)
+    title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {beta:g}, every pair {margin:g} ahead"
+    if args.credit_only:
+        pictures.draw_credit(found, args.output, title)
+    else:
+        pictures.draw_objectives(found, schedule, margin, args.output)
+    table = Table(title=title)
+    for column in ("objective", "peak at t", "middle half of the credit", "saturated timesteps"):
+        table.add_column(column)
+    for row in pictures.summary(found):
+        table.add_row(*row)
+    Console().print(table)
+    print(args.output)

@@ -1,0 +1,294 @@
+"""What a run will take, found out without weights and without a GPU: batch, memory, traffic, time, disk, and whether it fits.
+
+Counted, not guessed: FLOPs and activations by :mod:`dde_ds.planning.cost`, what engines hold by :mod:`dde_ds.planning.memory`, what they send
+by :mod:`dde_ds.planning.traffic`. Assumed, and said so in the plan: the utilisation, the disk's speed, and what is held back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dde_ds.config import RunConfig
+from dde_ds.engine.adamw8bit import check_partition
+from dde_ds.engine.reference import reference_config
+from dde_ds.engine.zero import complete_config
+from dde_ds.errors import UserError
+from dde_ds.models.family import BATCH_NAMES, conditioning_shapes
+from dde_ds.planning import cost
+from dde_ds.planning.gpus import MFU, Device
+from dde_ds.planning.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory, stage_of
+from dde_ds.planning.traffic import step_traffic
+
+DISK_BYTES_PER_S = 1e9
+"""Assumed speed of the file system that checkpoints are written to."""
+RESERVED_FRACTION = 0.08
+"""Assumed share of a device's memory for the CUDA context, NCCL's buffers, libraries' workspaces and gaps of the allocator."""
+MODES = ("none", "selective", "every_2", "full")
+"""Of gradient checkpointing, from the fastest to the one that keeps least."""
+SHARD_WIDTH = 2
+"""Bytes of a number in a shard: latents and embeddings are stored in float16."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of model and data the plan depends on."""
+
+    unet: dict
+    """The UNet's ``config.json``."""
+    latent: tuple[int, int, int]
+    """(C,H,W)"""
+    tokens: int
+    pair_bytes: float
+    """Of a pair's latents and prompt in the shards."""
+    data_bytes: int | None = None
+    """Of all shards; None where they are not there."""
+    pairs: int | None = None
+    """In the shards."""
+
+    adapters: cost.Adapters | None = None
+    """What is trained in the place of the UNet."""
+
+    @property
+    def sizes(self) -> cost.Sizes:
+        return cost.parameter_sizes(self.unet, self.adapters)
+
+    def pair_flops(self, with_reference: bool) -> int:
+        """Of training on a pair, recomputation aside."""
+        if self.adapters is None:
+            return cost.pair_flops(self.unet, self.latent, self.tokens, with_reference)
+        # Frozen weights need no gradients: the backward pass is no longer twice the forward one.
+        reference = 2 * with_reference * cost.forward_flops(self.unet, self.latent, self.tokens)
+        return self.training_pass("none", torch.bfloat16).flops + reference
+
+    def training_pass(self, checkpointing: str, dtype: torch.dtype) -> cost.Pass:
+        """Of one pair."""
+        return cost.training_pass(self.unet, self.latent, checkpointing, dtype, self.tokens, adapters=self.adapters)
+
+
+def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> int:
+    """Of two latents and one prompt's embeddings in a shard."""
+    prompt = [shape for name, shape in conditioning_shapes(unet, tokens).items() if name in BATCH_NAMES.values()]
+    return SHARD_WIDTH * (2 * math.prod(latent) + sum(map(math.prod, prompt)))
+
+
+def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Device, mfu: float = MFU) -> dict[str, Any]:
+    """The plan as plain data: bytes, FLOPs, seconds.
+
+    Raises:
+        UserError: a batch that does not divide, with what would; contradictions with the DeepSpeed file.
+    """
+    world = nodes * gpus
+    chosen = run
+    if run.model.gradient_checkpointing == "auto":
+        picked = pick_checkpointing(run, task, world, gpus, usable(device))
+        chosen = _change(run, {"model.gradient_checkpointing": picked or MODES[-1]})
+    config = complete_config(chosen, world, gpus)
+    if run.optimizer.type == "adamw_8bit":
+        check_partition(sum(task.sizes.trained), world)
+    accumulation = chosen.batch.accumulation(world)
+    mode, dtype = chosen.model.gradient_checkpointing, _dtype(chosen)
+    with_reference = needs_reference(chosen)
+    pair = task.pair_flops(with_reference)
+    passes = {name: task.training_pass(name, dtype) for name in {*MODES, mode}}
+    again = passes[mode].flops - passes["none"].flops
+    memory = rank_memory(chosen, task, world, gpus)
+    room = usable(device) - memory.peak
+    frozen = _reference_config(chosen, config)
+    read_twice = config if with_reference and run.lora else frozen
+    sent = step_traffic(task.sizes, config, nodes, gpus, accumulation, [*task.sizes.trained, *task.sizes.frozen], read_twice)
+    speed = device.flops * mfu if run.precision == "bf16" else None
+    seconds = run.batch.pairs * (pair + again) / (world * speed) if speed else None
+    checkpoint = checkpoint_bytes(run, task.sizes)
+    kept = kept_checkpoints(run)
+    return {
+        "model": {"path": run.model.path, "parameters": sum(map(sum, task.sizes)), "trained": sum(task.sizes.trained), "latent": list(task.latent), "tokens": task.tokens},
+        "batch": {
+            "pairs": run.batch.pairs, "nodes": nodes, "ranks": world, "micro": run.batch.micro_batch_size, "accumulation": accumulation,
+            "steps": run.steps,
+        },
+        "settings": {
+            "deepspeed": run.deepspeed, "stage": stage_of(config), "precision": run.precision, "gradient_checkpointing": mode,
+            "optimizer": run.optimizer.type, "reference": "the policy without its adapters" if with_reference and run.lora else _placement(frozen),
+        },
+        "flops": {
+            "forward_latent": cost.forward_flops(task.unet, task.latent, task.tokens), "pair": pair, "pair_recomputed": again,
+            "step": run.batch.pairs * (pair + again),
+        },
+        "memory": dataclasses.asdict(memory) | {
+            "peak": memory.peak, "held_back": device.gibibytes * 2**30 - usable(device), "device": device.gibibytes * 2**30,
+            "activations_by_mode": {name: passes[name].peak * run.batch.micro_batch_size for name in sorted(passes, key=_saving)},
+        },
+        "traffic": {"inside": sent.inside, "between": sent.between},
+        "time": {
+            "device": device.name, "peak_flops": device.flops if speed else None, "mfu": mfu, "step": seconds,
+            "pairs_per_s": run.batch.pairs / seconds if seconds else None,
+            "run_hours": run.steps * seconds / 3600 if seconds else None,
+            "gpu_hours": run.steps * seconds * world / 3600 if seconds else None,
+        },
+        "data": {
+            "pair_bytes": task.pair_bytes, "bytes_per_s": task.pair_bytes * run.batch.pairs / seconds if seconds else None,
+            "shards_bytes": task.data_bytes, "pairs": task.pairs,
+            "epochs": run.steps * run.batch.pairs / task.pairs if task.pairs else None,
+        },
+        "checkpoints": {
+            "bytes": checkpoint, "kept": kept, "disk": checkpoint * kept + export_bytes(run, task.sizes),
+            "save_seconds": checkpoint / DISK_BYTES_PER_S, "disk_bytes_per_s": DISK_BYTES_PER_S,
+        },
+        "verdict": {
+            "fits": room >= 0, "room": room,
+            "change": [] if room >= 0 else nearest_fit(chosen, task, world, gpus, usable(device)),
+        },
+    }  # fmt: skip
+
+
+def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
+    """Of one rank, activations included: those of eager PyTorch, also where a run compiles its blocks.
+
+    Args:
+        with_reference: False where a complete precomputed reference takes the place of the reference that the objective needs.
+
+    Raises:
+        UserError: as :func:`~dde_ds.engine.zero.complete_config`.
+    """
+    state = _state_memory(run, task, world, local_world_size, with_reference)
+    one = task.training_pass(run.model.gradient_checkpointing, _dtype(run))
+    return dataclasses.replace(state, activations=one.peak * run.batch.micro_batch_size)
+
+
+def pick_checkpointing(
+    run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float, with_reference: bool = True
+) -> str | None:
+    """The mode of gradient checkpointing that computes least again among those that fit into ``usable_bytes`` of a device's memory;
+    None where not even the last does. ``with_reference`` as in :func:`rank_memory`."""
+    for mode in _modes(run):
+        changed = _change(run, {"model.gradient_checkpointing": mode})
+        if rank_memory(changed, task, world, local_world_size, with_reference).peak <= usable_bytes:
+            return mode
+    return None
+
+
+def _modes(run: RunConfig) -> list[str]:
+    """Without ``selective`` where the blocks are compiled: they decide by themselves what to keep, and what that saves is not counted."""
+    return [mode for mode in MODES if not (run.model.compile and mode == "selective")]
+
+
+def nearest_fit(run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float) -> list[str] | None:
+    """Overrides that make the run fit, the smallest change first: a smaller micro-batch, more checkpointing, ZeRO-3, offloading. None
+    where nothing of that does."""
+    for changes in _changes(run, world):
+        changed = _change(run, changes)
+        try:
+            # The activations of a mode take seconds to count: only where the rest leaves room for any.
+            if _state_memory(changed, task, world, local_world_size).peak > usable_bytes:
+                continue
+            if rank_memory(changed, task, world, local_world_size).peak <= usable_bytes:
+                return [f"{key}={value}" for key, value in changes.items()]
+        except UserError:
+            continue  # settings that do not go together, such as 8-bit moments and ZeRO-3
+    return None
+
+
+def _changes(run: RunConfig, world: int) -> Iterator[dict[str, Any]]:
+    share = run.batch.pairs // world
+    micros = [micro for micro in range(run.batch.micro_batch_size, 0, -1) if share % micro == 0]
+    modes = [mode for mode in _modes(run) if _saving(mode) > _saving(run.model.gradient_checkpointing)]
+    files = [run.deepspeed]
+    for name in ("zero3.json", "zero2_offload.json", "zero3_offload.json"):
+        beside = Path(run.deepspeed).with_name(name)
+        if beside.is_file() and str(beside) not in files:
+            files.append(str(beside))
+    for file in files:
+        for mode in (run.model.gradient_checkpointing, *modes):
+            for micro in micros:
+                wanted = {"batch.micro_batch_size": micro, "model.gradient_checkpointing": mode, "deepspeed": file}
+                changes = {key: value for key, value in wanted.items() if value != _value(run, key)}
+                if changes:
+                    yield changes
+
+
+def usable(device: Device) -> float:
+    """Bytes of a device's memory that a plan may fill."""
+    return device.gibibytes * 2**30 * (1 - RESERVED_FRACTION)
+
+
+def needs_reference(run: RunConfig) -> bool:
+    """Whether the reference's predictions are computed. A run with a complete precomputed reference needs none; whether it is, the run finds out."""
+    return run.objective.name != "sft"
+
+
+def checkpoint_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
+    """Float32 weights and AdamW's two moments, whatever the run keeps them in, and the moving average."""
+    return (12 + 4 * bool(run.ema)) * sum(sizes.trained)
+
+
+def export_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
+    """The UNet in float32, which is most of it, or its adapters."""
+    return 4 * sum(sizes.trained if run.lora else map(sum, sizes))
+
+
+def kept_checkpoints(run: RunConfig) -> int:
+    """At the most: the newest, those of ``keep_every``, and the one that is being written before an old one goes."""
+    keep = run.checkpoint
+    return keep.keep + 1 + (run.steps // keep.keep_every if keep.keep_every else 0)
+
+
+def _state_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
+    config = complete_config(run, world, local_world_size)
+    memory = policy_memory(task.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
+    placed = _reference_config(run, config) if with_reference else None
+    if placed is None:
+        return memory
+    frozen = reference_memory(task.sizes.trained, placed, world)
+    return dataclasses.replace(
+        memory,
+        reference=frozen.reference,
+        # One after the other: what the reference has gathered is let go of before the policy's pass.
+        communication=max(memory.communication, frozen.communication),
+        host=memory.host + frozen.host,
+    )
+
+
+def _reference_config(run: RunConfig, config: dict) -> dict | None:
+    """Of the reference's engine, where it has one."""
+    if not needs_reference(run) or run.lora:
+        return None
+    return reference_config(config, run.reference.placement, run.reference.dtype)
+
+
+def _placement(frozen: dict | None) -> str | None:
+    if frozen is None:
+        return None
+    if stage_of(frozen) == 0:
+        return "replicated"
+    return "cpu" if "offload_param" in frozen["zero_optimization"] else "sharded"
+
+
+def _dtype(run: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
+def _saving(mode: str) -> float:
+    """Rank of a mode by what it computes again: every_K lies between selective and full."""
+    return 2 - 1 / int(mode.removeprefix("every_")) if mode.startswith("every_") else {"none": 0, "selective": 1, "full": 2}[mode]
+
+
+def _value(run: RunConfig, key: str) -> Any:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        run = getattr(run, parent)
+    return getattr(run, leaf)
+
+
+def _change(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition(".")
+        part = dataclasses.replace(getattr(run, section), **{leaf: value}) if section else value
+        run = dataclasses.replace(run, **{section or leaf: part})
+    return run

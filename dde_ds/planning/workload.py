@@ -1,0 +1,83 @@
+"""What the planner and a run that starts ask of each other: model and data as the planner takes them, and what it then says of this
+machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dde_ds.config import RunConfig
+from dde_ds.data.estimate import shard_bytes
+from dde_ds.data.mixture import MixedShards
+from dde_ds.data.shards import ShardSet
+from dde_ds.models.unet import load_component_config, load_unet_config
+from dde_ds.planning.cost import TOKENS, Adapters
+from dde_ds.planning.gpus import peak_flops
+from dde_ds.planning.plan import MODES, RESERVED_FRACTION, Workload, pick_checkpointing, stored_pair_bytes
+
+
+def shards_are_there(run: RunConfig) -> bool:
+    return all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths)
+
+
+def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: dict | None = None) -> Workload:
+    """Model and data of a run, from configurations and manifests. Shards that are not made yet, None, are taken to hold latents of the
+    size that the model was trained at.
+
+    Args:
+        known_unet: of :func:`dde_ds.models.known.shipped_unet`; nothing is read of the model then.
+
+    Raises:
+        UserError: a model's configuration that cannot be had.
+    """
+    if known_unet is not None:
+        unet, tokens = known_unet, TOKENS
+    else:
+        unet = load_unet_config(run.model.path, run.model.revision)
+        tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
+    adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
+    if shards is None:
+        latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+        return Workload(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), adapters=adapters)
+    manifests = [one.manifest for one in getattr(shards, "sets", [shards])]
+    pairs, prompts = sum(shards.counts), sum(manifest["prompts"]["distinct"] for manifest in manifests)
+    total = sum(map(shard_bytes, manifests))
+    of_prompts = sum(row["bytes"] for manifest in manifests for row in manifest["prompts"]["files"])
+    pair_bytes = (total - of_prompts) / pairs + of_prompts / prompts
+    return Workload(unet, shards.latent_shape, tokens, pair_bytes, total, pairs, adapters)
+
+
+def chosen_checkpointing(
+    run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, local_world_size: int, device: torch.device
+) -> str:
+    """The mode of gradient checkpointing: the run's own, or what ``auto`` comes to with the memory of the smallest device. Collective."""
+    if run.model.gradient_checkpointing != "auto":
+        return run.model.gradient_checkpointing
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:  # the host's, which the node's ranks share
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world_size
+    smallest = torch.tensor(memory, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    usable = smallest.item() * (1 - RESERVED_FRACTION)
+    return pick_checkpointing(run, workload_of(run, shards), world, local_world_size, usable, with_reference) or MODES[-1]
+
+
+class Utilisation:
+    """``perf/mfu``: FLOPs of training on the pairs of a second, recomputation aside, as a share of what the devices can do at most.
+
+    Left out on a CPU, on a GPU that is not in :data:`dde_ds.planning.gpus.DEVICES`, in float32, and with LoRA, whose backward pass is
+    another.
+    """
+
+    def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, device: torch.device):
+        peak = peak_flops(torch.cuda.get_device_name(device), run.precision) if device.type == "cuda" else None
+        self._share = None
+        if peak and not run.lora:
+            self._share = workload_of(run, shards).pair_flops(with_reference) / (world * peak)
+
+    def row(self, pairs_per_s: float) -> dict[str, float]:
+        return {} if self._share is None else {"perf/mfu": pairs_per_s * self._share}

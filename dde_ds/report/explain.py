@@ -1,0 +1,200 @@
+"""Pictures of an objective: which timesteps it teaches, by which weights, and what a run's correction became."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dde_ds.errors import UserError
+from dde_ds.objective.correction import ERROR_NAMES
+from dde_ds.objective.objective import SATURATED, Objective
+from dde_ds.objective.profile import Profile, assume_margin, credit_profile
+from dde_ds.objective.schedule import NoiseSchedule
+
+# SD1.5's and SDXL's scheduler, for a picture without a model.
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+BINS = 25
+
+
+def profiles(objectives: Sequence[Objective], margin: float) -> dict[str, Profile]:
+    """By name, for pairs that all have the margin -``margin`` at every timestep: one pair as far ahead as the other."""
+    found = {}
+    for objective in objectives:
+        assume_margin(objective, -margin)
+        found[objective.name] = credit_profile(
+            objective, torch.full((objective.schedule.num_train_timesteps,), -margin, dtype=torch.float64)
+        )
+    return found
+
+
+def draw_credit(found: dict[str, Profile], path: Path, title: str) -> None:
+    """The credit profiles alone, each in parts of its own peak."""
+    plot = _pyplot()
+    figure, axis = plot.subplots(figsize=(8, 3.6), dpi=110)
+    _credit(axis, found)
+    axis.set_title(title)
+    _save(figure, path)
+
+
+def draw_objectives(found: dict[str, Profile], schedule: NoiseSchedule, margin: float, path: Path) -> None:
+    """Credit, weights, correction and saturation, from the schedule alone."""
+    plot = _pyplot()
+    figure, ((credit, weights), (correction, push)) = plot.subplots(2, 2, figsize=(13, 8), dpi=110)
+    _credit(credit, found)
+    credit.set_title(f"credit of a timestep: |∂loss/∂d|, margin -{margin:g} everywhere")
+    tail = _tail(schedule.stepwise_weight)
+    for values, label in (
+        (schedule.single_shot_weight, "$w_t = 1/SNR$, single-shot"),
+        (schedule.stepwise_weight[1:], "$λ_t$, stepwise"),
+        (tail, "$Σ_{j>t} λ_j$, the correction's reach"),
+    ):
+        weights.plot(range(schedule.num_train_timesteps - len(values), schedule.num_train_timesteps), values, label=label)
+    weights.set_yscale("log")
+    weights.set_title("weights of the schedule")
+    for factor in (0.1, 1.0, 10.0):
+        correction.plot(margin * factor * tail[:-1], label=f"margin -{margin * factor:g}")
+    correction.set_yscale("log")
+    correction.set_title("size of the correction $K_t$ at a constant margin: falls with t")
+    for name, profile in found.items():
+        push.plot(profile.push, label=name)
+    push.set_title("what the logistic leaves of the gradient, σ(-z): saturated near 0 and 1")
+    _finish(figure, (credit, weights, correction, push), path)
+
+
+def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
+    """What a run recorded: ``objective`` with its saved table, ``history`` the rows of ``correction.jsonl``.
+
+    Raises:
+        UserError: a table in which nothing was recorded.
+    """
+    seen = objective.table.count > 0
+    if not bool(seen.any()):
+        raise UserError("run: its correction table holds no sample yet; explain the run after its first checkpoint")
+    plot = _pyplot()
+    layout = [["credit", "history"], ["correction", "drift"], ["pace", "pace"]]
+    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
+    steps = objective.schedule.num_train_timesteps
+    centres, margins = _binned(objective.table.average[0], objective.table.count)
+    profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
+    drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()  # what is never sampled is not taught
+    _credit(credit, {f"{objective.name}, this run": Profile(profile.credit * drawn, profile.push)})
+    credit.set_title("credit of a timestep: |∂loss/∂d| at the run's mean margins, times how often it is drawn")
+
+    shades = plot.get_cmap("viridis")
+    shown = [*history[: -1 : max(1, len(history) // 8)], *history[-1:]]
+    for row in shown:
+        shade = shades(row["step"] / max(1, history[-1]["step"]))
+        history_axis.plot(row["timesteps"], row["correction"], color=shade, label=f"step {row['step']}")
+    history_axis.set_title("correction $K_t$ as the run went on")
+    used = objective.correction_weight > 0
+    correction.plot(objective.table.correction if used else torch.zeros(steps), label="last checkpoint")
+    correction.set_title("correction $K_t$ at the last checkpoint" if used else "no correction in this objective")
+    errors: dict[str, Tensor] = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
+    for side in ("chosen", "rejected"):
+        moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
+        drift.plot(*_binned(moved, objective.table.count), marker=".", label=side)
+    drift.set_title("drift of the errors, policy - reference (moving averages)")
+    axes["pace"].plot(*pace(history), marker=".")
+    axes["pace"].set_ylim(bottom=0)
+    axes["pace"].set_xlabel("step")
+    axes["pace"].set_title("how far $K$ moves a step, in parts of its last size: near 0 once it has settled")
+    _finish(figure, (credit, history_axis, correction, drift), path)
+
+
+def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
+    """Steps of the rows but the first, and how far K moved to them: mean |ΔK| over t, a step, in parts of the last row's mean |K|.
+
+    Not in parts of the K of the time: by that measure a correction that grows for ever settles as well.
+    """
+    size = sum(map(abs, history[-1]["correction"])) if history else 0.0
+    if not size:
+        return [], []
+    steps, moved = [], []
+    for before, after in itertools.pairwise(history):
+        distance = sum(abs(b - a) for a, b in zip(before["correction"], after["correction"], strict=True))
+        steps.append(after["step"])
+        moved.append(distance / size / (after["step"] - before["step"]))
+    return steps, moved
+
+
+def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
+    """Rows for a table: objective, timestep of the peak, where the middle half of the credit lies, saturated timesteps."""
+    rows = []
+    for name, profile in found.items():
+        low, high = profile.middle_half()
+        saturated = ((profile.push < SATURATED) | (profile.push > 1 - SATURATED)).double().mean()
+        flat = bool((profile.credit.max() - profile.credit.min()) < 1e-9 * profile.credit.max())
+        rows.append(
+            (
+                name,
+                "flat" if flat else str(profile.peak),
+                f"{low} to {high}",
+                "-" if profile.push.isnan().any() else f"{saturated:.0%}",
+            )
+        )
+    return rows
+
+
+def _credit(axis, found: dict[str, Profile]) -> None:
+    for name, profile in found.items():
+        (line,) = axis.plot(profile.credit / profile.credit.max(), label=name)
+        if profile.credit.max() > profile.credit.min() * 1.001:
+            axis.plot(profile.peak, 1.0, "o", color=line.get_color(), markersize=4)
+    axis.set_ylabel("credit, in parts of its peak")
+    axis.set_ylim(0, 1.08)
+    axis.set_xlabel("timestep t: clean → noise")
+    axis.legend(fontsize=8)
+
+
+def _tail(weight: Tensor) -> Tensor:
+    """Σ_{j>t}, (T,)."""
+    return torch.cat([weight[1:].flip(0).cumsum(0).flip(0), weight.new_zeros(1)])
+
+
+def _binned(values: Tensor, count: Tensor):
+    """Centres and means of the timesteps that were seen, weighted by how often: single entries are too noisy to be seen."""
+    width = -(-len(values) // BINS)
+    sums, seen = (_sum_bins(each, width) for each in (values * count, count))
+    kept = seen > 0
+    return ((torch.arange(len(seen)) + 0.5) * width)[kept].numpy(), (sums[kept] / seen[kept]).numpy()
+
+
+def _sum_bins(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, -len(values) % width)).view(-1, width).sum(1)
+
+
+def _interpolated(centres, values, steps: int):
+    import numpy as np
+
+    return np.interp(np.arange(steps), centres, values)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is not installed, which draws the pictures: pip install -e '.[eval]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def _finish(figure, axes, path: Path) -> None:
+    for axis in axes:
+        axis.set_xlabel("timestep t: clean → noise")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    _pyplot().close(figure)

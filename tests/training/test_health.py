@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from dde_ds.training.health import HealthMonitor, find_problems
+
+
+def row(chosen=0.0, rejected=0.0, saturation=0.0):
+    return {
+        "drift/chosen": chosen,
+        "drift/rejected": rejected,
+        "error/reference_chosen": 0.1,
+        "error/reference_rejected": 0.1,
+        "rewards/accuracies": 0.98,
+        "dde/saturation": saturation,
+    }
+
+
+def test_both_errors_blow_up_while_accuracy_rises():
+    (message,) = find_problems(row(chosen=0.03, rejected=0.2)).values()
+    assert "winners' error is 30% above the reference's (losers' 200%) at accuracy 0.98" in message
+    assert "optimizer.learning_rate" in message
+
+
+def test_a_healthy_run_is_left_in_peace():
+    assert not find_problems(row(chosen=0.004, rejected=0.03, saturation=0.2))
+    assert not find_problems(row(chosen=-0.01, rejected=0.05))
+
+
+def test_one_tenth_of_the_timesteps_that_the_mean_hides():
+    """Errors are small where the noise is strong: twice as large there, they hardly move the mean over all."""
+    tenths = {"drift_by_t/300-399": 0.05, "drift_by_t/900-999": 1.0}
+    (message,) = find_problems(row(chosen=0.004, rejected=0.03) | tenths).values()
+    assert "winners' error is 100% above the reference's at timesteps 900-999" in message
+    assert not find_problems(row(chosen=0.004, rejected=0.03) | {"drift_by_t/900-999": 0.127})
+
+
+def test_saturation():
+    (message,) = find_problems(row(saturation=0.8)).values()
+    assert "80%" in message
+    assert "objective.beta" in message
+
+
+def test_sft_has_no_reference():
+    assert not find_problems({"loss": 0.1, "error/policy_chosen": 0.1})
+
+
+def test_each_concern_is_said_once_until_it_has_gone():
+    watch = HealthMonitor()
+    assert not watch(row())
+    said = [watch(row(chosen=0.04)) for _ in range(20)]
+    assert sum(map(len, said)) == 1
+    assert not said[0], "one noisy row is no concern yet"
+    for _ in range(40):
+        assert not watch(row())
+    assert sum(len(watch(row(chosen=0.05))) for _ in range(20)) == 1
