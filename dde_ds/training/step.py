@@ -31,9 +31,9 @@ def micro_step(
 
     reference_pred = None
     if objective.needs_reference and batch.reference_errors is None:
+        assert reference is not None  # a run loads none only if its objective needs none or all errors are precomputed
         with torch.no_grad():
-            assert reference is not None  # a run without one has an objective without, or all errors precomputed
-        reference_pred = reference(seen, both, batch.conditioning)
+            reference_pred = reference(seen, both, batch.conditioning)
     policy_pred = predict(policy, seen, both, batch.conditioning)
     return objective(policy_pred, reference_pred, batch.noise, batch.timesteps, noisy, reference_errors=batch.reference_errors)
 

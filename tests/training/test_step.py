@@ -46,7 +46,10 @@ def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
     text = torch.randn(4, 7, policy.config.cross_attention_dim, generator=generator)
     timesteps = torch.tensor([300, 600])
     batch = Batch(latents=latents, noise=noise, timesteps=timesteps, positions=torch.arange(2), prompt_embeds=text)
+    modes = []
+    reference.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     out = micro_step(policy, frozen_model(reference), build_objective("uniform", schedule), batch, torch.device("cpu"))
+    assert modes == [False], "the reference's pass keeps nothing for a backward pass"
     with torch.no_grad():
         noisy = schedule.add_noise(latents, noise, timesteps.repeat(2))
         errors = (policy(noisy, timesteps.repeat(2), text).sample - noise).square().mean((1, 2, 3))
