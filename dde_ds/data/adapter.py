@@ -1,6 +1,7 @@
 """Stream shards with stock webdataset, for training loops that bring their own loader.
 
-The trainer itself does not use this: its indexed reader keeps an exact order, resumes anywhere and checks every sample's bytes.
+The trainer itself does not use this module. Its indexed reader keeps an exact order, resumes anywhere and checks the
+bytes of every sample.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from dde_ds.untrusted import parse_json
 
 
 def as_webdataset(folder: str | Path, **options: Any) -> WebDataset:
-    """Return a ``webdataset.WebDataset`` over a local folder of shards, which yields each pair with its prompt's embeddings.
+    """Return a ``webdataset.WebDataset`` over a local folder of shards.
 
-    A sample is a dict: ``__key__``, ``description`` (caption, source row) and the tensors of a pair and its prompt, as
-    :mod:`dde_ds.data.shards` lists them: ``latents`` (2,C,H,W) winner then loser, ``prompt_embeds`` (S,D), and so on.
-    Shuffle, split and batch it with webdataset's own methods: ``as_webdataset(folder, shardshuffle=100).shuffle(1000)``.
+    It yields each pair together with the embeddings of its prompt.
 
-    webdataset checks no checksum, and drops the rest of a damaged tar without a word. Run ``tools/verify_shards.py`` before.
+    A sample is a dict. It holds ``__key__``, ``description`` (caption, source row) and the tensors of a pair and of its
+    prompt: ``latents`` (2,C,H,W) with the winner before the loser, ``prompt_embeds`` (S,D), and so on.
+    :mod:`dde_ds.data.shards` lists them all. Shuffle, split and batch the samples with webdataset's own methods, such
+    as ``as_webdataset(folder, shardshuffle=100).shuffle(1000)``.
+
+    webdataset checks no checksum, and silently drops the rest of a damaged tar. Run ``tools/verify_shards.py`` first.
 
     Args:
-        folder: local shards.
-        options: passed on to ``webdataset.WebDataset``; by default shards are not shuffled, and are split over nodes and workers.
+        folder: a local folder of shards.
+        options: passed on to ``webdataset.WebDataset``. By default shards are not shuffled, and are split over nodes
+            and workers.
 
     Raises:
-        UserError: no whole set of shards.
+        UserError: the folder holds no whole set of shards, or is not local.
     """
     shards = ShardSet(folder)
     if not isinstance(shards.storage, LocalFolder):
@@ -47,7 +52,7 @@ def as_webdataset(folder: str | Path, **options: Any) -> WebDataset:
 
 
 def _decoded(samples: Iterator[dict[str, Any]], shards: ShardSet) -> Iterator[dict[str, Any]]:
-    # Not webdataset's .decode(), which unpickles members of some names.
+    # webdataset's .decode() is not used, because it unpickles members with certain names.
     for sample in samples:
         tensors: dict[str, Tensor] = safetensors.torch.load(sample["safetensors"])
         prompt = shards.prompt(int(tensors.pop("prompt")))

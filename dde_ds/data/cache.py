@@ -1,8 +1,11 @@
 """A bounded local cache of byte ranges, shared by any number of processes without a lock.
 
-Keys are digests of what is cached, so that two data sets with equal file names never meet. An entry appears by rename, whole
-or not at all; whoever reads it checks it again. The folder is split into buckets, each with its share of the limit: a writer
-looks only at its own bucket and removes what was used longest ago. Losing a race costs one more fetch, nothing else.
+A key contains the digest of the file that a range belongs to, so two data sets with equal file names never share an
+entry. An entry appears by a rename, whole or not at all, and every reader checks its bytes again.
+
+The folder is split into buckets, and each bucket has an equal share of the limit. A writer looks only at the bucket of
+its entry, and removes the entries there that were used longest ago. A process that loses a race only fetches a range
+once more.
 """
 
 from __future__ import annotations
@@ -21,7 +24,15 @@ BUCKETS = 256
 
 
 class Cache:
-    """``limit``: bytes that the whole cache may hold."""
+    """A cache in ``folder``, shared by all processes that open it.
+
+    Args:
+        folder: made if it does not exist.
+        limit: bytes that the whole cache may hold.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
 
     def __init__(self, folder: str | Path, limit: int):
         self.folder, self.limit = Path(folder), limit
@@ -31,22 +42,27 @@ class Cache:
             raise UserError(f"data.cache_dir {folder}: not writable: {reason(error).lower()}") from None
 
     def get(self, key: str) -> bytes | None:
+        """Return the data kept under ``key``, or None if there is none. The caller must check the data."""
         path = self._path(key)
         try:
             data = read_regular(path, self.limit // BUCKETS)
-        except (OSError, ValueError):  # none, or nothing that we put there
+        except (OSError, ValueError):  # missing, or not a file that this class wrote
             return None
-        with contextlib.suppress(OSError):  # removed meanwhile, or not ours to touch
+        with contextlib.suppress(OSError):  # removed meanwhile, or owned by somebody else
             os.utime(path)
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep ``data`` unless it alone is more than its bucket may hold. A full or failing disk only means that nothing is kept."""
+        """Keep ``data``, unless it is larger than the share of its bucket.
+
+        If the disk is full or fails, nothing is kept and no error is raised.
+        """
         share = self.limit // BUCKETS
         if len(data) > share:
             return
         path = self._path(key)
-        # A name that nobody can have put a link under, and that no process of another container with this one's number has too.
+        # The name is random: nobody can have placed a link there, and no process in another container, which may have
+        # the same process number, uses it too.
         staged = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
@@ -68,13 +84,16 @@ class Cache:
 
     @staticmethod
     def _make_room(bucket: Path, allowed: int) -> None:
-        """Remove the entries used longest ago until ``allowed`` bytes remain; what a killed writer left goes like any other."""
+        """Remove the entries that were used longest ago until ``allowed`` bytes remain.
+
+        Files that a killed writer left count as entries.
+        """
         entries = []
-        with os.scandir(bucket) as found:
-            for entry in found:
+        with os.scandir(bucket) as listing:
+            for entry in listing:
                 try:
                     state = entry.stat()
-                except FileNotFoundError:  # another process was quicker
+                except FileNotFoundError:  # another process has removed it
                     continue
                 entries.append((state.st_mtime_ns, state.st_size, entry.path))
         total = sum(size for _, size, _ in entries)

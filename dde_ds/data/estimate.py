@@ -1,4 +1,7 @@
-"""What a sharding would keep, and what it would take: from labels, captions and a sample of images, no weights loaded."""
+"""Estimate what a sharding would keep and how much space it would take.
+
+The estimate reads labels, captions and a sample of images. It loads no weights.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,26 @@ from dde_ds.models.base import family_of
 from dde_ds.models.encode import cut_captions, image_size
 from dde_ds.models.unet import load_component_config
 
-# Pairs whose image headers are read, in runs that lie evenly over the input.
+# Number of pairs whose image headers are read, and length of the runs in which they lie, spread evenly over the input.
 SAMPLED, RUN = 256, 32
-# Two tar headers, the .json and what pads each to 512 bytes; the safetensors header.
+# Bytes of a sample beside its tensors: two tar headers, the .json, the padding of each member to 512 bytes, and the
+# header of safetensors.
 OVERHEAD = 2560
 
 
 def estimate(source: PairSource, recipe: EncodingConfig, revision: str | None = None) -> dict:
-    """Rows by reason, samples, distinct prompts, the share of images that would be upscaled, and bytes on disk.
+    """Return the estimate of a sharding: rows by reason, samples, distinct prompts, the share of images that would be
+    upscaled, and bytes on disk.
 
     ``upscaled`` and ``unusable`` are shares of ``sampled`` images, of which only the headers are decoded.
+
+    Args:
+        source: the input.
+        recipe: how its pairs would be encoded.
+        revision: revision of the model on the hub.
+
+    Raises:
+        UserError: the resolution does not fit the VAE, or the model's configuration or tokenizers cannot be loaded.
     """
     survey = source.survey(recipe.keep_no_caption)
     family = family_of(recipe.model, revision)
@@ -63,7 +76,10 @@ def _tokenizers(model: str, names: Iterable[str], revision: str | None) -> list[
 
 
 def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:
-    """Short side of each image of a sample of pairs, None where there is no image."""
+    """Return the short side in pixels of each image of a sample of pairs.
+
+    None stands for a missing or unreadable image.
+    """
     starts = np.linspace(0, max(0, len(rows) - RUN), SAMPLED // RUN).astype(np.int64)
     chosen = np.unique(np.concatenate([rows[start : start + RUN] for start in starts])) if len(rows) else rows
     sides: list[int | None] = []
@@ -77,5 +93,5 @@ def _sides(source: PairSource, rows: np.ndarray) -> list[int | None]:
 
 
 def shard_bytes(manifest: dict) -> int:
-    """Bytes of all tars of a set."""
+    """Return the bytes of all tars of a set, from its manifest."""
     return sum(row["bytes"] for row in [*manifest["shards"], *manifest["prompts"]["files"]])

@@ -1,10 +1,12 @@
-"""Preference pairs of one's own: a ``pairs.jsonl`` beside image files.
+"""Read your own preference pairs: a ``pairs.jsonl`` beside image files.
 
     {"winner": "images/0001_a.png", "loser": "images/0001_b.png", "caption": "a lighthouse at dusk"}
 
-Paths are relative to the file's folder, or to a root of one's choice, and stay below it. ``"tie": true`` or a ``"label"`` as in
-Pick-a-Pic says that nothing was decided. A null image or caption, a tie and an image that is missing are counted. A line that is no such
-record is an error, not a lost pair.
+Paths are relative to the file's folder, or to a root that you choose, and must stay below it. ``"tie": true`` marks a
+pair without a decision. A ``"label"`` may say the same, as in Pick-a-Pic.
+
+Pairs with a null image, a null caption, a tie or a missing image are counted. A line that is not such a record is an
+error: it is not counted as a lost pair.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from dde_ds.untrusted import parse_json, read_regular
 from dde_ds.warn import reason
 
 RECORD = '{"winner": path, "loser": path, "caption": text}'
-# Of one image, far above what MAX_PIXELS takes: a larger file is none.
+# Limit of one image file, far above what MAX_PIXELS allows. A larger file counts as no image.
 IMAGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
+    """One line of a ``pairs.jsonl``."""
+
     winner: str | None
     loser: str | None
     caption: str | None
@@ -39,11 +43,12 @@ class FolderPairs:
     """Pairs of a ``pairs.jsonl``.
 
     Args:
-        root: folder that paths are relative to and stay below; None: the file's own.
-        follow_links: take what lies behind symbolic links that lead out of ``root``.
+        path: the file.
+        root: folder that paths are relative to and must stay below; None means the folder of the file.
+        follow_links: also read files behind symbolic links that lead out of ``root``.
 
     Raises:
-        UserError: no such file, or a line that is no record of two paths and a caption.
+        UserError: the file or ``root`` does not exist, or a line is not a record of two paths and a caption.
     """
 
     def __init__(self, path: Path, root: Path | None = None, follow_links: bool = False):
@@ -66,10 +71,10 @@ class FolderPairs:
         return f"{self.path.name}:{row}"
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
-        found = SurveyBuilder(keep_no_caption)
+        survey = SurveyBuilder(keep_no_caption)
         for line in self.pairs:
-            found.add(line.caption, line.label)
-        return found.finish()
+            survey.add(line.caption, line.label)
+        return survey.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         for row in rows.tolist():
@@ -80,11 +85,11 @@ class FolderPairs:
     def _image(self, name: str | None) -> bytes | None:
         try:
             return name if name is None else read_regular(self._place(name), IMAGE_BYTES)
-        except (OSError, ValueError):  # not there, or no file of an image's size
+        except (OSError, ValueError):  # missing, or not a file of an image's size
             return None
 
     def _place(self, name: str) -> Path:
-        """Where ``name`` is, each ``..`` taken back before a link could lead it elsewhere."""
+        """Return the path that ``name`` means. Each ``..`` is resolved first, before a link can lead it elsewhere."""
         return Path(os.path.normpath(self.root / name))
 
     def _parse(self, number: int, line: bytes) -> Line:
@@ -112,7 +117,7 @@ class FolderPairs:
         return Line(winner, loser, caption, label)
 
     def _check(self, name: str, where: str) -> None:
-        """Refuse a path that leaves the root, by itself or through a link that nobody asked to follow."""
+        """Refuse a path that leaves the root, either by itself or through a link that the user did not ask to follow."""
         if "\0" in name:
             raise UserError(f"{where}: {name!r} is no path")
         place = self._place(name)
@@ -122,8 +127,8 @@ class FolderPairs:
         steps = [step for step in (*reversed(place.parents), place) if inside and step not in self._roots]
         link = next((step for step in steps if step.is_symlink() and any(step.is_relative_to(root) for root in self._roots)), None)
         if link is None:
-            mend = "name the folder that paths may point into as root"
-            raise UserError(f"{where}: {name!r} lies outside of {self._option}; {mend}")
+            hint = "name the folder that paths may point into as root"
+            raise UserError(f"{where}: {name!r} lies outside of {self._option}; {hint}")
         raise UserError(
             f"{where}: {name!r} lies outside of {self._option}, behind the link {link} -> {link.readlink()}; --follow-links follows it"
         )

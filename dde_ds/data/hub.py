@@ -1,7 +1,7 @@
-"""Preference pairs of a Hugging Face data set, by name or from a folder that ``datasets`` saved.
+"""Read preference pairs of a Hugging Face data set, by its name or from a folder that ``datasets`` saved.
 
-``datasets`` downloads and converts the whole set first, so that it takes its space twice; the parquet files themselves, as
-``hf://datasets/OWNER/NAME/data/train-*.parquet`` or downloaded, do without.
+``datasets`` first downloads and converts the whole set, so the set takes its space twice. Reading the parquet files
+themselves avoids that: as ``hf://datasets/OWNER/NAME/data/train-*.parquet``, or downloaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from dde_ds.errors import UserError
 class HubPairs:
     """Pairs of a data set in Pick-a-Pic's columns.
 
+    Args:
+        name: name of the data set on the hub, or a folder that ``datasets`` saved.
+        split: name of the split.
+
     Raises:
-        UserError: it cannot be had, has no such split, or other columns.
+        UserError: the data set cannot be loaded, has no such split, or lacks columns; or ``datasets`` is not installed.
     """
 
     def __init__(self, name: str, split: str):
@@ -31,33 +35,34 @@ class HubPairs:
             raise UserError(f"input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
         datasets.disable_progress_bars()
         try:
-            found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        except Exception as error:  # whatever the hub, the network and the builder may raise
+            dataset = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
+        except Exception as error:  # the hub, the network and the builder raise many kinds
             problem = " ".join(str(error).split())[:300]
             raise UserError(f"input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                raise UserError(f"split {split}: {name} has {', '.join(map(str, found))}")
-            found = found[split]
-        check_columns(name, found.features.arrow_schema)
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise UserError(f"split {split}: {name} has {', '.join(map(str, dataset))}")
+            dataset = dataset[split]
+        check_columns(name, dataset.features.arrow_schema)
         self.label = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
-        columns = [*COLUMNS, *(column for column in PROVENANCE if column in found.column_names)]
-        self.table: Any = found.select_columns(columns).with_format(
+        columns = [*COLUMNS, *(column for column in PROVENANCE if column in dataset.column_names)]
+        self.table: Any = dataset.select_columns(columns).with_format(
             "arrow"
-        )  # rows are then pyarrow's tables, which its hints do not know
-        self.identity = [{"name": self.label, "rows": len(found), "fingerprint": found._fingerprint}]
+            # Rows then come as pyarrow tables, which the library's type hints do not say.
+        )
+        self.identity = [{"name": self.label, "rows": len(dataset), "fingerprint": dataset._fingerprint}]
 
     def name(self, row: int) -> str:
         return f"{self.label}:{row}"
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
-        found, row = SurveyBuilder(keep_no_caption), 0
+        survey, row = SurveyBuilder(keep_no_caption), 0
         for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
             captions = captions_of(batch["caption"], f"input {self.label}", row)
             for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
-                found.add(caption, label_of(label))
+                survey.add(caption, label_of(label))
             row += len(captions)
-        return found.finish()
+        return survey.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         for low in range(0, len(rows), BATCH):

@@ -1,4 +1,6 @@
-"""What pairs are made from: parquet files, a ``pairs.jsonl`` beside images, or a data set of the Hugging Face hub."""
+"""Choose the reader for an input: parquet files, a ``pairs.jsonl`` beside images, or a data set of the Hugging Face
+hub.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,22 @@ from dde_ds.errors import UserError
 
 
 def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = None, follow_links: bool = False) -> PairSource:
-    """The pairs that ``--input`` names.
+    """Return the pairs that ``--input`` names.
 
-    Parquet files, globs and their URLs (local, ``s3://``, ``hf://`` …); one ``pairs.jsonl`` or a folder with one; a folder of
-    parquet files; a folder that ``datasets`` saved, or the name of a data set on the hub.
+    Inputs may be
+
+    - parquet files, globs and URLs of either (local, ``s3://``, ``hf://`` …),
+    - one ``pairs.jsonl``, or a folder that holds one,
+    - a folder of parquet files,
+    - a folder that ``datasets`` saved, or the name of a data set on the hub.
 
     Args:
-        root, follow_links: of a ``pairs.jsonl``: as :class:`~dde_ds.data.folder.FolderPairs` takes them.
+        inputs: one or more of them; several only for parquet files.
+        split: name of the split, for a data set of the hub or one that ``datasets`` saved.
+        root, follow_links: only for a ``pairs.jsonl``, as :class:`~dde_ds.data.folder.FolderPairs` takes them.
 
     Raises:
-        UserError: nothing is there, or it has not the columns that are needed.
+        UserError: nothing is found, the needed columns are missing, or the arguments do not fit the kind of input.
     """
     inputs = [item.removeprefix("file://") for item in inputs]
     for item in inputs:
@@ -45,10 +53,10 @@ def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = 
 
 
 def _pairs_jsonl(inputs: list[str]) -> Path | None:
-    """The ``pairs.jsonl`` that the inputs name, if they name one."""
+    """Return the ``pairs.jsonl`` that the inputs name, or None if they name none."""
     if len(inputs) == 1 and (Path(inputs[0]) / "pairs.jsonl").is_file():
         return Path(inputs[0]) / "pairs.jsonl"
-    found = [Path(file) for item in inputs if item.endswith(".jsonl") and "://" not in item for file in find_files(item)]
-    if found and (len(found) > 1 or len(inputs) > 1):
-        raise UserError(f"input {found[0]}: one pairs.jsonl is read at a time, without other inputs")
-    return found[0] if found else None
+    files = [Path(file) for item in inputs if item.endswith(".jsonl") and "://" not in item for file in find_files(item)]
+    if files and (len(files) > 1 or len(inputs) > 1):
+        raise UserError(f"input {files[0]}: one pairs.jsonl is read at a time, without other inputs")
+    return files[0] if files else None

@@ -1,8 +1,9 @@
-"""Several shard folders as one: drawn from in fixed shares, in an order that is a pure function of (seed, position).
+"""Train on several shard folders as if they were one, each with a fixed share of the pairs.
 
-Positions come in rounds of 1,000. In each, every source has exactly its share of the places, in a random order of that round's
-own; a source's places, counted through all rounds, are the positions of its own :class:`~dde_ds.data.order.Order`. So each
-source runs through its own epochs at its own pace, and any position is found without those before it.
+The order is a pure function of (seed, position). Positions come in rounds of 1,000. In each round, every source has
+exactly its share of the places, in a random order drawn for that round. The places of a source are counted through all
+rounds. That count is a position in the source's own :class:`~dde_ds.data.order.Order`. So each source runs through its
+epochs at its own pace, and any position can be located without the positions before it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,27 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
 
 ROUND = 1000
+"""Number of positions in a round."""
 
 
 class MixedOrder:
-    """``weights``: the sources' shares, to a thousandth of their sum. Shards are numbered through the sources."""
+    """The order of a mixture of several sets of shards. Shards are numbered consecutively through all sources.
+
+    Args:
+        orders: the order of each source.
+        weights: the share of each source, rounded to a thousandth of the sum of all weights.
+        seed: selects the order of the sources in each round.
+
+    Raises:
+        UserError: a weight is too small for one place in a round.
+    """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int):
         self.orders, self.weights, self.seed = list(orders), list(weights), seed
         self.quotas = shares(weights)
         self.first_shard = np.cumsum([0, *(len(order.counts) for order in orders)]).tolist()
         self.samples = sum(order.samples for order in orders)
-        self._round = lru_cache(maxsize=4)(self._round)  # a cache only
+        self._round = lru_cache(maxsize=4)(self._round)  # only a cache
 
     def __getstate__(self) -> tuple:
         return self.orders, self.weights, self.seed
@@ -40,7 +51,7 @@ class MixedOrder:
         self.__init__(*state)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(shard, row in the shard) of a position ≥ 0."""
+        """Return (shard, row in the shard) of a position ≥ 0."""
         number, offset = divmod(position, ROUND)
         sources, ranks = self._round(number)
         source = int(sources[offset])
@@ -48,9 +59,9 @@ class MixedOrder:
         return self.first_shard[source] + shard, row
 
     def _round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each place of a round, and how many places of that source come before it in the round."""
+        """Return the source of each place in a round, and how many earlier places of the round have the same source."""
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        # A stream of its own: an Order draws from [seed, epoch, stream] with streams from 0 up.
+        # This stream differs from every stream of an Order, which draws from [seed, epoch, stream].
         sources = np.random.default_rng([self.seed, number, 0, 1]).permutation(sources)
         ranks = np.empty(ROUND, dtype=np.int64)
         for source, quota in enumerate(self.quotas):
@@ -59,10 +70,14 @@ class MixedOrder:
 
 
 class MixedShards:
-    """Several :class:`ShardSet` of the same kind, shards and prompts numbered through.
+    """Several :class:`ShardSet` of the same kind. Shards and prompts are numbered consecutively through all sets.
+
+    Args:
+        sets: the sets of shards, at least one.
+        weights: the share of each set.
 
     Raises:
-        UserError: sets that cannot be trained on together.
+        UserError: the sets differ in model, settings or shapes, so that they cannot be trained on together.
     """
 
     def __init__(self, sets: Sequence[ShardSet], weights: Sequence[float]):
@@ -74,10 +89,10 @@ class MixedShards:
         self._first_prompt = np.cumsum([0, *(one.manifest["prompts"]["distinct"] for one in sets)]).tolist()
         self._set_of = [number for number, one in enumerate(sets) for _ in one.counts]
         for other in sets[1:]:
-            for what, own, theirs in _kinds(sets[0].manifest, other.manifest):
-                if own != theirs:
+            for what, ours, theirs in _kinds(sets[0].manifest, other.manifest):
+                if ours != theirs:
                     raise UserError(
-                        f"data.sources: {what} is {own!r} in {sets[0].folder} and {theirs!r} in {other.folder}; "
+                        f"data.sources: {what} is {ours!r} in {sets[0].folder} and {theirs!r} in {other.folder}; "
                         "shard them with the same model and settings"
                     )
         mixed = "".join(f"{one.digest} {quota}\n" for one, quota in zip(sets, shares(weights), strict=True))
@@ -88,27 +103,30 @@ class MixedShards:
         return sum((Counter(one.counters) for one in self.sets), Counter())
 
     def read(self, shard: int, row: int) -> dict[str, torch.Tensor]:
-        """As :meth:`ShardSet.read`."""
-        one, own = self._places[shard]
-        sample = one.read(own, row)
+        """Return the tensors of one pair, as :meth:`ShardSet.read` does.
+
+        The number of its prompt counts through all sets.
+        """
+        source, local_shard = self._places[shard]
+        sample = source.read(local_shard, row)
         return {**sample, "prompt": sample["prompt"] + self._first_prompt[self._set_of[shard]]}
 
     def prefetch(self, shard: int, row: int) -> None:
-        """As :meth:`ShardSet.prefetch`."""
-        one, own = self._places[shard]
-        one.prefetch(own, row)
+        """Announce that a pair will be read soon, as :meth:`ShardSet.prefetch` does."""
+        source, local_shard = self._places[shard]
+        source.prefetch(local_shard, row)
 
     def prompt(self, row: int) -> dict[str, torch.Tensor]:
-        """As :meth:`ShardSet.prompt`."""
+        """Return the embeddings of one prompt, as :meth:`ShardSet.prompt` does."""
         number = int(np.searchsorted(self._first_prompt, row, side="right")) - 1
         return self.sets[min(number, len(self.sets) - 1)].prompt(row - self._first_prompt[min(number, len(self.sets) - 1)])
 
     def next_sample(self, shard: int, row: int) -> tuple[int, int]:
-        """As :meth:`ShardSet.next_sample`, within the same source."""
-        one, own = self._places[shard]
-        first = shard - own
-        found, row = one.next_sample(own, row)
-        return first + found, row
+        """Return the place of the next sample of the same source, as :meth:`ShardSet.next_sample` does."""
+        source, local_shard = self._places[shard]
+        first = shard - local_shard
+        next_shard, row = source.next_sample(local_shard, row)
+        return first + next_shard, row
 
 
 def open_sources(
@@ -119,11 +137,18 @@ def open_sources(
     strict: bool = True,
     key: str = "data.path",
 ) -> ShardSet | MixedShards:
-    """The shards of one path, or of several with their weights. ``strict`` compares the files' sizes now, not as they are read.
-    Messages call a single path ``key``, and one of several ``data.sources[…].path``.
+    """Open the shards of one path, or of several paths with their weights.
+
+    Args:
+        paths: (path or URL, weight) of each source. The weight of a single source does not matter.
+        cache_dir: folder in which ranges of remote shards are kept; None keeps none.
+        cache_gb: limit of that folder, in units of 10^9 bytes.
+        timeout: seconds that one attempt at a remote range may take.
+        strict: compare the sizes of local files with the manifest now, instead of when they are read.
+        key: the name of a single path in messages. Messages call one of several paths ``data.sources[…].path``.
 
     Raises:
-        UserError: as :class:`ShardSet` and :class:`MixedShards`.
+        UserError: as :class:`ShardSet` and :class:`MixedShards` raise.
     """
     cache = Cache(cache_dir, int(cache_gb * 1e9)) if cache_dir else None
     keys = [key] if len(paths) == 1 else [f"data.sources[{number}].path" for number in range(len(paths))]
@@ -132,17 +157,23 @@ def open_sources(
 
 
 def order_of(shards: ShardSet | MixedShards, seed: int, block: int) -> Order | MixedOrder:
-    """The order in which they are trained on."""
+    """Return the order in which ``shards`` are trained on.
+
+    Args:
+        shards: one set of shards or a mixture.
+        seed: the seed of the order.
+        block: number of shards whose samples are shuffled together.
+    """
     if isinstance(shards, ShardSet):
         return Order(shards.counts, seed, block)
     return MixedOrder([Order(one.counts, seed, block) for one in shards.sets], shards.weights, seed)
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a round, by largest remainders.
+    """Return how many places each source has in a round. The places are rounded by largest remainders.
 
     Raises:
-        UserError: a weight too small to get one.
+        UserError: a weight is too small for one place.
     """
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * ROUND
     places = np.floor(exact).astype(np.int64)
@@ -155,6 +186,7 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 
 def _kinds(first: dict, other: dict):
+    """Yield (name, value in the first manifest, value in the other) of everything that must agree in a mixture."""
     for key in ("family", "latents", "flip", "scaling_factor", "weights"):
         yield key, first["settings"].get(key), other["settings"].get(key)
     yield "the latents' shape", first["latents"]["shape"], other["latents"]["shape"]

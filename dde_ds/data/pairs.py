@@ -1,7 +1,7 @@
-"""Preference pairs before they are encoded: what every kind of input gives.
+"""Preference pairs before they are encoded. Every kind of input gives them in this form.
 
-Each kind is a :class:`PairSource`: it numbers its rows, says of each whether it counts, and reads any rows again by number. So
-any number of processes split the work by arithmetic alone.
+Each kind of input is a :class:`PairSource`. It numbers its rows, says of each row whether it counts, and reads any rows
+again by their numbers. So any number of processes can split the work by arithmetic alone.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import Any, Protocol
 import numpy as np
 
 DECIDED, TIE, NO_LABEL, NO_CAPTION = "decided", "tie", "no label", "no caption"
-# Labels in words; other words decide nothing.
+# Labels that are words. Any other word decides nothing.
 WORDS = {"true": 1.0, "false": 0.0, "": None, "none": None, "null": None}
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """One decided row, images still as they were stored."""
+    """One decided row. Its images are still encoded as they were stored."""
 
     row: int
-    """Its number in the input, counted through all files."""
+    """Number of the row in the input, counted through all files."""
     source: str
-    """``file:row``, to name the row in a message."""
+    """``file:row``, which names the row in a message."""
     caption: str
     winner: bytes | None
     loser: bytes | None
     provenance: dict
-    """The row's uids, where it has them."""
+    """The uids of the row, if it has any; or the paths of its images."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the narrow columns of an input say, in its order. Some 20 bytes a row."""
+    """The labels and captions of an input, in its order. A survey takes some 20 bytes a row."""
 
     captions: list[str]
     """Distinct captions of the decided rows."""
     caption_of: np.ndarray
-    """(decided,) index of each decided pair's caption in ``captions``."""
+    """(decided,) index in ``captions`` of each decided pair's caption."""
     rows: np.ndarray
     """(decided,) number of each decided pair's row in the input."""
     excluded: dict[int, str]
-    """Rows that hold no decision or no caption, and why."""
+    """Number and reason of each row that holds no decision or no caption."""
 
     @property
     def counts(self) -> Counter:
@@ -52,24 +52,30 @@ class Survey:
 
 
 class PairSource(Protocol):
+    """Preference pairs of any kind of input. Rows are counted through all its files."""
+
     identity: list[dict]
-    """What the shards' settings say of the input: another input gives another identity."""
+    """Entry for the input in the settings of the shards. Another input has another identity."""
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
-        """Labels and captions of all rows; reads no image. A decided row without a caption is excluded, or has the empty one."""
+        """Read the labels and captions of all rows, and no image.
+
+        Args:
+            keep_no_caption: give a decided row without a caption the empty one, instead of excluding the row.
+        """
         ...
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
-        """The decided rows of these ascending numbers, winner first. Memory stays that of a few rows."""
+        """Yield the decided rows with these ascending numbers. The winner comes first. Memory stays that of a few rows."""
         ...
 
     def name(self, row: int) -> str:
-        """``file:row``."""
+        """Return ``file:row``, which names the row in a message."""
         ...
 
 
 class SurveyBuilder:
-    """Collects a :class:`Survey` row by row."""
+    """Build a :class:`Survey` row by row."""
 
     def __init__(self, keep_no_caption: bool = False):
         self._keep_no_caption = keep_no_caption
@@ -80,7 +86,12 @@ class SurveyBuilder:
         self._next = 0
 
     def add(self, caption: str | None, label: float | None) -> None:
-        """Take the next row: ``label`` as :func:`label_of` gives it."""
+        """Add the next row.
+
+        Args:
+            caption: the row's caption, or None.
+            label: the row's label, as :func:`label_of` returns it.
+        """
         decision = decide(label)
         if decision == DECIDED and caption is None and not self._keep_no_caption:
             decision = NO_CAPTION
@@ -96,16 +107,19 @@ class SurveyBuilder:
 
 
 def decide(label: float | None) -> str:
-    """As in the published Diffusion-DPO recipe the label alone decides: 1 prefers image 0, 0 prefers image 1."""
+    """Return the decision that a label stands for: ``decided``, ``tie`` or ``no label``.
+
+    As in the published Diffusion-DPO recipe, the label alone decides: 1 prefers image 0, and 0 prefers image 1.
+    """
     if label is None or label != label:
         return NO_LABEL
     return DECIDED if label in (0.0, 1.0) else TIE
 
 
 def label_of(cell: Any) -> float | None:
-    """Return a label as a number, from a number, a truth value or text such as ``"1"``; None where there is none.
+    """Return a label as a number. It may be a number, a truth value or text such as ``"1"``; None stands for no label.
 
-    Words that are neither a number nor true or false, such as ``"tie"``, are 0.5: no decision.
+    Other words, such as ``"tie"``, become 0.5, which is no decision.
     """
     if not isinstance(cell, str):
         return None if cell is None else float(cell)

@@ -1,7 +1,8 @@
-"""Preference pairs from parquet files in Pick-a-Pic v2's columns (``yuvalkirstain/pickapic_v2``), local or behind a URL.
+"""Read preference pairs from parquet files in the columns of Pick-a-Pic v2 (``yuvalkirstain/pickapic_v2``), local or
+behind a URL.
 
-``label_0`` is 1 where image 0 is preferred, 0 where image 1 is, anything else is no decision. It may be a number, a truth value or
-text. Columns may be stored as dictionaries (pandas categories) or views.
+``label_0`` is 1 if image 0 is preferred, and 0 if image 1 is. Any other value is no decision. A label may be a number,
+a truth value or text. Columns may be stored as dictionaries (pandas categories) or as views.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ from dde_ds.errors import UserError
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 PROVENANCE = ("best_image_uid", "image_0_uid", "image_1_uid", "ranking_id")
-# Rows decoded at a time: some 20 MB of Pick-a-Pic's images.
+# Rows that are decoded at a time. Of Pick-a-Pic, their images take some 20 MB.
 BATCH = 64
 
 
 class ParquetPairs:
-    """Pairs of parquet files, taken row group by row group: a process reads the groups that hold its rows and no others.
+    """Pairs of parquet files.
+
+    A process reads only the row groups that hold its rows.
+
+    Args:
+        inputs: paths, globs and URLs, as :func:`find_files` takes them.
 
     Raises:
-        UserError: a pattern that matches nothing, a file that is no parquet, a missing column or one of another type.
+        UserError: a pattern matches nothing, a file is not parquet, or a column is missing or has an unusable type.
     """
 
     def __init__(self, inputs: Sequence[str]):
         self.files = [file for name in inputs for file in find_files(name)]
         self.groups: list[np.ndarray] = []
-        """For each file, the first row of each row group and, last, of the next file; counted through all files."""
+        """Per file, the first row of each of its row groups and then the first row of the next file, counted through
+        all files.
+        """
         self.identity: list[dict] = []
         rows = 0
         for file in self.files:
@@ -45,8 +53,8 @@ class ParquetPairs:
             sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
             self.groups.append(rows + np.cumsum([0, *sizes]))
             rows += metadata.num_rows
-            # The footer has the offset, size and statistics of every column chunk: another file has another one, and hashing
-            # 335 GB before each start would take longer than many a run.
+            # The footer has the offset, size and statistics of every column chunk, so another file has another footer.
+            # Hashing the 335 GB of Pick-a-Pic before each start would take longer than many runs.
             self.identity.append({"name": Path(file).name, "rows": metadata.num_rows, "footer": _footer_digest(metadata)})
 
     def name(self, row: int) -> str:
@@ -54,26 +62,26 @@ class ParquetPairs:
         return f"{Path(self.files[number]).name}:{row - int(self.groups[number][0])}"
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
-        found = SurveyBuilder(keep_no_caption)
+        survey = SurveyBuilder(keep_no_caption)
         for file in self.files:
             with _opened(file) as parquet:
                 row = 0
                 for batch in parquet.iter_batches(columns=["caption", "label_0"]):
                     captions = captions_of(batch["caption"], f"input {file}", row)
                     for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):
-                        found.add(caption, label_of(label))
+                        survey.add(caption, label_of(label))
                     row += len(captions)
-        return found.finish()
+        return survey.finish()
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         for file, groups in zip(self.files, self.groups, strict=True):
-            own = rows[(rows >= groups[0]) & (rows < groups[-1])]
-            if not len(own):
+            file_rows = rows[(rows >= groups[0]) & (rows < groups[-1])]
+            if not len(file_rows):
                 continue
             with _opened(file) as parquet:
                 columns = [*COLUMNS, *(name for name in PROVENANCE if name in parquet.schema_arrow.names)]
-                for number in np.unique(np.searchsorted(groups, own, side="right") - 1).tolist():
-                    wanted = set(own[(own >= groups[number]) & (own < groups[number + 1])].tolist())
+                for number in np.unique(np.searchsorted(groups, file_rows, side="right") - 1).tolist():
+                    wanted = set(file_rows[(file_rows >= groups[number]) & (file_rows < groups[number + 1])].tolist())
                     row = int(groups[number])
                     for batch in parquet.iter_batches(batch_size=BATCH, row_groups=[number], columns=columns):
                         inside = [index for index in range(len(batch)) if row + index in wanted]
@@ -86,7 +94,13 @@ class ParquetPairs:
 
 
 def pair_row(row: int, source: str, values: dict[str, Any]) -> PairRow:
-    """A decided row of Pick-a-Pic's columns, winner first; without a caption it has the empty one."""
+    """Return a decided row of Pick-a-Pic's columns as a pair, winner first. A row without a caption gets the empty one.
+
+    Args:
+        row: number of the row, counted through all files.
+        source: name of the row for messages.
+        values: the row's cells by column.
+    """
     images = tuple(_bytes(values[name]) for name in ("jpg_0", "jpg_1"))
     winner, loser = images if label_of(values["label_0"]) == 1 else images[::-1]
     kept = {name: str(values[name]) for name in PROVENANCE if values.get(name) is not None}
@@ -94,15 +108,20 @@ def pair_row(row: int, source: str, values: dict[str, Any]) -> PairRow:
 
 
 def _bytes(cell: bytes | dict | None) -> bytes | None:
-    """``datasets`` stores an image as a record of bytes and path."""
+    """Return the bytes of an image's cell. ``datasets`` stores an image as a record of bytes and path."""
     return cell.get("bytes") if isinstance(cell, dict) else cell
 
 
 def captions_of(column: Any, where: str, first: int) -> list[str | None]:
-    """Return the text of a column whose first row has the number ``first``.
+    """Return the captions of a column.
+
+    Args:
+        column: a pyarrow column of text.
+        where: name of the input for messages.
+        first: number of the column's first row.
 
     Raises:
-        UserError: text that is not UTF-8, such as half a surrogate pair, which a writer let through.
+        UserError: a caption is not UTF-8, such as half a surrogate pair that the writer of the file let through.
     """
     try:
         return column.to_pylist()
@@ -116,30 +135,32 @@ def captions_of(column: Any, where: str, first: int) -> list[str | None]:
 
 
 def find_files(name: str) -> list[str]:
-    """Files of a path, a glob or the URL of either, in order; of a folder, all parquet files below it.
+    """Return the files that a path, a glob or the URL of either names, in order.
 
-    What exists is meant as it stands: only then is it a pattern.
+    A folder stands for all parquet files below it.
+
+    A name is a glob only if no file or folder of exactly this name exists.
 
     Raises:
-        UserError: nothing is there.
+        UserError: no file matches, or the URL cannot be read.
     """
     if "://" in name:
         fs, root = filesystem(name, "input")
         try:
-            found = sorted(fs.glob(root)) if glob.has_magic(root) and not fs.exists(root) else [root]
-        except Exception as error:  # every driver has exceptions of its own
+            files = sorted(fs.glob(root)) if glob.has_magic(root) and not fs.exists(root) else [root]
+        except Exception as error:  # every driver raises its own exceptions
             raise UserError(f"input {name}: not readable: {type(error).__name__} {' '.join(str(error).split())}") from None
-        found = [path if "://" in path else fs.unstrip_protocol(path) for path in found]
+        files = [path if "://" in path else fs.unstrip_protocol(path) for path in files]
     elif glob.has_magic(name) and not Path(name).exists():
-        found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
+        files = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
     else:
-        found = [name]
-    found = [file for path in found for file in (_parquet_below(path) if Path(path).is_dir() else [path])]
-    if not found and Path(name).is_dir():
+        files = [name]
+    files = [file for path in files for file in (_parquet_below(path) if Path(path).is_dir() else [path])]
+    if not files and Path(name).is_dir():
         raise UserError(f"input {name}: holds no pairs.jsonl, no parquet file and no data set that `datasets` saved")
-    if not found:
+    if not files:
         raise UserError(f"input {name}: no file matches")
-    return found
+    return files
 
 
 def _parquet_below(folder: str) -> list[str]:
@@ -149,7 +170,7 @@ def _parquet_below(folder: str) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(file: str):
-    """An open parquet file; whatever its bytes or the network do while it is read ends in one line."""
+    """Open a parquet file. Any failure of its bytes or of the network while it is read becomes a one-line error."""
     import pyarrow as pa
 
     opened = False
@@ -157,13 +178,13 @@ def _opened(file: str):
         with _open(file) as parquet:
             opened = True
             yield parquet
-    except (UserError, AttributeError, NameError):  # ours, or a bug
+    except (UserError, AttributeError, NameError):  # an error that already has its message, or a bug
         raise
     except FileNotFoundError:
         raise UserError(
             f"input {file}: no such file; give parquet files or a quoted glob such as 'pickapic/train-*.parquet'"
         ) from None
-    except Exception as error:  # pyarrow's, the file system's, and every remote driver's own
+    except Exception as error:  # from pyarrow, the file system or a remote driver, which all raise their own
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         rest = "what is made is kept, a second run goes on"
         if not opened and isinstance(error, pa.ArrowInvalid):
@@ -174,21 +195,30 @@ def _opened(file: str):
 
 
 def _open(file: str):
-    """A parquet file, its column chunks read in small pieces: a row group of images would be hundreds of megabytes."""
+    """Open a parquet file so that its column chunks are read in small pieces: a row group of images can take hundreds
+    of megabytes.
+    """
     import pyarrow.parquet as pq
 
     if not is_url(file):
         if not Path(file).is_file():
             raise FileNotFoundError(file)
-        # Absolute: pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there.
+        # The path is absolute because pyarrow takes `~/` for a home folder and `v2:final/` for a URL, even if such a
+        # folder exists.
         return pq.ParquetFile(Path(file).absolute(), buffer_size=1 << 20, pre_buffer=False)
     fs, root = filesystem(file, "input")
     return pq.ParquetFile(fs.open(root, "rb", block_size=4 << 20), pre_buffer=False)
 
 
 def check_columns(file: str, schema: Any) -> None:
-    """Raises:
-    UserError: a missing column, or one whose type cannot be read.
+    """Refuse a file that lacks one of Pick-a-Pic's columns.
+
+    Args:
+        file: name of the file for messages.
+        schema: its pyarrow schema.
+
+    Raises:
+        UserError: a column is missing, or its type cannot be read.
     """
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
@@ -199,13 +229,16 @@ def check_columns(file: str, schema: Any) -> None:
             raise UserError(f"input {file}: column {name} holds {kind}; Pick-a-Pic v2 has text, a number and JPEG bytes")
 
 
-# By name: older pyarrow has no views to ask for.
+# Types are compared by name because older versions of pyarrow have no function that recognises views.
 TEXT = ("string", "large_string", "string_view", "null")
 BYTES = ("binary", "large_binary", "binary_view", "null")
 
 
 def _values_of(kind: Any) -> Any:
-    """The type of the values, where they are stored once each and numbered (pandas categories)."""
+    """Return the type of a column's values.
+
+    A dictionary column (pandas categories) stores each distinct value once and numbers them.
+    """
     import pyarrow as pa
 
     return kind.value_type if pa.types.is_dictionary(kind) else kind
