@@ -1,6 +1,6 @@
-"""``manifest.json``: what a set of shards promises, and the checks that a reader relies on.
+"""``manifest.json``: the description of a set of shards, and the checks that a reader relies on.
 
-A manifest may come from anywhere: nothing in it is believed before it is checked, least of all a file name.
+A manifest may come from anywhere, so nothing in it is trusted before it is checked, least of all a file name.
 """
 
 from __future__ import annotations
@@ -23,26 +23,33 @@ CHECKSUMS = {
     FORMAT: lambda data: hashlib.sha256(data).digest(),
     "dde_ds shards 2": lambda data: zlib.crc32(data).to_bytes(4, "big"),
 }
-"""By the formats that are read, what an index holds of each sample's run of bytes. CRC32 finds damage; it can be forged."""
+"""The formats that are read.
+
+Each function computes what an index holds of a sample's run of bytes. CRC32 finds damage, but it can be forged.
+"""
 PROMPTS_PER_FILE = 1024
 NAMES = re.compile(r"(prompts-)?[0-9]{5,9}")
 
-# Limits of what is believed, far above what is made: memory is set aside by these numbers before any byte is there to prove them.
+# Limits on the numbers in a manifest, far above those of real sets. Memory is allocated by these numbers before any
+# byte has been read that confirms them.
 MOST_FILES = 50_000
 MOST_SAMPLES = 2**19
-"""Of one file."""
+"""Samples of one file."""
 INDEX_BYTES = 128 * 2**20
+"""Size of one index."""
 DESCRIPTION_BYTES = 4 * 2**20
-"""Of a sample's .json: caption, source, uids."""
+"""Size of a sample's .json, which holds caption, source and uids."""
 TENSOR_BYTES = 256 * 2**20
-"""Of a sample's tensors."""
+"""Size of a sample's tensors."""
 MEMBER_BYTES = 2**16
-"""Of what else a sample takes in a tar: the headers of its two members, what fills their last blocks, the header of safetensors."""
+"""Size of the rest of a sample in a tar: the headers of its two members, the padding of their last blocks, and the
+header of safetensors.
+"""
 LARGEST_SAMPLE = TENSOR_BYTES + DESCRIPTION_BYTES + MEMBER_BYTES
 
 
 def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor that each pair of this set has."""
+    """Return the shape and type of every tensor that each pair of this set has."""
     latents = (2, *manifest["latents"]["shape"])
     expected = {"latents": (latents, torch.float16), "prompt": ((), torch.int64)}
     expected |= {name: (shape, torch.float32) for name, shape in LAYOUTS[manifest["settings"]["family"]].pair.items()}
@@ -54,7 +61,7 @@ def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 def prompt_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor that each prompt of this set has."""
+    """Return the shape and type of every tensor that each prompt of this set has."""
     return {name: (tuple(shape), torch.float16) for name, shape in manifest["prompts"]["tensors"].items()}
 
 
@@ -64,17 +71,22 @@ def largest_sample(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> i
 
 
 def tensor_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return how many bytes tensors of these shapes and types take."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 def manifest_digest(manifest: dict) -> str:
-    """SHA-256 of a manifest, or an index, without its own ``digest``."""
+    """Return the SHA-256 of a manifest or an index, without its own ``digest``."""
     plain = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def is_whole_manifest(data: bytes) -> bool:
-    """Whether these bytes end as they began: JSON that is no manifest of ours, or one whose digest is right."""
+    """Return False if a transfer has cut these bytes short or damaged them: they are not JSON, or the digest in their
+    manifest is wrong.
+
+    JSON that is not a manifest of a known format counts as whole, since another attempt would not change it.
+    """
     try:
         manifest = parse_json(data, WHOLE_BYTES)
         if not isinstance(manifest, dict) or manifest.get("format") not in CHECKSUMS:
@@ -85,10 +97,14 @@ def is_whole_manifest(data: bytes) -> bool:
 
 
 def read_manifest(data: bytes, where: str) -> dict:
-    """A manifest, every part of it that reading relies on checked.
+    """Return a manifest after checking every part of it that reading relies on.
+
+    Args:
+        data: the bytes of the file.
+        where: name of the file for messages.
 
     Raises:
-        UserError: not a manifest, one of another format, a damaged one, or one that promises what cannot be.
+        UserError: the bytes are not a manifest, or one of another format, damaged, or with impossible contents.
     """
     try:
         manifest = parse_json(data, WHOLE_BYTES)
@@ -113,6 +129,7 @@ def read_manifest(data: bytes, where: str) -> dict:
 
 
 def _problem_of(manifest: dict) -> str | None:
+    """Return what is wrong with a manifest, or None."""
     settings, latents, prompts = manifest["settings"], manifest["latents"], manifest["prompts"]
     if settings["family"] not in LAYOUTS:
         return f"settings.family is {settings['family']!r}, expected {' or '.join(map(repr, LAYOUTS))}"
@@ -152,8 +169,12 @@ def _problem_of(manifest: dict) -> str | None:
     if len(set(files)) < len(files):
         return "two shards have the same name"
     distinct, last = prompts["distinct"], len(prompts["files"]) - 1
-    held = [PROMPTS_PER_FILE] * last + [distinct - PROMPTS_PER_FILE * last]
-    if type(distinct) is not int or [file["samples"] for file in prompts["files"]] != held or not 0 < held[-1] <= PROMPTS_PER_FILE:
+    per_file = [PROMPTS_PER_FILE] * last + [distinct - PROMPTS_PER_FILE * last]
+    if (
+        type(distinct) is not int
+        or [file["samples"] for file in prompts["files"]] != per_file
+        or not 0 < per_file[-1] <= PROMPTS_PER_FILE
+    ):
         return f"prompts.distinct is {distinct!r}, not {PROMPTS_PER_FILE} in each prompts file but the last"
     return None
 

@@ -1,7 +1,7 @@
-"""Where shards lie: a local folder, or any object store or web server that fsspec reaches.
+"""Read shards where they lie: in a local folder, or in any object store or web server that fsspec reaches.
 
-Both are read by ranges, and every range is checked before it is given to anybody: what cannot be read is an error, what can
-be read and is not what was written is :class:`DamagedData`.
+Both are read by ranges, and every range is checked before it is returned. Data that cannot be read raises an error.
+Data that can be read, but differs from what was written, raises :class:`DamagedData`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,32 @@ from dde_ds.errors import UserError
 from dde_ds.untrusted import open_regular, read_regular
 from dde_ds.warn import reason
 
-# No `pipe:`, no `::` chains: a path in a configuration reads bytes and does nothing else.
+# `pipe:` and `::` chains are not allowed: a path in a configuration may only read bytes.
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
-# Files that a process keeps open.
+# Number of files that a process keeps open.
 OPEN_FILES = 64
 WHOLE_BYTES = 32 * 2**20
-"""Limit of a file that is read whole without knowing its size: ``manifest.json``. One of 50,000 shards takes 14 MB."""
-# Answers of a web server that another try would not change.
+"""Limit of a file that is read whole without knowing its size, such as ``manifest.json``.
+
+The manifest of 50,000 shards takes 14 MB.
+"""
+# Status codes of a web server that another attempt would not change.
 FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 
 
 class DamagedData(UserError):
-    """Bytes that are missing, or not those that were written. The same for every reader, so that it may be counted and replaced."""
+    """Bytes are missing, or differ from those that were written.
+
+    Every reader meets the same damage, so the sample may be counted and replaced.
+    """
 
 
 class LocalFolder:
-    """Files of a folder. Handles belong to the process that opened them: loader workers are forked with the parent's."""
+    """Files of a local folder.
+
+    File handles belong to the process that opened them. Loader workers are forked with the handles of their parent, so
+    each process opens its own.
+    """
 
     is_remote = False
 
@@ -48,20 +58,28 @@ class LocalFolder:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def where(self, name: str) -> str:
+        """Return the name of a file for messages."""
         return str(self.folder / name)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None where there is none."""
+        """Return the size of a file in bytes, or None if there is no regular file of this name."""
         path = self.folder / name
         return path.stat().st_size if path.is_file() else None
 
     def fetch(self, name: str, offset: int, length: int | None, is_whole: Callable[[bytes], bool], key: str | None = None) -> bytes:
-        """Return ``length`` bytes from ``offset`` (None: all, at most ``WHOLE_BYTES``) for which ``is_whole`` holds.
+        """Return ``length`` bytes from ``offset`` on, after checking them.
+
+        Args:
+            name: name of the file in the folder.
+            offset: first byte.
+            length: number of bytes; None reads the whole file, at most ``WHOLE_BYTES``.
+            is_whole: must return True for the bytes.
+            key: unused here; see :meth:`RemoteFolder.fetch`.
 
         Raises:
-            DamagedData: the file is missing, no regular file, too short or too long, or its bytes fail the check. The message does not
-                name it: the caller knows what it was reading.
-            UserError: it cannot be read.
+            DamagedData: the file is missing, not a regular file, too short or too long, or its bytes fail the check.
+                The message does not name the file, because the caller knows what it was reading.
+            UserError: the file cannot be read.
         """
         try:
             data = self._read(name, offset, length)
@@ -69,7 +87,7 @@ class LocalFolder:
             raise DamagedData("the file is missing") from None
         except OSError as error:
             raise UserError(f"{self.where(name)}: not readable: {reason(error)}") from None
-        except ValueError as error:  # a pipe or a device, or more than may be read whole
+        except ValueError as error:  # a pipe or a device, or too large to be read whole
             raise DamagedData(str(error)) from None
         if (length is not None and len(data) != length) or not is_whole(data):
             raise DamagedData("checksum differs, the file was damaged")
@@ -77,15 +95,15 @@ class LocalFolder:
         return data
 
     def prefetch(self, name: str, offset: int, length: int) -> None:
-        """Tell the kernel that a range will be fetched soon. Never fails: fetching says what is wrong."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no posix_fadvise on macOS
+        """Tell the kernel that a range will be fetched soon. Never fails: :meth:`fetch` will raise what is wrong."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS has no posix_fadvise
             os.posix_fadvise(self._handle(name), offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read(self, name: str, offset: int, length: int | None) -> bytes:
         if length is None:
             return read_regular(self.folder / name, WHOLE_BYTES)
         handle = self._handle(name)
-        # Memory for no more than the file has: the length comes from an index that anybody may have written.
+        # Allocate no more memory than the file has bytes: the length comes from an index that anybody may have written.
         return os.pread(handle, max(0, min(length, os.fstat(handle).st_size - offset)), offset)
 
     def _handle(self, name: str) -> int:
@@ -100,16 +118,20 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """Objects below a URL, read by range through fsspec, with bounded retries and an optional local cache.
+    """Objects below a URL, read by ranges through fsspec, with bounded retries and an optional local cache.
 
     Args:
-        url: ``s3://bucket/shards``, ``https://host/shards``, ``hf://datasets/owner/name/shards`` …; credentials come from
-            where the driver looks for them (environment, configuration files), never from here.
-        cache: where fetched ranges are kept.
+        url: ``s3://bucket/shards``, ``https://host/shards``, ``hf://datasets/owner/name/shards`` …. The driver looks
+            for credentials in its usual places (environment, configuration files); none are given here.
+        cache: keeps fetched ranges; None keeps none.
         timeout: seconds that one attempt may take.
-        attempts: how often a range is asked for before it is an error.
-        first_delay: seconds before the second attempt; doubled before each further one, up to half as much again by chance.
-        key: what names the URL, for messages.
+        attempts: number of attempts at a range before it is an error.
+        first_delay: seconds before the second attempt. The delay doubles before each further attempt, and is lengthened
+            by a random part of up to a half.
+        key: the name of the URL in messages.
+
+    Raises:
+        UserError: as :func:`filesystem` raises.
     """
 
     is_remote = True
@@ -133,10 +155,19 @@ class RemoteFolder:
         return {**self.__dict__, "_fs": None}
 
     def where(self, name: str) -> str:
+        """Return the name of an object for messages."""
         return f"{self.url}/{name}"
 
     def fetch(self, name: str, offset: int, length: int | None, is_whole: Callable[[bytes], bool], key: str | None = None) -> bytes:
-        """As :meth:`LocalFolder.fetch`. ``key``, a digest of what is asked for, lets the range be kept in the cache."""
+        """Return bytes of an object after checking them, as :meth:`LocalFolder.fetch` does.
+
+        Args:
+            key: a digest of what is asked for. With it, the range is kept in the cache and looked for there.
+
+        Raises:
+            DamagedData: the object is missing or too large, or its bytes fail the check at the last attempt.
+            UserError: the object cannot be read.
+        """
         if self.cache and key:
             data = self.cache.get(key)
             if data is not None and (length is None or len(data) == length) and is_whole(data):
@@ -146,7 +177,8 @@ class RemoteFolder:
         problem, damaged = "", False
         for attempt in range(self.attempts):
             if attempt:
-                # Not from the training's generators, and not the same on every rank: they would all come back at once.
+                # The delay is not drawn from the generators of the training. It differs between ranks, which would
+                # otherwise all return at once.
                 time.sleep(self.first_delay * 2 ** (attempt - 1) * random.Random().uniform(1, 1.5))
             try:
                 data = self._get(name, offset, length)
@@ -175,11 +207,12 @@ class RemoteFolder:
 
     def _get(self, name: str, offset: int, length: int | None) -> bytes:
         fs = self._filesystem()
-        # Whole files by a range too, of one byte more than they may have: nobody is asked for more than memory is meant for.
+        # Whole files are read by a range too, one byte longer than allowed. So the driver never loads more than memory
+        # is meant for.
         start, end = offset, offset + (WHOLE_BYTES + 1 if length is None else length)
         path = f"{self._root}/{name}"
         if getattr(fs, "async_impl", False):
-            from fsspec.asyn import sync  # gives back what the coroutine does, which its hints do not say
+            from fsspec.asyn import sync  # it returns what the coroutine returns, unlike its hints
 
             if "http" in fs.protocol:
                 return sync(fs.loop, _http_range, fs, path, start, end, timeout=self.timeout)  # pyright: ignore[reportReturnType]
@@ -187,7 +220,7 @@ class RemoteFolder:
         return fs.cat_file(path, start=start, end=end)
 
     def _filesystem(self) -> Any:
-        """This process's driver: its threads and connections do not survive a fork."""
+        """Return this process's driver. Its threads and connections do not survive a fork."""
         if self._fs is None or self._owner != os.getpid():
             self._fs, self._root = filesystem(self.url, self.key)
             self._owner = os.getpid()
@@ -195,14 +228,19 @@ class RemoteFolder:
 
 
 def _without_user(url: str, text: str) -> str:
-    """Return a driver's message about ``url`` without its user and password: a driver may show them outside of a URL, as no other
-    place would know them."""
+    """Return a driver's message about ``url`` without the user and password in the URL.
+
+    A driver may show them outside of a URL, where :func:`dde_ds.text.without_passwords` would not recognise them.
+    """
     user = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
     return text.replace(user, "***") if ":" in user else text
 
 
 async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
-    """Return the bytes [start, end) as fsspec's own ``_cat_file`` does, or one more: a server that sends more is not listened to further."""
+    """Return the bytes [start, end), as fsspec's own ``_cat_file`` does, or one byte more if the server sends more.
+
+    Reading stops there, so that a server cannot fill the memory.
+    """
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), headers={"Range": f"bytes={start}-{end - 1}"}) as answer:
         fs._raise_not_found_for_status(answer, url)
@@ -217,10 +255,14 @@ async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
 
 
 def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
-    """A new fsspec file system of an allowed URL, and the path in it.
+    """Return a new fsspec file system for an allowed URL, and the path in it.
+
+    Args:
+        url: the URL of a folder.
+        key: the name of the URL in messages.
 
     Raises:
-        UserError: a scheme that is not allowed, or whose driver is not installed.
+        UserError: the scheme is not allowed, its driver is not installed, or the URL has a ``?`` or ``#``.
     """
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES or "::" in url:
@@ -230,7 +272,8 @@ def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        # A compressed answer may unpack to any size, and a range of it is not the range that was asked for.
+        # A compressed answer may unpack to any size. Besides, a range of compressed data is not the range that was
+        # asked for.
         plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
         options = {"client_kwargs": plain} if scheme in ("http", "https") else {}
         fs, root = url_to_fs(url, skip_instance_cache=True, **options)
@@ -242,7 +285,7 @@ def filesystem(url: str, key: str = "data.path") -> tuple[Any, str]:
 
 
 def is_url(path: str) -> bool:
-    """Whether ``path`` names something else than a local file; ``pipe:ls`` does too."""
+    """Return whether ``path`` names something other than a local file. ``pipe:ls`` does too."""
     head = str(path).split("/", 1)[0]
     return ":" in head and not Path(path).exists()
 
@@ -250,10 +293,16 @@ def is_url(path: str) -> bool:
 def open_storage(
     path: str | Path, cache: Cache | None = None, timeout: float = 60.0, key: str = "data.path"
 ) -> LocalFolder | RemoteFolder:
-    """The folder at a path or URL, which messages call ``key``.
+    """Return the folder at a path or URL.
+
+    Args:
+        path: a local folder, ``file://…`` or a URL.
+        cache: keeps ranges of remote files; None keeps none.
+        timeout: seconds that one attempt at a remote range may take.
+        key: the name of the path in messages.
 
     Raises:
-        UserError: as :func:`filesystem`.
+        UserError: as :func:`filesystem` raises.
     """
     path = str(path).removeprefix("file://")
     return RemoteFolder(path, cache, timeout, key=key) if is_url(path) else LocalFolder(path)

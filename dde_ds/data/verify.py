@@ -1,4 +1,7 @@
-"""Whether a set of shards is what its manifest says: checksums, then every pair and prompt as training would read them."""
+"""Check that a set of shards is what its manifest says.
+
+The check compares the checksums, then reads every pair and prompt as training would read it.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,27 @@ from dde_ds.untrusted import open_regular
 
 @dataclass(frozen=True)
 class Problem:
+    """A damaged file of a set of shards."""
+
     file: str
-    """Its name in the folder."""
+    """Name of the file in the folder."""
     what: str
+    """Description of the damage."""
 
 
 def verify(
     folder: str | Path, quick: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Problem]:
-    """Everything that is wrong with the shards of a local folder, a line for each damaged file.
+    """Return everything that is wrong with the shards of a local folder, with one problem for each damaged file.
 
     Args:
-        quick: sizes, indexes and the tars' headers only; reads no pair.
-        on_progress: called with files done and files in all.
+        folder: the local folder.
+        quick: check only sizes, indexes and the headers in the tars, and read no pair.
+        on_progress: called with the number of files done and the number of all files.
 
     Raises:
-        UserError: no manifest, or one that cannot be believed: nothing can be said of the shards then.
+        UserError: the manifest is missing or cannot be trusted, so that nothing can be said of the shards; or the
+            folder is not local.
     """
     shards = ShardSet(folder, check_sizes=False, key="folder")
     storage = shards.storage
@@ -48,6 +56,7 @@ def verify(
 
 
 def _check(shards: ShardSet, storage: LocalFolder, file: dict, quick: bool) -> Problem | None:
+    """Return what is wrong with one file of the manifest, or None."""
     tar, index = f"{file['name']}.tar", f"{file['name']}.json"
     for name, expected in ((index, file["index"]["bytes"]), (tar, file["bytes"])):
         size = storage.size(name)
@@ -56,10 +65,10 @@ def _check(shards: ShardSet, storage: LocalFolder, file: dict, quick: bool) -> P
                 name, "is missing, or no regular file" if size is None else f"has {size} bytes, manifest.json says {expected}"
             )
     try:
-        found = shards.index(file)
+        members = shards.index(file)
     except UserError as error:
         return Problem(index, str(error))
-    problem = _headers(storage.folder / tar, found)
+    problem = _headers(storage.folder / tar, members)
     if problem or quick:
         return Problem(tar, problem) if problem else None
     if sha256_of(storage.folder / tar) != file["sha256"]:
@@ -79,9 +88,9 @@ def _check(shards: ShardSet, storage: LocalFolder, file: dict, quick: bool) -> P
 
 
 def _headers(path: Path, index: Index) -> str | None:
-    """Return what is wrong with the names, types and sizes of a tar's members, without reading what they hold.
+    """Return what is wrong with the names, types and sizes of a tar's members, without reading their contents.
 
-    ``tarfile`` is not asked: some versions go round for ever on a negative size.
+    ``tarfile`` is not used, because some of its versions loop for ever on a negative size.
     """
     end = 0
     try:
