@@ -1,8 +1,10 @@
-"""From pairs to shards: encoded, a fixed range of pairs to each shard, resumable shard by shard, by any number of ranks.
+"""Encode pairs into shards, on any number of ranks, resumable shard by shard.
 
-The work is a list of parts, prompts files first, then shards. Which pairs or prompts are in a part follows from the input
-alone, so ranks need not talk: each makes its own consecutive parts and takes those that are whole already. Whoever finds all
-parts whole writes the manifest; two that do so write the same bytes.
+Each shard stands for a fixed range of pairs.
+
+The work is a list of parts: first the files of prompts, then the shards. The pairs or prompts of a part follow from the
+input alone, so ranks need not communicate. Each rank makes its own consecutive parts, and keeps parts that are already
+whole. A rank that finds all parts whole writes the manifest. If two ranks do so, they write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,37 +33,43 @@ from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image
 from dde_ds.untrusted import JSON_BYTES, parse_json, read_regular
 from dde_ds.warn import reason
 
-# Chunks of pairs whose images are decoded while the GPU encodes those before them.
+# Number of chunks whose images are decoded while the GPU encodes the chunk before them.
 LOOKAHEAD = 2
 SAME_IMAGE = "same image"
-# What is counted of pairs that are kept.
+# Counts in the manifest's ``noted``: these pairs are kept.
 REPEATED_PAIR, CUT_CAPTION = "repeated pair", "cut caption"
 
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """How pairs become samples."""
+    """The settings by which pairs become samples."""
 
     model: str
-    """What to call the model in the manifest."""
+    """Name of the model in the manifest."""
     resolution: int
-    """Side of the square that images are scaled and cropped to, in pixels."""
+    """Side in pixels of the square that images are scaled and cropped to."""
     pairs_per_shard: int = 1000
     batch: int = 8
-    """Pairs encoded at a time. Not among the settings: it may be lowered on a restart, and then changes a last bit here and there."""
+    """Pairs that are encoded at a time.
+
+    It is not among the settings: it may be lowered on a restart, which changes some last bits.
+    """
     latents: str = "mean"
-    """``mean`` of the VAE's posterior, one ``sample`` of it, or ``mean+logvar``: a new draw each time a pair is read."""
+    """``mean`` stores the mean of the VAE's posterior, and ``sample`` one draw from it.
+
+    ``mean+logvar`` lets training draw anew each time it reads a pair.
+    """
     flip: bool = False
     """Encode the mirrored images too, so that training may flip."""
     min_side: int | None = None
-    """Images with a shorter side are left out. Default: a quarter of the resolution."""
+    """Images with a shorter side in pixels are left out. None means a quarter of the resolution."""
     background: tuple[int, int, int] = WHITE
     """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
     keep_no_caption: bool = False
-    """Keep pairs without a caption, which then have the empty one. An empty caption is a caption."""
+    """Keep pairs without a caption, and give them the empty one. An empty caption in the input counts as a caption."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
-        """What makes these shards these shards, for the manifest."""
+        """Return what identifies these shards, for the manifest: shards with other settings are other shards."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -84,6 +92,7 @@ class EncodingConfig:
 
     @property
     def shortest(self) -> int:
+        """Return the shortest side in pixels that an image may have."""
         return max(1, self.resolution // 4) if self.min_side is None else self.min_side
 
 
@@ -98,27 +107,33 @@ def make_shards(
 ) -> dict | None:
     """Write this rank's part of the shards of all decided pairs of ``source`` into ``output``.
 
-    A second run with the same settings, at any number of ranks, takes the shards that are whole and makes only what is missing.
-    A pair with an unusable image is left out of its shard, counted in the manifest's ``rows`` and listed in ``errors.jsonl``.
+    A second run with the same settings keeps the shards that are whole and makes only the missing ones, even with
+    another number of ranks. A pair with an unusable image is left out of its shard, counted in the manifest's ``rows``
+    and listed in ``errors.jsonl``.
 
     Args:
-        on_progress: called with pairs done and pairs in all, of this rank.
+        source: the input.
+        output: the folder of shards.
+        encoder: the VAE and text encoders.
+        recipe: the settings of the encoding.
+        rank, world: this rank, and the number of ranks.
+        on_progress: called with the pairs done and all pairs of this rank.
 
     Returns:
         The manifest, or None while other ranks are still at work: the last of them writes it.
 
     Raises:
-        UserError: unusable input, or an output folder that was begun with other settings.
+        UserError: the input is unusable, or the output folder was begun with other settings.
     """
     latent_shape = encoder.latent_shape(recipe.resolution)
     survey = source.survey(recipe.keep_no_caption)
     if not len(survey.rows):
-        mend = (
+        hint = (
             "keep_no_caption keeps those without a caption"
             if NO_CAPTION in survey.counts
             else "label_0 must be 1 or 0 in some rows"
         )
-        raise UserError(f"input: no decided pair ({dict(survey.counts)}): {mend}")
+        raise UserError(f"input: no decided pair ({dict(survey.counts)}): {hint}")
     captions = ["", *(caption for caption in survey.captions if caption)]
     prompts_files, shards = -(-len(captions) // PROMPTS_PER_FILE), -(-len(survey.rows) // recipe.pairs_per_shard)
     if prompts_files + shards > MOST_FILES:
@@ -133,23 +148,24 @@ def make_shards(
         name = f"prompts-{number:05d}"
         if finished_shard(output, name, digest) is None:
             low = number * PROMPTS_PER_FILE
-            own = captions[low : low + PROMPTS_PER_FILE]
-            write_shard(output, name, _encode_prompts(own, low, encoder, 2 * recipe.batch), digest, [])
+            chunk = captions[low : low + PROMPTS_PER_FILE]
+            write_shard(output, name, _encode_prompts(chunk, low, encoder, 2 * recipe.batch), digest, [])
 
     _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank, world, on_progress)
     return _finish(source, survey, output, encoder, settings, digest, len(captions), latent_shape, shapes)
 
 
 def _own(parts: int, rank: int, world: int) -> range:
-    """A rank's parts: consecutive, so that it reads few row groups that another reads too."""
+    """Return a rank's parts. They are consecutive, so that few row groups are read by two ranks."""
     return range(parts * rank // world, parts * (rank + 1) // world)
 
 
 def _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank, world, on_progress) -> None:
+    """Encode and write the shards of this rank that are missing."""
     size, total = recipe.pairs_per_shard, len(survey.rows)
-    own = _own(-(-total // size), rank, world)
-    missing = [number for number in own if finished_shard(output, f"{number:05d}", digest) is None]
-    pairs_in = {number: min(size, total - number * size) for number in own}
+    rank_shards = _own(-(-total // size), rank, world)
+    missing = [number for number in rank_shards if finished_shard(output, f"{number:05d}", digest) is None]
+    pairs_in = {number: min(size, total - number * size) for number in rank_shards}
     done = sum(count for number, count in pairs_in.items() if number not in set(missing))
     on_progress(done, sum(pairs_in.values()))
     if not missing:
@@ -169,6 +185,7 @@ def _make_pairs(source, survey, captions, output, encoder, recipe, digest, rank,
 
 
 def _reporting(samples: Iterable[Sample], on_progress, done: int, pairs_in: dict[int, int]) -> Iterator[Sample]:
+    """Yield samples, and report the progress after each."""
     for number, sample in enumerate(samples, 1):
         yield sample
         on_progress(done + number, sum(pairs_in.values()))
@@ -177,12 +194,13 @@ def _reporting(samples: Iterable[Sample], on_progress, done: int, pairs_in: dict
 def _finish(
     source, survey: Survey, output: Path, encoder, settings, digest: str, prompts: int, latent_shape, shapes
 ) -> dict | None:
-    """Write ``errors.jsonl`` and the manifest if every part is there."""
+    """Write ``errors.jsonl`` and the manifest if every part is there, and return the manifest. Otherwise return None."""
     parts = -(-len(survey.rows) // settings["pairs_per_shard"])
     names = [f"{number:05d}" for number in range(parts)]
     prompts_names = [f"prompts-{number:05d}" for number in range(-(-prompts // PROMPTS_PER_FILE))]
     shards, files = (
-        [found for name in part if (found := finished_shard(output, name, digest, verify=False))] for part in (names, prompts_names)
+        [part_row for name in part if (part_row := finished_shard(output, name, digest, verify=False))]
+        for part in (names, prompts_names)
     )
     if len(shards) < len(names) or len(files) < len(prompts_names):
         return None
@@ -201,7 +219,7 @@ def _finish(
         )
     counts = survey.counts
     counts.update(error["reason"].partition(":")[0] for error in failed)
-    cut = int(encoder.is_cut(survey.captions)[survey.caption_of].sum())  # some seconds for the 59,000 captions of Pick-a-Pic
+    cut = int(encoder.is_cut(survey.captions)[survey.caption_of].sum())  # takes seconds for Pick-a-Pic's 59,000 captions
     manifest = {
         "settings": settings,
         "settings_digest": digest,
@@ -217,10 +235,10 @@ def _finish(
 
 
 def _repeated(source: PairSource, survey: Survey, fingerprints: str) -> list[dict]:
-    """Kept pairs that are another one again, with caption and bytes of both images."""
-    found = np.frombuffer(bytes.fromhex(fingerprints), ">u8")
-    _, first, which = np.unique(found, return_index=True, return_inverse=True)
-    again = np.flatnonzero((found != 0) & (first[which] != np.arange(len(found))))
+    """Return a note for each kept pair whose caption and image bytes equal those of an earlier pair."""
+    digests = np.frombuffer(bytes.fromhex(fingerprints), ">u8")
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    again = np.flatnonzero((digests != 0) & (first[which] != np.arange(len(digests))))
     pairs = zip(survey.rows[again].tolist(), survey.rows[first[which][again]].tolist(), strict=True)
     return [
         {"row": row, "source": source.name(row), "reason": f"{REPEATED_PAIR}: of {source.name(other)}", "kept": True}
@@ -228,16 +246,24 @@ def _repeated(source: PairSource, survey: Survey, fingerprints: str) -> list[dic
     ]
 
 
-# A model is known by its weights, wherever it lies. Their second digest is missing in folders of earlier versions.
+# A model is identified by its weights, so its path may differ. Folders of earlier versions lack ``weights_half``.
 FREE = ("model", "weights_half")
 
 
 def _claim(output: Path, settings: dict) -> tuple[dict, str]:
-    """Mark the folder as belonging to these settings, or find that it does; give back those that it was begun with, and their digest."""
+    """Mark the folder as belonging to these settings, or check that it already does.
+
+    Returns:
+        The settings that the folder was begun with, and the digest of their file.
+
+    Raises:
+        UserError: the folder belongs to other settings, holds other files, or cannot be written.
+    """
     path = output / "settings.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        # Before looking for the settings: another rank may write them now, and its shards only after them.
+        # List the folder before looking for the settings. Another rank may write the settings meanwhile, and writes its
+        # shards only after them.
         foreign = [entry for entry in output.iterdir() if not entry.name.startswith(".settings.json.")]
     except OSError as error:
         raise UserError(f"output {output}: not writable: {reason(error).lower()}") from None
@@ -267,6 +293,11 @@ def _claim(output: Path, settings: dict) -> tuple[dict, str]:
 
 
 def _encode_prompts(captions: list[str], first: int, encoder: Encoder, batch: int) -> Iterator[Sample]:
+    """Yield the samples of prompts, numbered from ``first`` on.
+
+    Raises:
+        RankError: an embedding holds NaN or infinity.
+    """
     for low in range(0, len(captions), batch):
         chunk = captions[low : low + batch]
         embeddings = {name: value.half() for name, value in encoder.prompts(chunk).items()}
@@ -281,7 +312,10 @@ Decoded = tuple[int, PairRow, "Future[Prepared]", "Future[Prepared]"]
 
 
 def _prepare(pairs: Iterable[PairRow], first: int, recipe: EncodingConfig, decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
-    """Consecutive pairs in chunks of a batch, numbered from ``first``, the images of the next chunks already being decoded."""
+    """Yield consecutive pairs in chunks of a batch, numbered from ``first`` on.
+
+    The images of the next chunks are already being decoded.
+    """
     numbered = enumerate(pairs, first)
     ahead: deque[list[Decoded]] = deque()
     prepare = partial(_prepared, recipe=recipe)
@@ -296,6 +330,7 @@ def _prepare(pairs: Iterable[PairRow], first: int, recipe: EncodingConfig, decod
 
 
 def _prepared(data: bytes | None, recipe: EncodingConfig) -> Prepared:
+    """Decode one image. Raises ``ValueError`` if it is missing or unusable."""
     if data is None:
         raise ValueError("missing image")
     return prepare_image(data, recipe.resolution, recipe.shortest, recipe.background)
@@ -310,7 +345,14 @@ def _encode(
     count: int,
     notes: list[dict],
 ) -> Iterator[Sample]:
-    """Samples of ``count`` pairs from number ``first`` on. Those that cannot be used go to ``notes``, then all fingerprints (0: not used)."""
+    """Yield the samples of ``count`` pairs from number ``first`` on.
+
+    Pairs that cannot be used are added to ``notes``. At the end, the fingerprints of all pairs are added too; 0 stands
+    for a pair that was not used.
+
+    Raises:
+        RankError: the latents of a pair hold NaN or infinity.
+    """
     fingerprints = np.zeros(count, ">u8")
     for chunk in chunks:
         usable = [(number, pair, images) for number, pair, *both in chunk if (images := _images(pair, both, notes))]
@@ -333,18 +375,19 @@ def _encode(
 
 
 def _fingerprint(pair: PairRow) -> int:
+    """Return 64 bits of a digest of a pair's caption and image bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (pair.caption.encode(), pair.winner, pair.loser):
-        assert part is not None  # both images of an encoded pair are there
+        assert part is not None  # an encoded pair has both images
         digest.update(len(part).to_bytes(8, "big") + part)
     return int.from_bytes(digest.digest(), "big")
 
 
 def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: EncodingConfig, stream: int) -> dict[str, Tensor]:
-    """What is stored of images (2N,3,H,W): tensors (N,2,C,h,w) float16."""
+    """Return what is stored of images (2N,3,H,W): tensors (N,2,C,h,w) float16."""
     mean, logvar = (value.unflatten(0, (-1, 2)) for value in encoder.posterior(pixels))
     if recipe.latents == "sample":
-        # By the pair's number, so that a shard made again is the same shard.
+        # Draw by the pair's number, so that a shard that is made again has the same contents.
         draws = [np.random.Generator(np.random.Philox(counter=[0, stream, number, 0])) for number in numbers]
         noise = torch.from_numpy(np.stack([draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]))
         return {"latents": (mean + (0.5 * logvar).exp() * noise).half()}
@@ -352,7 +395,7 @@ def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: Encod
 
 
 def _images(pair: PairRow, both: list[Future[Prepared]], failed: list[dict]) -> list[Prepared] | None:
-    """Winner and loser, or None after noting why not."""
+    """Return the winner and the loser, or note in ``failed`` why the pair cannot be used and return None."""
     prepared = []
     for role, image in zip(("winner", "loser"), both, strict=True):
         try:

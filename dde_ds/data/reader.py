@@ -1,10 +1,13 @@
-"""From positions to micro-batches: a map-style dataset, a sampler of this rank's slices, a DataLoader around both.
+"""Turn positions into micro-batches: a map-style dataset, a sampler of this rank's slices, and a DataLoader around
+both.
 
-A micro-batch of B pairs is a dict of tensors: ``latents`` (2B,C,H,W) winners then losers, ``noise`` (B or 2B,C,H,W),
-``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled_prompt_embeds`` (2B,P) and ``time_ids`` (2B,6), and ``positions`` (B,).
+A micro-batch of B pairs is a dict of tensors: ``latents`` (2B,C,H,W) with all winners before all losers, ``noise`` (B
+or 2B,C,H,W), ``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled_prompt_embeds`` (2B,P) and ``time_ids``
+(2B,6), and ``positions`` (B,).
 
-Position, which the trainer counts at its optimizer steps, is all the state there is: what was prefetched beyond it is
-simply read again after a resume. So ranks, workers, prefetch and micro-batches change nothing of what is trained on.
+The position is the only state. The trainer counts it at its optimizer steps. Micro-batches that were prefetched beyond
+it are simply read again after a resume. So the number of ranks, workers, prefetched batches and micro-batches does not
+change what is trained on.
 """
 
 from __future__ import annotations
@@ -29,36 +32,46 @@ from dde_ds.models.family import BATCH_NAMES, PAIR_TENSORS
 from dde_ds.warn import reason
 
 AHEAD = 4
-"""Micro-batches whose bytes are asked of a local disk before their turn, whatever the loader's processes are at: the pages are theirs in common."""
+"""Number of micro-batches whose bytes are requested from a local disk before their turn.
+
+This does not depend on what the loader's processes are doing: they share the page cache.
+"""
 
 MENDS = {
     "SIGKILL": ", most likely by the system for want of memory: lower data.workers, or give the job more memory",
     "SIGBUS": ", most likely for want of room in /dev/shm: give the container more (docker run --shm-size), or lower data.workers",
 }
-"""What to do where a worker was killed by a signal."""
+"""Advice for the user when a worker was killed by this signal."""
 
 REPORT = "report"
-"""Key under which a worker hands over its :class:`Report` beside the tensors."""
+"""Key under which a worker returns its report beside the tensors: what it read, and the damaged samples that it met."""
 
 
 class PairDataset(Dataset):
-    """Micro-batches by their positions. Indexed by what :class:`LookAhead` gives, so that a worker hands over one whole micro-batch.
+    """Micro-batches by their positions.
+
+    An index of this dataset is a pair of lists, as :class:`LookAhead` yields it. So a worker returns one whole
+    micro-batch.
 
     Args:
-        shards, order: of one set, or a mixture of several (:mod:`dde_ds.data.mixture`).
-        max_bad_samples: how many damaged samples may be replaced. The replacement is the next whole sample after it, for
-            every reader and after every resume: what is trained on stays a function of (seed, position) and of the shards' bytes.
+        shards: one set of shards, or a mixture of several (:mod:`dde_ds.data.mixture`).
+        order: the order of the same shards.
+        draws: the random draws of each pair.
+        max_bad_samples: how many damaged samples may be replaced. Every reader, also after a resume, replaces a damaged
+            sample by the next undamaged one. So what is trained on stays a function of (seed, position) and of the
+            shards' bytes.
     """
 
     def __init__(self, shards: Shards, order: PairOrder, draws: PairRng, max_bad_samples: int = 0):
         self.shards, self.order, self.draws, self.max_bad_samples = shards, order, draws, max_bad_samples
         self.bad: dict[tuple[int, int], str] = {}
-        """Damaged samples that this process has met, and what was said of them."""
+        """The damaged samples that this process has met, with the message of each."""
         self._reported = Counter()
 
     def __getitems__(self, batch: tuple[list[int], list[int]]) -> dict | UserError:
         positions, coming = batch
-        # An exception that leaves a worker is rewritten with its traceback; handed over as a value it keeps its one line.
+        # PyTorch adds a traceback to the text of an exception that leaves a worker. An error that is returned as a
+        # value keeps its single line.
         try:
             for position in coming:
                 self.shards.prefetch(*self.order.locate(position))
@@ -68,15 +81,16 @@ class PairDataset(Dataset):
         return {**tensors, REPORT: self._report(len(positions))}
 
     def pair(self, position: int) -> dict[str, torch.Tensor]:
-        """One pair: the shard's latents, its prompt's embeddings, its noise and timestep.
+        """Return one pair: the latents of the shard, the embeddings of its prompt, its noise and its timestep.
 
         Raises:
-            DamagedData: a damaged sample, and none (more) may be replaced.
-            UserError: shards that cannot be read.
+            DamagedData: a sample is damaged, and no more samples may be replaced.
+            UserError: the shards cannot be read.
         """
         place = first = self.order.locate(position)
         while True:
-            # Never taken from memory: whether a pair can be had follows from its bytes and its position alone.
+            # Read again instead of remembering the failure: whether a pair is usable must depend only on its bytes and
+            # its position.
             try:
                 return self._pair(position, place)
             except DamagedData as error:
@@ -92,7 +106,7 @@ class PairDataset(Dataset):
         timestep, noise, drop_caption = self.draws(position, shape)
         stored = self._empty_prompt() if drop_caption else self.shards.prompt(int(sample["prompt"]))
         prompt = {BATCH_NAMES[name]: value for name, value in stored.items()}
-        # One coin for both images of a pair: what tells them apart must not be which way they face.
+        # Both images of a pair are flipped or neither: the direction that they face must not tell them apart.
         latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
         if "logvar" in sample:
             latents = (latents + (0.5 * sample["logvar"].float()).exp() * self.draws.posterior_noise(position, shape)).half()
@@ -109,14 +123,14 @@ class PairDataset(Dataset):
     def _empty_prompt(self) -> dict[str, torch.Tensor]:
         try:
             return self.shards.prompt(0)
-        except DamagedData as error:  # not the sample's fault: no other sample would do
+        except DamagedData as error:  # no other sample could replace the empty prompt
             raise UserError(str(error)) from None
 
     def _limit(self) -> str:
         return f" (data.max_bad_samples {self.max_bad_samples} is used up)" if self.max_bad_samples else ""
 
     def _report(self, pairs: int) -> dict:
-        """What this process read since its last report, and every damaged sample it has met so far."""
+        """Return what this process has read since its last report, and every damaged sample that it has met so far."""
         counters = Counter(self.shards.counters)
         since = {name: counters[name] - self._reported[name] for name in counters}
         self._reported = counters
@@ -124,26 +138,35 @@ class PairDataset(Dataset):
 
     @staticmethod
     def collate(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        # default_collate puts a worker's batch into shared memory at once: each tensor is copied once on its way to the trainer.
+        """Return the tensors of a micro-batch from those of its pairs, with all winners before all losers."""
+        # In a worker, default_collate writes the batch directly into shared memory. So each tensor is copied once on
+        # its way to the trainer.
         batch = {}
         for key in pairs[0]:
             values = [pair[key] for pair in pairs]
-            if key in ("latents", "noise", *PAIR_TENSORS):  # (2,…) each → winners, then losers; shared noise is (1,…)
+            if key in ("latents", "noise", *PAIR_TENSORS):  # (2,…) each → winners, then losers; shared noise has shape (1,…)
                 values = [value[side] for side in range(len(values[0])) for value in values]
-            elif key in BATCH_NAMES.values():  # one caption for both
+            elif key in BATCH_NAMES.values():  # both images of a pair have the same caption
                 values = values * 2
             batch[key] = default_collate(values)
         return batch
 
 
 class Slices(Sized, Iterable[list[int]], Protocol):
-    """The positions of each micro-batch, in order. It may be gone through more than once."""
+    """The positions of each micro-batch, in order. They can be iterated over more than once."""
 
 
 class RankSlices(Sampler):
-    """Positions of one rank's micro-batches, step after step.
+    """The positions of one rank's micro-batches, step after step.
 
-    Global batch g is positions [g·B, (g+1)·B); rank r takes the r-th of its equal parts, micro-batches lie inside that.
+    Global batch g consists of the positions [g·B, (g+1)·B). It is split into equal parts: rank r takes the r-th part,
+    and splits it into micro-batches.
+
+    Args:
+        pairs: B, the pairs of a global batch.
+        micro: the pairs of a micro-batch.
+        rank, world: this rank, and the number of ranks.
+        start_step, end_step: the steps [start_step, end_step).
     """
 
     def __init__(self, pairs: int, micro: int, rank: int, world: int, start_step: int, end_step: int):
@@ -162,7 +185,11 @@ class RankSlices(Sampler):
 
 
 class LookAhead(Sampler):
-    """Each micro-batch with the positions to announce when it is read: those that come ``AHEAD`` micro-batches later, and at first all before them."""
+    """Yield each micro-batch together with the positions to prefetch when it is read.
+
+    These are the positions of the micro-batch that comes ``AHEAD`` micro-batches later. The first micro-batch comes
+    with those of all micro-batches up to there.
+    """
 
     def __init__(self, slices: Slices):
         self.slices = slices
@@ -180,13 +207,18 @@ class LookAhead(Sampler):
 
 
 class ReadingTotals:
-    """What a rank's loader processes have read and replaced since the run was started or resumed."""
+    """Count what a rank's loader processes have read and replaced since the run was started or resumed."""
 
     def __init__(self):
         self.counters: Counter = Counter()
         self.bad: dict[tuple[int, int], str] = {}
 
     def add(self, report: dict, dataset: PairDataset) -> None:
+        """Add the report of one micro-batch. Warn of each damaged sample once.
+
+        Raises:
+            RankError: more samples are damaged than may be replaced.
+        """
         self.counters.update(report["counters"])
         for place, problem in report["bad"].items():
             if place not in self.bad:
@@ -197,7 +229,7 @@ class ReadingTotals:
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
-    # Launchers send TERM to the whole process group; a worker that died of it would break the step that saves.
+    # Launchers send TERM to the whole process group. A worker that died of it would break the step that saves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -207,11 +239,18 @@ def _leave_signals_to_the_trainer(_: int) -> None:
 def micro_batches(
     dataset: PairDataset, slices: Slices, workers: int, pin_memory: bool, totals: ReadingTotals | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's micro-batches, in order. ``totals`` takes account of what was read and replaced.
+    """Yield this rank's micro-batches in order.
+
+    Args:
+        dataset: the micro-batches by their positions.
+        slices: the positions of each micro-batch.
+        workers: number of loader processes; 0 reads in this process.
+        pin_memory: put the tensors into pinned memory.
+        totals: counts what was read and replaced.
 
     Raises:
-        RankError: a sample that cannot be used, or one more than may be replaced; nothing is skipped. Or a worker that could not be
-            started, or was killed.
+        RankError: a sample cannot be used, or more samples are damaged than may be replaced. No sample is skipped. Also
+            if a worker could not be started or was killed.
     """
     totals = ReadingTotals() if totals is None else totals
     loader = DataLoader(
@@ -231,7 +270,7 @@ def micro_batches(
 
 
 def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
-    """The loader's batches. A worker that was killed is told in one line, by whoever asks for the next batch."""
+    """Yield the loader's batches. If a worker was killed, the next request for a batch raises a one-line error."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
     try:
@@ -239,8 +278,8 @@ def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
     except OSError as error:
         raise RankError(f"data.workers is {workers}: one could not be started: {reason(error)}; lower it") from None
     if in_main_thread:
-        # PyTorch's own handler would raise wherever the main thread stands, in the middle of a step or of a save. Another loader of
-        # this process may have installed it before.
+        # PyTorch's own handler would raise wherever the main thread is, in the middle of a step or of a save. Another
+        # loader of this process may have installed it before.
         pytorchs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if pytorchs or before is None else before)
     while True:
@@ -256,7 +295,10 @@ def _from_workers(loader: DataLoader, workers: int) -> Iterator[Any]:
 
 
 def _death(batches: Iterator[Any]) -> str | None:
-    """How one of the loader's workers was killed, and what to do; None where all live, or ended by themselves."""
+    """Return how one of the loader's workers was killed and what to do about it.
+
+    Return None if all are alive or ended by themselves.
+    """
     killed = [-worker.exitcode for worker in getattr(batches, "_workers", ()) if (worker.exitcode or 0) < 0]
     if not killed:
         return None

@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if ``flag`` is true on one. Collective; a host synchronisation."""
+    """Return True on every rank if ``flag`` is true on at least one.
+
+    Collective. It synchronises the host with the device.
+    """
     if dist.get_world_size() == 1:
         return flag
     value = torch.tensor([float(flag)], device=device)
@@ -24,7 +27,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def find_local_world_size(ranks: DistributedEnv, device: torch.device) -> int:
-    """How many ranks a node has, the fullest where they differ. Collective."""
+    """Return how many ranks a node has. If nodes differ, return the largest number. Collective."""
     if ranks.world_size == 1:
         return 1
     value = torch.tensor([ranks.local_rank + 1], device=device)
@@ -33,38 +36,44 @@ def find_local_world_size(ranks: DistributedEnv, device: torch.device) -> int:
 
 
 def barrier(ranks: DistributedEnv, device: torch.device) -> None:
-    """Wait for all ranks; a lone process, which may have no process group, goes on. Collective."""
+    """Wait for all ranks. A single process does not wait, since it may have no process group. Collective."""
     if ranks.world_size > 1:
         any_rank(False, device)
 
 
 def broadcast_object(value: Any, ranks: DistributedEnv) -> Any:
-    """The first rank's ``value`` on every rank; plain data only. Collective."""
+    """Return the first rank's ``value`` on every rank. The value must be plain data. Collective."""
     if ranks.world_size == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    buffer = [value]
+    dist.broadcast_object_list(buffer, src=0)
+    return buffer[0]
 
 
 def first_does(work: Callable[[], T]) -> T:
-    """What ``work()`` gives on the first rank, or the UserError that it raises there, on every rank; plain data only. Collective."""
+    """Call ``work()`` on the first rank alone, and return its result on every rank.
+
+    The result must be plain data. Collective.
+
+    Raises:
+        UserError: ``work()`` raised it. Every rank raises it then.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    held: list = [None, None]
+    buffer: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            held[0] = work()
+            buffer[0] = work()
         except UserError as error:
-            held[1] = str(error)
-    dist.broadcast_object_list(held, src=0)
-    if held[1] is not None:
-        raise UserError(held[1])
-    return held[0]
+            buffer[1] = str(error)
+    dist.broadcast_object_list(buffer, src=0)
+    if buffer[1] is not None:
+        raise UserError(buffer[1])
+    return buffer[0]
 
 
 def gather_rows(rows: torch.Tensor, ranks: DistributedEnv) -> torch.Tensor:
-    """Rows of all ranks, (ranks × n, k), where each brings (n, k). Collective."""
+    """Return the rows (n, k) of all ranks as (ranks × n, k). Every rank must bring the same number of rows. Collective."""
     if ranks.world_size == 1:
         return rows
     gathered = rows.new_empty(ranks.world_size * len(rows), *rows.shape[1:])
@@ -73,19 +82,22 @@ def gather_rows(rows: torch.Tensor, ranks: DistributedEnv) -> torch.Tensor:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """In place. Collective."""
+    """Sum ``values`` over all ranks in place, and return them. Collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """In place. Collective."""
+    """Average ``values`` over all ranks in place, and return them. Collective."""
     return sum_over_ranks(values).div_(dist.get_world_size())
 
 
 def union_over_ranks(items: set) -> set:
-    """What any rank has. Collective; items are pickled, so it is for rare and small sets."""
+    """Return the union of all ranks' sets. Collective.
+
+    Items are pickled, so use this only for small sets and seldom.
+    """
     if dist.get_world_size() == 1:
         return items
     gathered: list = [None] * dist.get_world_size()

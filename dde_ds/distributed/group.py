@@ -11,17 +11,20 @@ import torch.distributed as dist
 from dde_ds.distributed.environment import DistributedEnv, read_environment
 from dde_ds.errors import RankError
 
-# Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL's own default.
+# Minutes that a rank waits for the others in one collective, unless the run says otherwise. NCCL has the same default.
 TIMEOUT_MINUTES = 10.0
 DEEPSPEED = (0, 19, 8)
-"""The oldest that trains right, as in setup.py. Before it ZeRO-2 sums bfloat16 gradients in bfloat16, and ZeRO skips no step for a NaN in float32."""
+"""The oldest version that trains correctly, as in setup.py.
+
+Before it, ZeRO-2 sums bfloat16 gradients in bfloat16, and in float32 ZeRO does not skip a step for a NaN.
+"""
 
 
 def check_deepspeed() -> None:
-    """An older one would train, and wrongly.
+    """Refuse a version of DeepSpeed that would train, but wrongly.
 
     Raises:
-        RankError: it is older than :data:`DEEPSPEED`.
+        RankError: the version is older than :data:`DEEPSPEED`.
     """
     import deepspeed
 
@@ -34,13 +37,19 @@ def check_deepspeed() -> None:
 
 
 def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[DistributedEnv, torch.device]:
-    """Join the process group through DeepSpeed and pick this rank's device: its GPU, or the CPU (gloo).
+    """Join the process group through DeepSpeed, and choose this rank's device: its GPU, or the CPU (with gloo).
+
+    Collective.
 
     Args:
-        timeout_minutes: how long any collective, and this call, wait for the other ranks before this one ends.
+        timeout_minutes: how long this call and every later collective wait for the other ranks before this rank ends.
+
+    Returns:
+        This rank's place among the ranks, and its device.
 
     Raises:
-        UserError: the launcher's variables are wrong, the other ranks did not come, or DeepSpeed is too old.
+        UserError: the launcher's variables are wrong, the other ranks did not come, the port is taken, this rank has no
+            GPU, or DeepSpeed is too old.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -49,10 +58,10 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[DistributedEnv, tor
     ranks = read_environment()
     ranks.export()
     accelerator = get_accelerator()
-    assert accelerator is not None  # the CPU at least
+    assert accelerator is not None  # there is always at least the CPU
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory collective here: a minute with a compiler, a crash without one. It has no
-        # switch for it; gloo does the same work.
+        # DeepSpeed would compile a shared-memory collective here, which takes a minute with a compiler and crashes
+        # without one. DeepSpeed has no switch against it. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         if ranks.local_rank >= accelerator.device_count():
@@ -62,25 +71,29 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[DistributedEnv, tor
             )
         accelerator.set_device(ranks.local_rank)
     timeout = timedelta(minutes=timeout_minutes)
-    # ZeRO makes groups of its own without a timeout: they take these, which would be 10 minutes on NCCL and 30 on gloo.
+    # ZeRO makes its own groups without a timeout. They take these defaults, which would otherwise be 10 minutes on NCCL
+    # and 30 on gloo.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     began = time.monotonic()
     try:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     except (dist.DistError, RuntimeError) as error:
-        found = " ".join(str(error).split())
-        if "EADDRINUSE" in found or "address already in use" in found.lower():
+        problem = " ".join(str(error).split())
+        if "EADDRINUSE" in problem or "address already in use" in problem.lower():
             raise RankError(
                 f"port {ranks.port} on {ranks.address} is taken, by another run maybe: choose a free one, with --master_port for deepspeed "
                 "and torchrun, --port for launchers/node.py, MASTER_PORT for srun and mpirun"
             ) from None
         raise RankError(
             f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {ranks.address}:{ranks.port} in "
-            f"{(time.monotonic() - began) / 60:.2g} minutes, where up to {timeout_minutes:g} are waited: {found[:200]}"
+            f"{(time.monotonic() - began) / 60:.2g} minutes, where up to {timeout_minutes:g} are waited: {problem[:200]}"
         ) from None
     return ranks, torch.device(accelerator.current_device_name())
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed, most likely because another rank is gone. Gloo raises a bare RuntimeError, told by its text."""
+    """Return whether a collective failed, most likely because another rank is gone.
+
+    Gloo raises a bare RuntimeError, which only its text identifies.
+    """
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -9,12 +9,14 @@ from typing import NoReturn
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process: ``sys.exit``, unless it has joined a process group. What is registered with ``atexit`` runs first, as trackers
-    rely on.
+    """End this process with ``sys.exit``, or more abruptly if it has joined a process group.
 
-    With a group, Python's own exit takes the interpreter down while gloo's threads may still drop the tensors of the last collective, which now and
-    then aborts the process right behind a collective, with -6 (https://github.com/pytorch/pytorch/pull/179291).
-    ``destroy_process_group`` does not help, since DeepSpeed keeps references to the groups. A finished run would count as failed.
+    Functions that are registered with ``atexit`` run in both cases, since experiment trackers rely on them.
+
+    With a process group, Python's own exit can abort the process. It takes the interpreter down while gloo's threads
+    may still drop the tensors of the last collective. Now and then this aborts the process right behind a collective,
+    with exit code -6 (https://github.com/pytorch/pytorch/pull/179291). A finished run would then count as failed.
+    ``destroy_process_group`` does not help, since DeepSpeed keeps references to the groups.
     """
     torch = sys.modules.get("torch")
     if not (torch and torch.distributed.is_initialized()):
@@ -23,5 +25,5 @@ def end_process(code: int) -> NoReturn:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also where who read the output is gone
+    finally:  # also if the reader of the output is gone
         os._exit(code)
