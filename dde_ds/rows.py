@@ -1,6 +1,8 @@
-"""Files of JSON lines that a run writes beside its training: ``metrics.jsonl``, ``correction.jsonl``, ``skipped.jsonl``.
+"""Files of JSON lines that a run writes beside its training: ``metrics.jsonl``, ``correction.jsonl``,
+``skipped.jsonl``.
 
-They are advice, not state. A line that cannot be read is left out, a row that cannot be written waits, and the run goes on.
+They are advice, not state. A line that cannot be read is left out, a row that cannot be written waits, and the run
+continues.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from dde_ds.warn import reason, warn_once
 
 
 class RowFile:
-    """A file of JSON lines, one a step; on resume it drops those of steps that will be run again."""
+    """A file of JSON lines, one line a step.
+
+    Args:
+        path: the file.
+        resume_step: rows of later steps are dropped, because these steps will be run again.
+    """
 
     def __init__(self, path: Path, resume_step: int):
         self._path, self._resume_step = path, resume_step
@@ -25,7 +32,7 @@ class RowFile:
         self._write_waiting()
 
     def write(self, row: dict) -> None:
-        """Append a row. Where that fails, the next call tries again."""
+        """Append a row. If that fails, the next call tries again."""
         self._waiting += _line(row)
         self._write_waiting()
 
@@ -41,15 +48,17 @@ class RowFile:
     def _open(self) -> Any:
         kept = [row for row in _read(self._path, is_row) if row["step"] <= self._resume_step]
         write_atomically(self._path, b"".join(map(_line, kept)))
-        return self._path.open("ab", buffering=0)  # a buffer would keep rows that a full disk refused, and lose them in part
+        return self._path.open("ab", buffering=0)  # a buffer would keep rows that a full disk refused, and lose parts of them
 
 
 def read_rows(path: Path, is_whole: Callable[[Any], bool] | None = None) -> list[dict]:
-    """Rows of such a file. Damaged lines are left out, and one warning counts them; a last one that a kill cut short is nothing to
-    speak of.
+    """Return the rows of such a file. A file that cannot be read counts as empty, with a warning.
+
+    Damaged lines are left out, and one warning counts them. A last line that a kill cut short is not counted.
 
     Args:
-        is_whole: whether a row is one of this file. By default any with a ``step`` is.
+        path: the file.
+        is_whole: returns whether a row belongs to this kind of file. By default any row with a ``step`` does.
     """
     try:
         return _read(path, is_whole or is_row)
@@ -59,16 +68,17 @@ def read_rows(path: Path, is_whole: Callable[[Any], bool] | None = None) -> list
 
 
 def is_row(row: Any) -> bool:
+    """Return whether a value is a row: an object with a ``step``, a whole number from 0 to 2^53 - 1."""
     return isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53
 
 
 def is_metrics(row: Any) -> bool:
-    """Whether it is a row of ``metrics.jsonl``: numbers alone."""
+    """Return whether a value is a row of ``metrics.jsonl``, which holds only numbers."""
     return is_row(row) and all(map(_is_number, row.values()))
 
 
 def is_correction(row: Any) -> bool:
-    """Whether it is a row of ``correction.jsonl``: as many numbers as timesteps."""
+    """Return whether a value is a row of ``correction.jsonl``, which holds as many corrections as timesteps."""
     if not is_row(row):
         return False
     lists = row.get("timesteps"), row.get("correction")
@@ -76,18 +86,23 @@ def is_correction(row: Any) -> bool:
 
 
 def last_numbers(rows: list[dict]) -> dict:
-    """What is known of the last step: a look at the held-out pairs that had been cut off has a row of its own."""
+    """Return all numbers of the last step.
+
+    Its rows are merged: an interrupted evaluation on held-out pairs writes its results as a row of their own.
+    """
     return {key: value for row in rows if row["step"] == rows[-1]["step"] for key, value in row.items()}
 
 
 def _read(path: Path, is_whole: Callable[[Any], bool]) -> list[dict]:
-    """As :func:`read_rows`, but what cannot be read is an error: whoever writes the file anew must not lose it."""
+    """Read rows as :func:`read_rows` does, but raise an error if the file cannot be read: a caller that rewrites the
+    file must not lose it.
+    """
     try:
         lines = read_regular(path).split(b"\n")
     except FileNotFoundError:
         return []
     rows = [_parsed(line, is_whole) for line in lines]
-    cut_short = rows[-1] is None  # or empty, behind the last line's end
+    cut_short = rows[-1] is None  # or empty, after the end of the last line
     if damaged := rows.count(None) - cut_short:
         warn_once(f"{path}: {damaged} damaged {'line is' if damaged == 1 else 'lines are'} left out")
     return [row for row in rows if row is not None]

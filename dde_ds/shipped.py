@@ -1,4 +1,4 @@
-"""Files that come with the project, found from any working directory, in a checkout and where the wheel is installed."""
+"""Find files that come with the project from any working directory, in a checkout or with the installed wheel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 from dde_ds.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).parent
-# Inside the package, where setup.py puts them in the wheel, and where they lie in a checkout.
+# The keys are folders inside the package, where setup.py puts the files in the wheel. The values are their folders in a
+# checkout.
 _PLACES = {"ds_configs": "ds_configs", "recipes": "launchers/recipes", "demo_files": "launchers/demo"}
 
 
 def deepspeed_file(name: str | Path) -> Path:
-    """Return the DeepSpeed configuration that ``name`` means: a file that is there, or a shipped one, as ``ds_configs/zero2.json``,
-    ``zero2.json`` or ``zero2``. What is neither is returned as it is."""
+    """Return the path of the DeepSpeed configuration that ``name`` means.
+
+    An existing file is returned as it is. Otherwise ``ds_configs/zero2.json``, ``zero2.json`` and ``zero2`` all mean a
+    shipped configuration. Any other name is returned unchanged.
+    """
     shipped = re.fullmatch(r"(?:ds_configs/)?(\w+)(?:\.json)?", str(name))
     if shipped and not Path(name).is_file():
         file = _folder("ds_configs") / f"{shipped[1]}.json"
@@ -29,10 +33,10 @@ def deepspeed_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """Return the recipe ``name``, such as ``sdxl_dde``, with or without its ``.yaml``.
+    """Return the path of the recipe ``name``, such as ``sdxl_dde``, with or without ``.yaml``.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no recipe has this name.
     """
     stem, known = name.removesuffix(".yaml"), recipe_names()
     if stem not in known:
@@ -46,7 +50,11 @@ def recipe_names() -> list[str]:
 
 
 def demo_file(name: str) -> Path:
-    """Return what is called ``name`` among the demo's files: ``base``, ``pairs/train.parquet``, ``pairs/held_out.parquet`` or ``train.yaml``."""
+    """Return the path of one of the demo's files.
+
+    Args:
+        name: ``base``, ``pairs/train.parquet``, ``pairs/held_out.parquet`` or ``train.yaml``.
+    """
     return _folder("demo_files") / name
 
 

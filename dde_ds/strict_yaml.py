@@ -1,7 +1,9 @@
-"""Reading YAML in which a value is what it looks like: no surprising numbers, no duplicate keys, no tags, within limits of size and depth.
+"""Read YAML in which a value is what it looks like: no surprising numbers, duplicate keys or tags, and limits on size
+and depth.
 
-PyYAML follows YAML 1.1, where ``0777`` is 511, ``1:00`` is 60, ``no`` is false, ``2024-01-01`` a date and ``1e-5`` text. Here, as in YAML 1.2
-and JSON, numbers are decimal, ``1e-5`` is one of them, only ``true`` and ``false`` are truth values, and all else is text.
+PyYAML follows YAML 1.1, where ``0777`` is 511, ``1:00`` is 60, ``no`` is false, ``2024-01-01`` is a date and ``1e-5``
+is text. This reader follows YAML 1.2 and JSON: numbers are decimal and may be written as ``1e-5``, only ``true`` and
+``false`` are truth values, and everything else is text.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ from dde_ds.text import half_surrogate
 from dde_ds.untrusted import read_regular
 
 YAML_BYTES = 2**18
-"""Limit of a file, and of what it holds once its aliases are written out. Our recipes take 6 kB."""
+"""Limit of a file, and of its contents once its aliases are written out. The project's recipes take 6 kB."""
 YAML_DEPTH = 32
-"""Lists and sections that may lie in one another. A configuration needs 4."""
+"""Limit on the nesting of lists and sections. A configuration needs 4."""
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return what a YAML file holds. UTF-8, or UTF-16 with a byte order mark. Raises as :func:`parse_yaml` and ``read_regular``."""
+    """Return what a YAML file holds.
+
+    The file is UTF-8, or UTF-16 with a byte order mark. Raises what :func:`parse_yaml` and ``read_regular`` raise.
+    """
     return parse_yaml(read_regular(path, YAML_BYTES))
 
 
@@ -32,8 +37,8 @@ def parse_yaml(data: bytes | str) -> Any:
     """Return what YAML text holds: dicts with text as keys, lists, text, numbers, truth values and None.
 
     Raises:
-        ValueError: one line that says where what is wrong: no YAML, a duplicate key, a key that is no text, a tag, half a surrogate
-            pair, or more than :data:`YAML_BYTES` or :data:`YAML_DEPTH`.
+        ValueError: one line that says what is wrong and where. Refused are invalid YAML, a duplicate key, a key that is
+            not text, a tag, half a surrogate pair, and more than :data:`YAML_BYTES` or :data:`YAML_DEPTH`.
     """
     if len(data) > YAML_BYTES:
         raise ValueError(f"larger than {YAML_BYTES:,} bytes")
@@ -53,21 +58,27 @@ def parse_yaml(data: bytes | str) -> Any:
                 f"not {error.encoding} text: byte {error.position} is {error.character:#04x}; save it as UTF-8"
             ) from None
         raise ValueError(f"not valid YAML: character {error.position} is {chr(error.character)!r}") from None
-    except (ValueError, OverflowError) as error:  # PyYAML's own conversions: an escape "\\UFFFFFFFF", or %YAML with a huge number
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # PyYAML's conversions fail on an escape "\\UFFFFFFFF", or on %YAML with a huge number
         raise ValueError(f"not valid YAML: {error}") from None
 
 
 def dump_yaml(value: Any) -> str:
-    """Return YAML of plain data, which :func:`parse_yaml` and readers of YAML 1.1 both read as it is."""
+    """Return plain data as YAML, from which :func:`parse_yaml` and readers of YAML 1.1 both read the same data."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which puts text in quotes that :class:`_Loader` would take for a number as well."""
+    """PyYAML's safe dumper. It also puts text in quotes that :class:`_Loader` would take for a number."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, whose tables of what is a number are replaced below, and which measures what it composes."""
+    """PyYAML's safe loader, with other rules for null, truth values and numbers (below).
+
+    It also measures the size and depth of what it composes.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  of the class, as PyYAML has it
 
@@ -77,14 +88,17 @@ class _Loader(yaml.SafeLoader):
         self._measured: dict[yaml.Node, tuple[int, int]] = {}
 
     def compose_node(self, parent, index):
-        """Compose a node. An alias counts as much as what it stands for: a few of them could stand for gigabytes."""
+        """Compose a node.
+
+        An alias counts as much as the node that it stands for: a few aliases could stand for gigabytes.
+        """
         event = self.peek_event()
         if getattr(event, "tag", None) not in (None, "!"):
             raise yaml.MarkedYAMLError(problem=f"the tag {event.tag!r} is not taken", problem_mark=event.start_mark)
         before, outer, self._depth = self._size, self._depth, self._depth + 1
         self._check(event)
         node = super().compose_node(parent, index)
-        assert node is not None  # there is one for every event that begins one
+        assert node is not None  # every event that begins a node has one
         if isinstance(event, yaml.AliasEvent):
             if node not in self._measured:
                 raise yaml.MarkedYAMLError(problem=f"*{event.anchor} holds itself", problem_mark=event.start_mark)
@@ -101,6 +115,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check(self, event: yaml.Event) -> None:
+        """Refuse what is nested too deep or too large."""
         if self._depth > YAML_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested deeper than {YAML_DEPTH} levels", problem_mark=event.start_mark)
         if self._size > YAML_BYTES:
@@ -109,7 +124,7 @@ class _Loader(yaml.SafeLoader):
             )
 
     def compose_scalar_node(self, anchor):
-        """Compose a scalar. ``"\\ud83c\\udf89"``, as JSON writes characters beyond 16 bits, is one character."""
+        """Compose a scalar. ``"\\ud83c\\udf89"``, JSON's form of a character beyond 16 bits, becomes one character."""
         node = super().compose_scalar_node(anchor)
         if half_surrogate(node.value):
             try:
@@ -121,7 +136,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor):
-        """Compose a section. Of two equal keys PyYAML would take the last."""
+        """Compose a section. Refuse a key that occurs twice, of which PyYAML would take the last."""
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if key.tag not in (_TEXT, _MERGE):
@@ -136,7 +151,7 @@ class _Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    # No leading zeros, which are octal in YAML 1.1; and no longer than Python itself reads.
+    # Leading zeros are not allowed, because they mean octal in YAML 1.1. Nor are more digits than Python itself reads.
     ("int", r"[-+]?(0|[1-9][0-9]{0,39})", [*"-+0123456789"]),
     (
         "float",

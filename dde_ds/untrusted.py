@@ -1,7 +1,8 @@
-"""Reading files that anybody may have written: regular files only, no more bytes than a limit, JSON within limits of depth.
+"""Read files that anybody may have written: only regular files, no more bytes than a limit, and JSON within a limit of
+depth.
 
-All JSON from outside goes through :func:`parse_json` or :func:`read_json`. What they refuse is a ``ValueError`` of one line; whoever
-calls adds the file's name and what to do.
+All JSON from outside goes through :func:`parse_json` or :func:`read_json`. They refuse with a ``ValueError`` of one
+line. The caller adds the file's name and what to do.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from dde_ds.text import half_surrogate
 JSON_BYTES = 64 * 2**20
 """Default limit of a JSON file. An index of 1,000 pairs takes 40 kB."""
 JSON_DEPTH = 64
-"""Lists and objects that may lie in one another. Our own files need 6."""
+"""Limit on the nesting of lists and objects. The project's own files need 6."""
 
 
 def read_regular(path: str | Path, limit: int | None = None) -> bytes:
-    """Return the bytes of a regular file. A pipe or a device is refused instead of waited for.
+    """Return the bytes of a regular file. A pipe or a device is refused, since reading it might never end.
 
     Raises:
         OSError: the file cannot be opened or read.
-        ValueError: it is no regular file, or larger than ``limit`` bytes.
+        ValueError: the file is not regular, or larger than ``limit`` bytes.
     """
     with open_regular(path) as file:
         data = file.read(-1 if limit is None else limit + 1)
@@ -35,13 +36,15 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def open_regular(path: str | Path):
-    """Return a regular file, opened for reading bytes. Without waiting: opening a pipe would block until somebody writes to it.
+    """Open a regular file for reading bytes.
+
+    The call never waits: opening a pipe in the usual way would block until somebody writes to it.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no regular file.
+        ValueError: the file is not regular.
     """
-    # Before it is opened too: opening some devices already does something.
+    # Check before opening too, because opening some devices already has an effect.
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise ValueError("not a regular file")
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -52,7 +55,7 @@ def open_regular(path: str | Path):
 
 
 def read_json(path: str | Path, limit: int = JSON_BYTES, unique_keys: bool = False) -> Any:
-    """Return what a JSON file holds. Raises as :func:`read_regular` and :func:`parse_json`."""
+    """Return what a JSON file holds. Raises what :func:`read_regular` and :func:`parse_json` raise."""
     return parse_json(read_regular(path, limit), limit, unique_keys)
 
 
@@ -60,11 +63,14 @@ def parse_json(data: bytes | str, limit: int = JSON_BYTES, unique_keys: bool = F
     """Return what JSON text holds.
 
     Args:
-        unique_keys: refuse an object that has a key twice, of which the last would count. For what people write by hand.
+        data: the text, or its bytes.
+        limit: the longest text that is accepted.
+        unique_keys: refuse an object with a key that occurs twice, of which the last would count. Use it for files that
+            people write by hand.
 
     Raises:
-        ValueError: text that is no JSON, is longer than ``limit``, is nested deeper than :data:`JSON_DEPTH`, or holds half a
-            surrogate pair.
+        ValueError: the text is not JSON, is longer than ``limit``, is nested deeper than :data:`JSON_DEPTH`, or holds
+            half a surrogate pair.
     """
     if len(data) > limit:
         raise ValueError(f"larger than {limit:,} bytes")
@@ -79,14 +85,16 @@ def parse_json(data: bytes | str, limit: int = JSON_BYTES, unique_keys: bool = F
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Return an object, and refuse a key that occurs twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
         twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"the key {twice} is there twice")
-    return found
+    return value
 
 
 def _check(value: Any) -> None:
+    """Refuse a value that is nested too deep or holds half a surrogate pair."""
     level = [value]
     for _ in range(JSON_DEPTH + 1):
         below = []

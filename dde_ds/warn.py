@@ -1,4 +1,4 @@
-"""Warnings about what a run can go on without, each said once."""
+"""Warn once about problems that a run survives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ _said: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Print ``warning: message`` unless this process has done so: a disk that stays full would fill the log."""
+    """Print ``warning: message``, unless this process has printed it already: a disk that stays full would fill the
+    log.
+    """
     if message in _said:
         return
     _said.add(message)
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
         print(f"warning: {without_passwords(printable(message))}", file=sys.stderr, flush=True)
 
 
 def reason(error: Exception) -> str:
-    """Return what an error says, in one line, without the name of its file."""
+    """Return what an error says, in one line and without the name of its file."""
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__

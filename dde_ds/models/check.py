@@ -1,4 +1,4 @@
-"""Whether a base pipeline can be trained, drawn with and exported, found out without reading its weights.
+"""Check that a base pipeline can be trained, used for drawing and exported, without reading its weights.
 
 Each part is built empty from its configuration, and compared with the names and shapes in the headers of its files.
 """
@@ -26,19 +26,22 @@ from dde_ds.models.parts import build_empty, required_parts
 from dde_ds.models.unet import load_scheduler_config
 from dde_ds.untrusted import open_regular
 
-# How diffusers names the attention of VAEs that were saved before 2023, which it reads.
+# Old names in the attention of VAEs that were saved before 2023, and their names today. diffusers reads both.
 OLD_NAMES = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 
 
 def check_base(path: str, revision: str | None = None, variant: str | None = None, download: bool = True) -> None:
-    """Find out that a base has all parts, each loadable, and that they fit each other.
+    """Check that a base has all parts, that each can be loaded, and that they fit each other.
 
     Args:
+        path: a diffusers folder or a hub id.
+        revision: revision on the hub.
         variant: as ``model.variant``.
-        download: fetch the weights of a hub id. Otherwise only those are looked at that are on this machine already.
+        download: download the weights of a hub id. With False, only weights that are already on this machine are
+            checked.
 
     Raises:
-        UserError: what is wrong, where, and how to mend it.
+        UserError: the message says what is wrong, where, and how to fix it.
     """
     parts = required_parts(path, revision)
     variant = find_variant(path, revision, variant)
@@ -57,35 +60,37 @@ def check_base(path: str, revision: str | None = None, variant: str | None = Non
 
 
 def _shapes(path: str, folder: Path, names: list[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    """Return the names and shapes of the tensors in safetensors files, from their headers."""
+    shapes: dict[str, list[int]] = {}
     for name in names:
         try:
-            open_regular(folder / name).close()  # a pipe would never answer
+            open_regular(folder / name).close()  # a pipe would block for ever
             with safe_open(folder / name, framework="pt") as file:
-                found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model.path {path}: {name} is damaged or no safetensors: {one_line(error)}; fetch it again") from None
-    return found
+    return shapes
 
 
 def _compare(path: str, part: str, empty: torch.nn.Module, shapes: dict[str, list[int]]) -> None:
-    held = {_plain(name): shape for name, shape in shapes.items()}
+    """Refuse a part whose files lack tensors of its configuration, or hold them in other shapes."""
+    stored = {_plain(name): shape for name, shape in shapes.items()}
     expected = {_plain(name): list(value.shape) for name, value in empty.state_dict().items()}
-    if missing := sorted(expected.keys() - held.keys()):
+    if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(
             f"model.path {path}: {part} holds no {missing[0]} ({len(missing)} of {len(expected)} tensors are missing): its weights are not those "
             "that its config.json speaks of"
         )
     for name, shape in expected.items():
-        # Old VAEs have attention by 1×1 convolutions.
-        if [size for size in shape if size != 1] != [size for size in held[name] if size != 1]:
+        # Old VAEs store their attention as 1×1 convolutions.
+        if [size for size in shape if size != 1] != [size for size in stored[name] if size != 1]:
             raise UserError(
-                f"model.path {path}: {part} holds {name} of shape {held[name]}, its config.json speaks of {shape}: not its weights"
+                f"model.path {path}: {part} holds {name} of shape {stored[name]}, its config.json speaks of {shape}: not its weights"
             )
 
 
 def _plain(name: str) -> str:
-    """Return the name of a tensor without what library versions differ in."""
+    """Return the name of a tensor without the parts that differ between versions of the libraries."""
     name = name.removeprefix("text_model.")
     if ".attentions." in name and ".transformer_blocks." not in name:
         for old, new in OLD_NAMES:
@@ -94,6 +99,7 @@ def _plain(name: str) -> str:
 
 
 def _check_tokenizers(path: str, revision: str | None, parts: dict[str, str], made: dict[str, Any]) -> None:
+    """Refuse a tokenizer that has more tokens than its text encoder knows, or makes longer prompts than it takes."""
     from transformers import CLIPTokenizer
 
     for part in (part for part in parts if part.startswith("tokenizer")):
@@ -115,6 +121,7 @@ def _check_tokenizers(path: str, revision: str | None, parts: dict[str, str], ma
 
 
 def _check_scheduler(path: str, revision: str | None, name: str) -> None:
+    """Refuse a scheduler that diffusers does not have or cannot configure."""
     import diffusers
 
     config, kind = load_scheduler_config(path, revision), getattr(diffusers, name, None)
@@ -123,19 +130,22 @@ def _check_scheduler(path: str, revision: str | None, name: str) -> None:
             f"model.path {path}: its model_index.json says that scheduler is {name!r}, which is no scheduler of diffusers"
         )
     with unloadable(path, "scheduler/scheduler_config.json"):
-        kind.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # all schedulers are configurable
-        diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # pyright: ignore[reportAttributeAccessIssue]  # what samples are drawn with
+        kind.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]  # every scheduler is configurable
+        diffusers.DDIMScheduler.from_config(config).set_timesteps(1)  # pyright: ignore[reportAttributeAccessIssue]  # samples are drawn with it
 
 
 def _check_fit(path: str, made: dict[str, Any], family: Family) -> None:
+    """Refuse a UNet that fits neither the VAE's latents nor the text encoders' embeddings."""
     unet, vae = made["unet"].config, made["vae"].config
     _, width = _prompt_shapes(made, family)["prompt_embeds"]
-    for what, own, other in (
+    for what, value, other in (
         ("in_channels", unet.in_channels, ("the VAE's latents have", vae.latent_channels)),
         ("cross_attention_dim", unet.cross_attention_dim, ("the text encoders' embeddings have", width)),
     ):
-        if own != other[1]:
-            raise UserError(f"model.path {path}: {what} of the UNet is {own}, but {other[0]} {other[1]}: they are not of one model")
+        if value != other[1]:
+            raise UserError(
+                f"model.path {path}: {what} of the UNet is {value}, but {other[0]} {other[1]}: they are not of one model"
+            )
 
 
 def _prompt_shapes(made: dict[str, Any], family: Family) -> dict[str, tuple[int, ...]]:
@@ -144,7 +154,7 @@ def _prompt_shapes(made: dict[str, Any], family: Family) -> dict[str, tuple[int,
 
 @torch.no_grad()
 def _check_passes(path: str, made: dict[str, Any], family: Family) -> None:
-    """Run each part once on tensors without data: some values of a configuration are first met there."""
+    """Run each part once on tensors without data, since some wrong values of a configuration fail only there."""
     unet, vae = made["unet"].eval(), made["vae"].eval()
     texts = {part: made[part].eval() for part in made if part.startswith("text_encoder")}
     with torch.device("meta"):

@@ -1,14 +1,16 @@
-"""How much of a UNet's forward pass is kept for the backward one: memory against time.
+"""Choose how much of a UNet's forward pass is kept for the backward pass: memory against time.
 
-The unit is what diffusers checkpoints: a ResNet block or a transformer block. For each mode, of a block's tensors that autograd wants:
+The unit is the block that diffusers checkpoints: a ResNet block or a transformer block. Each mode keeps some of the
+tensors of a block that autograd needs, and computes the others again:
 
-    none        all stay                                                                       no work is done twice
-    selective   outputs of matrix products, convolutions and attention stay; norms,            almost none
-                activations and sums, which are cheap, are computed again
-    every_K     all blocks but every K-th are computed again, as in full                       (1 - 1/K) of full's
-    full        its inputs stay; the whole block is computed again                             a forward pass of the policy
+    mode        what is kept                                                                   work that is done twice
+    none        all                                                                            none
+    selective   outputs of matrix products, convolutions and attention; norms, activations     almost none
+                and sums are cheap and computed again
+    every_K     all, in every K-th block; the other blocks are computed again as in full       (1 - 1/K) of full's
+    full        the inputs of the block; the whole block is computed again                     a forward pass of the policy
 
-Gradients are those of ``none`` in every mode.
+The gradients are those of ``none`` in every mode.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 _ATEN = torch.ops.aten
-# Where a UNet's FLOPs are: linear layers and convolutions, and the kernels behind scaled_dot_product_attention, which depend on
-# device, type and shape. Without any of them attention is two batched products.
+# The operators that do nearly all of a UNet's FLOPs: linear layers, convolutions, and the kernels behind
+# scaled_dot_product_attention. The choice among these kernels depends on device, type and shape. Attention without any
+# of them is two batched products.
 KEPT = {
     *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default),
     _ATEN.convolution.default,
@@ -40,10 +43,14 @@ KEPT = {
 
 
 def set_checkpointing(unet: UNet2DConditionModel, mode: str) -> None:
-    """Choose what a UNet keeps of a forward pass. May be called again with another mode.
+    """Choose what a UNet keeps of a forward pass. It may be called again with another mode.
+
+    Args:
+        unet: changed in place.
+        mode: ``none``, ``selective``, ``every_K`` with K ≥ 2, or ``full``.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: the mode does not exist.
     """
     every = re.fullmatch(r"every_([2-9]|[1-9]\d+)", mode)
     if every:
@@ -60,7 +67,7 @@ def set_checkpointing(unet: UNet2DConditionModel, mode: str) -> None:
 
 
 def is_selective(unet: torch.nn.Module) -> bool:
-    """Whether ``unet``, of whatever class, was set to ``selective``."""
+    """Return whether ``unet``, of any class, was set to ``selective``."""
     return any(
         getattr(module, "gradient_checkpointing", False) and module._gradient_checkpointing_func is _selective
         for module in unet.modules()
@@ -68,26 +75,31 @@ def is_selective(unet: torch.nn.Module) -> bool:
 
 
 def blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
-    """ResNet and transformer blocks, in the order in which the UNet registers them."""
+    """Return the ResNet and transformer blocks, in the order in which the UNet registers them."""
     kinds = tuple(map(load_class, BLOCKS))
     return [module for module in unet.modules() if isinstance(module, kinds)]
 
 
 def _recompute(whole: set[int], block: torch.nn.Module, *args):
-    # The module itself, not its forward: ZeRO-3 gathers the weights in hooks, which run again with the block.
+    """Run a block, and keep only its inputs unless its id is in ``whole``."""
+    # Checkpoint the module instead of its forward: ZeRO-3 gathers the weights in hooks, which then run again with the
+    # block.
     return block(*args) if id(block) in whole else checkpoint(block, *args, use_reentrant=False)
 
 
 def _selective(block: torch.nn.Module, *args):
+    """Run a block, and keep only the outputs of the operators in :data:`KEPT`."""
     if getattr(torch.nn.functional.linear, "__module__", None) == "deepspeed.runtime.zero.linear":
         raise RuntimeError(
             "selective checkpointing would give wrong gradients with the linear layers that DeepSpeed has put in place of PyTorch's: "
             "set zero_optimization.memory_efficient_linear to false wherever ZeRO-3 is used in this process"
         )
-    if block._compiled_call_impl is not None:  # the compiler decides by itself what is cheaper computed again than kept
+    # The compiler decides by itself what to keep, and what is cheaper to compute again.
+    if block._compiled_call_impl is not None:
         return block(*args)
     return checkpoint(block, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 
 def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Return whether the output of an operator is kept."""
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,7 @@
-"""What precedes the UNet: images to latents, captions to embeddings, by the pipeline's own VAE and text encoders.
+"""Encode what the UNet takes: images to latents and captions to embeddings, by the pipeline's own VAE and text
+encoders.
 
-Training applies the VAE's scaling factor here and nowhere else: latents are stored as the UNet takes them.
+Training applies the VAE's scaling factor here and nowhere else. Latents are stored as the UNet takes them.
 """
 
 from __future__ import annotations
@@ -30,22 +31,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image, upright, resized and cropped."""
+    """One image, turned upright, resized and cropped."""
 
     pixels: Tensor
     """(3,H,W) in [-1,1], float32."""
     original_size: tuple[int, int]
-    """(height, width) before."""
+    """(height, width) in pixels before resizing."""
     crop: tuple[int, int]
-    """(top, left) of the crop, in the resized image."""
+    """(top, left) of the crop in pixels of the resized image."""
 
 
-# Others are read by PIL too, some through programs of their own (EPS runs Ghostscript): an image from the internet gets none.
+# PIL reads other formats too, some through external programs (EPS runs Ghostscript). An image from the internet must
+# not start any.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# Decoding takes 7 to 13 bytes a pixel. Twice the largest picture of common cameras; a bomb has thousands of times its bytes.
+# Decoding takes 7 to 13 bytes a pixel. The limit is twice the largest picture of common cameras. A decompression bomb
+# takes thousands of times the bytes of its file.
 MAX_PIXELS = 1 << 27
 WHITE = (255, 255, 255)
-# EXIF's orientations: what turns the stored picture upright. 1 is upright already.
+# EXIF's orientations, with the operation that turns the stored picture upright. With 1 it is upright already.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,16 +60,27 @@ UPRIGHT = {
 }
 ORIENTATION = 0x0112
 PNG = b"\x89PNG\r\n\x1a\n"
-# What a PNG's pixels follow from, and its EXIF record. All else is text, colour profiles and further frames.
+# The chunks that determine a PNG's pixels, and its EXIF record. All other chunks are text, colour profiles and further
+# frames.
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
 def prepare_image(data: bytes, resolution: int, min_side: int = 1, background: tuple[int, int, int] = WHITE) -> Prepared:
-    """Decode, turn upright, lay transparent parts on ``background``, scale the short side to ``resolution``, crop the centre to a square.
+    """Decode an image and prepare it for the VAE.
+
+    The image is turned upright, and its transparent parts are laid on ``background``. Its short side is scaled to
+    ``resolution``, and the centre is cropped to a square.
+
+    Args:
+        data: JPEG, PNG or WebP.
+        resolution: side of the square in pixels.
+        min_side: shortest side in pixels that the image may have.
+        background: red, green, blue; 0 to 255.
 
     Raises:
-        ValueError: not an image (``undecodable image: …``), a short side below ``min_side`` pixels (``too small image: …``), or
-            one so large that decoding it would be an attack on memory (``decompression bomb: …``).
+        ValueError: the data are not an image (``undecodable image: …``), a side is shorter than ``min_side``
+            (``too small image: …``), or the image is so large that decoding it would be an attack on memory
+            (``decompression bomb: …``).
     """
     width, height = image_size(data)
     if width * height > MAX_PIXELS:
@@ -86,28 +100,36 @@ def prepare_image(data: bytes, resolution: int, min_side: int = 1, background: t
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of an image as it is stored, from its header. Raises ``ValueError`` as :func:`prepare_image`."""
+    """Return (width, height) in pixels of an image as it is stored, from its header.
+
+    Raises:
+        ValueError: the data are not an image, or PIL takes it for a decompression bomb.
+    """
     return _read(data, lambda image, data: image.size)
 
 
 def _read(data: bytes, use: Callable[[Image.Image, bytes], T]) -> T:
-    """Return ``use(image, data)`` of the image in ``data``; of a PNG that PIL refuses, without what its pixels do not need.
+    """Return ``use(image, data)`` for the image in ``data``.
 
-    PIL refuses a large text or colour profile, such as the workflows that node editors write, and its limits are global.
+    If PIL refuses a PNG, try it again without the chunks that its pixels do not need. PIL refuses large texts and
+    colour profiles, such as the workflows that node editors write, and its limits can only be changed globally.
+
+    Raises:
+        ValueError: as :func:`prepare_image` raises.
     """
     try:
         return use(Image.open(io.BytesIO(data), formats=FORMATS), data)
     except Image.DecompressionBombError as error:
         raise ValueError(f"decompression bomb: {error}") from None
-    except Exception as error:  # a broken file can make its decoder raise anything
+    except Exception as error:  # a broken file can make its decoder raise any exception
         if data.startswith(PNG) and len(plain := _without_text(data)) < len(data):
-            with contextlib.suppress(Exception):  # as above; the whole file's error is the one to tell
+            with contextlib.suppress(Exception):  # any exception again; the error of the whole file is the one to report
                 return use(Image.open(io.BytesIO(plain), formats=FORMATS), plain)
         raise ValueError(f"undecodable image: {_words(error)}") from None
 
 
 def _without_text(data: bytes) -> bytes:
-    """Return a PNG with :data:`PIXEL_CHUNKS` alone."""
+    """Return a PNG with only the chunks in :data:`PIXEL_CHUNKS`."""
     kept, at = [PNG], len(PNG)
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, type, content, checksum
@@ -119,19 +141,19 @@ def _without_text(data: bytes) -> bytes:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return ``image`` turned as its EXIF record says."""
-    image.load()  # a PNG's record may follow the pixels
+    image.load()  # the record of a PNG may follow its pixels
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 0))
-    except Exception:  # a broken record can raise anything; such a picture is shown as it is stored
+    except Exception:  # a broken record can raise any exception; the picture is then used as it is stored
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> Image.Image:
-    """Return ``image`` with 8 bits a colour: 16-bit grey scaled, transparent parts laid on ``background``."""
+    """Return ``image`` with 8 bits a colour. 16-bit grey is scaled, and transparent parts are laid on ``background``."""
     clear = image.info.get("transparency")
     if data.startswith(PNG) and clear is not None:
-        # PIL keeps the transparent colour as the file has it, and scales the pixels to 8 bits.
+        # PIL scales the pixels to 8 bits, but keeps the transparent colour as the file has it.
         depth = data[24]
         if image.mode == "L":
             clear *= 255 // (2**depth - 1)
@@ -153,17 +175,24 @@ def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> I
 
 
 def _words(error: Exception) -> str:
-    # PIL names the object in memory: the same file would read differently each time.
+    """Return an error's message in one line, the same each time."""
+    # PIL's messages contain an address in memory, so that the same file would give another message each time.
     return " ".join(str(error).partition("<_io")[0].split()) or type(error).__name__
 
 
 class Encoder:
-    """VAE and text encoders of a diffusers pipeline, for making shards.
+    """The VAE and the text encoders of a diffusers pipeline, for making shards.
 
     Args:
-        vae_dtype: None takes float32, and on a GPU float16 where the VAE's own configuration says that it does not overflow.
-        text_dtype: None takes float32, and on a GPU float16.
-        variant: of the weights' files, such as ``fp16``; None finds it.
+        path: a diffusers folder or a hub id.
+        revision: revision on the hub.
+        device: where the encoders run, such as ``cuda``.
+        vae_dtype: None means float32; but float16 on a GPU, if the VAE's configuration says that it does not overflow.
+        text_dtype: None means float32, but float16 on a GPU.
+        variant: variant of the weights' files, such as ``fp16``; None finds it.
+
+    Raises:
+        UserError: a part cannot be loaded.
     """
 
     def __init__(
@@ -176,7 +205,7 @@ class Encoder:
         variant: str | None = None,
     ):
         self.family = family_of(path, revision)
-        # The UNet is not needed here, and it is most of the pipeline.
+        # The UNet is not needed here, and it is the largest part of the pipeline.
         self.pipeline = load_pipeline(path, revision, variant, unet=None)
         half = torch.float16 if device.startswith("cuda") else torch.float32
         overflows = bool(getattr(self.pipeline.vae.config, "force_upcast", True))
@@ -184,23 +213,29 @@ class Encoder:
         self.text_dtype = text_dtype or half
         loaded = [getattr(self.pipeline, name) for name in self.family.encoders]
         self.digests = encoders_digests(path, revision, variant, loaded)
-        """SHA-256 over the weights of the VAE and the text encoders as they were loaded: shards of another model are other shards."""
+        """SHA-256 of the weights of the VAE and the text encoders as they were loaded.
+
+        It tells shards of different models apart.
+        """
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in zip(self.family.encoders, loaded, strict=True):
             part.to(device, self.vae_dtype if name == "vae" else self.text_dtype).requires_grad_(False)
         self.device = device
         self.zero_empty_prompt = bool(getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False))
-        """The pipeline samples without a caption by zeros, not by the encoded empty text (SDXL)."""
+        """Whether the pipeline samples without a caption by zeros (SDXL) instead of by the encoded empty text."""
         self.scaling_factor = float(self.pipeline.vae.config.scaling_factor)
         unet = load_unet_config(path, revision)
         self.resolution = unet["sample_size"] * self.pipeline.vae_scale_factor
         """Side in pixels of the images that the UNet was made for."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C,H,W) of the latent of a square image.
+        """Return the shape (C,H,W) of the latent of a square image.
+
+        Args:
+            resolution: side of the image in pixels.
 
         Raises:
-            UserError: a side that the VAE cannot halve often enough.
+            UserError: the side is not a multiple of the VAE's factor.
         """
         factor = self.pipeline.vae_scale_factor
         if resolution < factor or resolution % factor:
@@ -209,54 +244,63 @@ class Encoder:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the VAE's posterior of images (N,3,H,W) in [-1,1]: (N,C,h,w) each, float32 on the CPU.
+        """Return mean and log-variance of the VAE's posterior of images (N,3,H,W) in [-1,1]: (N,C,h,w) each, float32 on
+        the CPU.
 
-        Both are scaled as the UNet takes latents: mean + exp(logvar/2)·ε is a draw. This is where the factor is applied.
+        Both are scaled as the UNet takes latents: this is where the factor is applied. mean + exp(logvar/2)·ε is a
+        draw.
         """
-        found = self.pipeline.vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist
+        posterior = self.pipeline.vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist
         shift = getattr(self.pipeline.vae.config, "shift_factor", None) or 0.0
-        mean = (found.mean.float() - shift) * self.scaling_factor
-        return mean.cpu(), (found.logvar.float() + 2 * math.log(self.scaling_factor)).cpu()
+        mean = (posterior.mean.float() - shift) * self.scaling_factor
+        return mean.cpu(), (posterior.logvar.float() + 2 * math.log(self.scaling_factor)).cpu()
 
     def is_cut(self, captions: Sequence[str]) -> np.ndarray:
-        """(captions,) bool: as :func:`cut_captions` of the pipeline's tokenizers."""
+        """Return (captions,) bool: whether a text encoder sees less than the whole caption. See :func:`cut_captions`."""
         return cut_captions(tokenizers_of(self.pipeline), captions)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]: the posterior's mean, no draw."""
+        """Return scaled latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1].
+
+        They are the mean of the posterior, not a draw.
+        """
         return self.posterior(pixels)[0]
 
     @torch.no_grad()
     def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the prompts' tensors of the family's layout, such as ``prompt_embeds`` (N,S,D): float32 on the CPU.
+        """Return the prompts' tensors of the family's layout, such as ``prompt_embeds`` (N,S,D), float32 on the CPU.
 
-        Too long captions are cut, as in the pipeline; the empty one is what the pipeline samples with where it has no caption.
+        Captions that are too long are cut, as in the pipeline. The empty caption gives the tensors with which the
+        pipeline samples if it has no caption.
         """
         captions = list(captions)
         embedded = encode_prompts(self.pipeline, captions, self.device)
-        found = {name: embedded[BATCH_NAMES[name]].float().cpu() for name in self.family.layout.prompt}
+        tensors = {name: embedded[BATCH_NAMES[name]].float().cpu() for name in self.family.layout.prompt}
         if self.zero_empty_prompt:
             for row in (row for row, caption in enumerate(captions) if not caption):
-                for value in found.values():
+                for value in tensors.values():
                     value[row] = 0
-        return found
+        return tensors
 
 
 def cut_captions(tokenizers: Iterable[Any], captions: Sequence[str]) -> np.ndarray:
-    """(captions,) bool: whether a text encoder sees less than the whole caption, since it has more tokens than it takes."""
-    found = np.zeros(len(captions), bool)
+    """Return (captions,) bool: whether one of the text encoders takes fewer tokens than a caption has, so that its end
+    is cut off.
+    """
+    cut = np.zeros(len(captions), bool)
     for tokenizer in tokenizers:
         for low in range(0, len(captions), 1024):
             tokens = tokenizer(list(captions[low : low + 1024]), truncation=False, verbose=False).input_ids
-            found[low : low + 1024] |= np.array([len(caption) > tokenizer.model_max_length for caption in tokens])
-    return found
+            cut[low : low + 1024] |= np.array([len(caption) > tokenizer.model_max_length for caption in tokens])
+    return cut
 
 
 class Digests(NamedTuple):
-    """SHA-256 of the weights of VAE and text encoders, of float32 and rounded to float16.
+    """SHA-256 of the weights of the VAE and the text encoders, both in float32 and rounded to float16.
 
-    ``other`` are those of the same weights where transformers names those of the first text encoder otherwise: its versions do and do
-    not begin them with ``text_model.``. Shards of either have the same encoders.
+    Versions of transformers differ in whether the names of the first text encoder's weights begin with ``text_model.``.
+    ``other_full`` and ``other_half`` are the digests of the same weights under the other names. Shards with either
+    digest were made by the same encoders.
     """
 
     full: str
@@ -265,7 +309,9 @@ class Digests(NamedTuple):
     other_half: str
 
     def fit(self, settings: Mapping) -> bool:
-        """Whether shards with these settings were made by these encoders, or by the same ones stored in half precision."""
+        """Return whether shards with these settings were made by these encoders, or by the same encoders stored in half
+        precision.
+        """
         full, half = settings.get("weights"), settings.get("weights_half")
         return full in (self.full, self.other_full) or half in (self.half, self.other_half)
 
@@ -273,10 +319,13 @@ class Digests(NamedTuple):
 def encoders_digests(
     path: str, revision: str | None = None, variant: str | None = None, loaded: Iterable[Any] | None = None
 ) -> Digests:
-    """Return the digests of VAE and text encoders as loaded in float32. Remembered.
+    """Return the digests of the VAE and the text encoders as they are loaded in float32. The result is remembered.
 
     Args:
-        loaded: the parts, where they are there already; None loads them one after another.
+        path: a diffusers folder or a hub id.
+        revision: revision on the hub.
+        variant: as ``model.variant``; None finds it.
+        loaded: the parts, if they are loaded already. None loads them one after another.
 
     Raises:
         UserError: a part cannot be loaded.
@@ -308,7 +357,7 @@ def encoders_digests(
 
 
 def encoder_files(path: str, revision: str | None = None, variant: str | None = None) -> list[str]:
-    """The configurations and weight files of VAE and text encoders, by their names in the pipeline."""
+    """Return the configurations and weight files of the VAE and the text encoders, by their names in the pipeline."""
     variant = find_variant(path, revision, variant)
     parts = family_of(path, revision).encoders
     return [f"{part}/{name}" for part in parts for name in ("config.json", *weight_files(path, part, revision, variant)[1])]

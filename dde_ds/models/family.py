@@ -1,7 +1,9 @@
-"""All that is known of the model families: SD1, SD2 and SDXL. Everything else asks this table, and a test sees to it.
+"""All that is known of the model families: SD1, SD2 and SDXL. All other modules ask this table, and a test checks that
+they do.
 
-A family is a diffusers pipeline: its parts, what its UNet is conditioned by, and what other programs call it. To add one, add a row to
-:data:`FAMILIES`, and its tensors to :class:`Conditioning` and :data:`LAYOUTS` if it has new ones.
+A family is a diffusers pipeline: its parts, what its UNet is conditioned by, and the names that other programs use for
+it. To add a family, add a row to :data:`FAMILIES`. If it has new tensors, add them to :class:`Conditioning` and
+:data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -19,16 +21,22 @@ if TYPE_CHECKING:  # the command line reads the table, and starts without torch
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a pipeline, of whatever family."""
+    """A part of a pipeline, in any family."""
 
     classes: tuple[str, ...]
-    """Those that it may be of, as ``model_index.json`` names them."""
+    """The classes that the part may have, as ``model_index.json`` names them."""
     library: str
-    """That of the classes."""
+    """The library of these classes."""
     weights: str | None = None
-    """What the library calls the weight file, before the variant and ``.safetensors``; None for a part without weights."""
+    """The library's name of the weight file, before the variant and ``.safetensors``.
+
+    None stands for a part without weights.
+    """
     numbers: Mapping[str, int] = field(default_factory=dict)
-    """Values of its configuration that are counted with beside the model itself, each a whole number from 1 to this."""
+    """Values of the part's configuration that this project computes with, and the maximum of each.
+
+    Each must be a whole number of at least 1.
+    """
 
 
 _TEXT = {"max_position_embeddings": 2**16, "vocab_size": 2**24}
@@ -46,43 +54,43 @@ PARTS = {
     "tokenizer": _TOKENIZER,
     "tokenizer_2": _TOKENIZER,
 }
-"""What training, drawing and the export need, beside the scheduler."""
+"""The parts that training, drawing and the export need, beside the scheduler."""
 OPTIONAL = {
     "safety_checker": Part(("StableDiffusionSafetyChecker",), "diffusers", "model"),
     "feature_extractor": Part(("CLIPImageProcessor",), "transformers"),
     "image_encoder": Part(("CLIPVisionModelWithProjection",), "transformers", "model"),
 }
-"""What an export holds if it is there."""
+"""The parts that an export holds if the base has them."""
 TRAINED_AND_DRAWN = tuple(name for name, part in PARTS.items() if part.weights)
-"""The parts with weights that are needed."""
+"""The needed parts that have weights."""
 TOKENIZERS = tuple(name for name in PARTS if name.startswith("tokenizer"))
 TEXT_PARTS = tuple(name for name in PARTS if name.startswith(("text_encoder", "tokenizer")))
-"""The parts that are needed for prompts alone."""
+"""The parts that are needed for prompts only."""
 
 
 class Conditioning(NamedTuple):
-    """What a UNet is told beside latents and timesteps."""
+    """The inputs of a UNet beside latents and timesteps."""
 
     prompt_embeds: Tensor
     """(N,S,D)."""
     pooled_prompt_embeds: Tensor | None = None
-    """(N,P), SDXL's."""
+    """(N,P), for SDXL only."""
     time_ids: Tensor | None = None
-    """(N,6) float32, SDXL's sizes and crops in pixels."""
+    """(N,6) float32, sizes and crops in pixels, for SDXL only."""
 
     def added(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Return ``added_cond_kwargs`` of diffusers' UNet, in ``dtype``; None where the UNet takes no more than prompts."""
+        """Return ``added_cond_kwargs`` of diffusers' UNet, in ``dtype``. Return None if the UNet takes only prompts."""
         if self.pooled_prompt_embeds is None or self.time_ids is None:
             return None
-        # time_ids stay float32: a size of 765 pixels has no bfloat16.
+        # time_ids stay float32, because bfloat16 cannot represent a size of 765 pixels.
         return {"text_embeds": self.pooled_prompt_embeds.to(dtype), "time_ids": self.time_ids}
 
 
 def conditioning_shapes(unet: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes for one latent of what a UNet with this ``config.json`` is conditioned by, by the fields of
-    :class:`Conditioning`.
+    """Return the shapes of a UNet's conditioning for one latent, by the fields of :class:`Conditioning`.
 
     Args:
+        unet: the UNet's ``config.json``.
         tokens: length of a prompt.
     """
     shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, unet["cross_attention_dim"])}
@@ -94,14 +102,14 @@ def conditioning_shapes(unet: Mapping[str, Any], tokens: int) -> dict[str, tuple
 
 @dataclass(frozen=True)
 class Layout:
-    """What shards hold beside latents. It is what tells whether a model can be trained on them."""
+    """The tensors that shards hold beside latents. A model can be trained only on shards of its own layout."""
 
     name: str
-    """In the settings of shards and of image folders. SD2's is SD1's."""
+    """The name in the settings of shards and of image folders. SD2 has the layout of SD1."""
     prompt: Mapping[str, int]
     """Number of dimensions of each tensor of a prompt."""
     pair: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shape of each further float32 tensor of a pair."""
+    """Shape of each additional float32 tensor of a pair."""
 
 
 LAYOUTS = {
@@ -112,68 +120,76 @@ LAYOUTS = {
     )
 }
 BATCH_NAMES = {"prompt_embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-"""A batch's names of the tensors of a prompt, which are diffusers', by those that shards have."""
+"""The names of a prompt's tensors in a batch, by their names in shards. A batch uses diffusers' names."""
 PAIR_TENSORS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.pair))
-"""What a pair has beside latents, in any layout."""
+"""The tensors of a pair beside latents, in any layout."""
 
 
 class TextEncoder(NamedTuple):
-    """A text encoder, and where it stands in a single file of the original code."""
+    """A text encoder, and its place in a single file of the original code."""
 
     part: str
     single_file: str
-    """What its weights' names begin with there."""
+    """The prefix of its weights' names in such a file."""
     open_clip: bool = False
-    """Whether it was trained, and is stored there, by open_clip instead of OpenAI's CLIP."""
+    """Whether open_clip trained it and named its weights in the file, instead of OpenAI's CLIP."""
     layers_read: int | None = None
-    """Number of layers that programs read from there at most; None: all."""
+    """The number of layers that programs read from the file at most. None means all."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the rest of the project asks about a model."""
+    """The properties of a model that the rest of the project asks for."""
 
     name: str
     title: str
     pipelines: tuple[str, ...]
-    """Classes in ``model_index.json``. The first is loaded; those of images to images have the same parts."""
+    """Class names in ``model_index.json``. The first class is loaded. The image-to-image pipelines have the same parts."""
     text_encoders: tuple[TextEncoder, ...]
     optional: tuple[str, ...]
-    """Parts of :data:`OPTIONAL` that its pipeline takes."""
+    """The parts of :data:`OPTIONAL` that its pipeline takes."""
     layout: Layout
     guidance: float
-    """Classifier-free guidance that images are drawn with by default."""
+    """The default classifier-free guidance for drawing images."""
     architectures: tuple[str, str]
-    """ModelSpec's names of a model that predicts noise and of one that predicts v."""
+    """ModelSpec's names for a model that predicts noise, and for a model that predicts v."""
     kohya_bases: tuple[str, str]
-    """Likewise sd-scripts' names of the base that an adapter is for. Programs tell SDXL's by the beginning."""
+    """Names in sd-scripts for the base of an adapter, likewise for noise and for v.
+
+    Programs recognise those of SDXL by the beginning.
+    """
     original_adapters: bool = False
-    """Whether sd-scripts' adapters have the original code's names of layers; otherwise they have diffusers'."""
+    """Whether sd-scripts names the layers of adapters as the original code does.
+
+    Otherwise it names them as diffusers does.
+    """
     velocity_keys: bool = False
-    """Whether programs tell by keys in a single file that it predicts v."""
+    """Whether keys in a single file tell programs that the model predicts v."""
     velocity_warning: str = ""
-    """What programs do with a single file of a model that predicts v, where they are not told."""
+    """What programs do with a single file of a model that predicts v, unless they are told."""
     blocks: tuple[str, ...] = (
         "diffusers.models.attention.BasicTransformerBlock",
         "diffusers.models.resnet.ResnetBlock2D",
     )
-    """Classes of the denoiser's blocks: what is checkpointed, and what ZeRO-3 gathers at once."""
+    """Classes of the denoiser's blocks. Checkpointing works block by block, and ZeRO-3 gathers a whole block at once."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The parts with weights that make shards."""
+        """Return the names of the parts with weights that make shards."""
         return ("vae", *(text.part for text in self.text_encoders))
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
+        """Return the names of the tokenizers."""
         return tuple(text.part.replace("text_encoder", "tokenizer") for text in self.text_encoders)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Those that must be there, beside the scheduler."""
+        """Return the names of the parts that must exist, beside the scheduler."""
         return ("unet", *self.encoders, *self.tokenizers)
 
     def pipeline_class(self) -> Any:
+        """Return the class of diffusers that loads the pipeline."""
         import diffusers
 
         return getattr(diffusers, self.pipelines[0])
@@ -194,6 +210,7 @@ class Family:
 
         Args:
             images: winner and loser, as :class:`dde_ds.models.encode.Prepared`.
+            resolution: side of the prepared images in pixels.
         """
         import torch
 
@@ -225,7 +242,8 @@ FAMILIES = {
             "sd2",
             "Stable Diffusion 2",
             _SD,
-            # The original has 24 layers, of which the last one's output is not used. transformers' does without it.
+            # The original has 24 layers, but the output of the last layer is not used. transformers' model leaves that
+            # layer out.
             (TextEncoder("text_encoder", _OPEN_CLIP, open_clip=True, layers_read=23),),
             tuple(OPTIONAL),
             LAYOUTS["sd"],
@@ -253,19 +271,20 @@ FAMILIES = {
     )
 }
 PIPELINES = tuple(dict.fromkeys(kind for family in FAMILIES.values() for kind in family.pipelines))
-"""Classes of pipelines that can be trained."""
+"""Classes of the pipelines that can be trained."""
 BLOCKS = tuple(dict.fromkeys(block for family in FAMILIES.values() for block in family.blocks))
-"""Classes of blocks of any family's denoiser."""
+"""Classes of the blocks of all families' denoisers."""
 
 
 def find_family(pipeline: str, text_encoder: Mapping[str, Any]) -> Family:
     """Return the family of a pipeline's class.
 
-    SD1 and SD2 have the same. Their text encoders differ: open_clip's have ``gelu`` where OpenAI's have ``quick_gelu``, which is also
-    what transformers takes where a configuration says nothing.
+    SD1 and SD2 have the same pipeline class, but different text encoders. open_clip's have the activation ``gelu``, and
+    OpenAI's have ``quick_gelu``. transformers also takes ``quick_gelu`` if a configuration names no activation.
 
     Args:
-        text_encoder: ``config.json`` of the first one.
+        pipeline: name of the class.
+        text_encoder: ``config.json`` of the first text encoder.
     """
     same = [family for family in FAMILIES.values() if pipeline in family.pipelines]
     open_clip = text_encoder.get("hidden_act") == "gelu"
@@ -273,7 +292,7 @@ def find_family(pipeline: str, text_encoder: Mapping[str, Any]) -> Family:
 
 
 def guidance_defaults() -> str:
-    """Return each family's guidance, for people."""
+    """Return the default guidance of each family as text for help messages."""
     return ", ".join(f"{family.guidance:g} for {family.title}" for family in FAMILIES.values())
 
 
@@ -283,28 +302,32 @@ def tokenizers_of(pipeline: Any) -> list[Any]:
 
 
 def encode_prompts(pipeline: Any, prompts: str | list[str], device: Any, negative: bool = False) -> dict[str, Tensor]:
-    """Return the embeddings of ``prompts`` by a loaded pipeline's text encoders, by the names that the pipeline takes them under.
+    """Return the embeddings of ``prompts`` by a loaded pipeline's text encoders, by the pipeline's names for them.
 
     Args:
-        negative: add those of the empty negative prompt, for guidance.
+        pipeline: the loaded pipeline.
+        prompts: one or several.
+        device: where the encoders run.
+        negative: add the embeddings of the empty negative prompt, for guidance.
     """
-    found = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=negative)
+    embeddings = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=negative)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    named = zip(names[: len(found)], found, strict=True)  # Stable Diffusion gives two, SDXL four
+    named = zip(names[: len(embeddings)], embeddings, strict=True)  # Stable Diffusion returns two, SDXL four
     return {name: value for name, value in named if negative or not name.startswith("negative")}
 
 
 def save_adapters(layers: dict[str, Tensor], folder: Path, name: str) -> None:
-    """Write a UNet's adapters for ``load_lora_weights``: a file that is the same for all families."""
+    """Write a UNet's adapters for ``load_lora_weights``. The format of the file is the same for all families."""
     from diffusers import StableDiffusionPipeline
 
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={**layers}, weight_name=name)
 
 
 def original_adapter_name(name: str) -> str:
-    """Return a kohya adapter's name of a tensor as readers know it.
+    """Return the name by which programs know a tensor that diffusers named in kohya's style.
 
-    Of SDXL's size conditioning they know the original name alone, where of all other layers they know diffusers' as well.
+    For the layers of SDXL's size conditioning, programs know only the original name. For all other layers they also
+    know diffusers' name.
     """
     for number in (1, 2):
         name = name.replace(f"lora_unet_add_embedding_linear_{number}.", f"lora_unet_label_emb_0_{2 * number - 2}.")
@@ -312,7 +335,7 @@ def original_adapter_name(name: str) -> str:
 
 
 def conversion_of(file: str) -> str:
-    """Return the command that converts a single file."""
+    """Return the Python command that converts a single file."""
     return f"StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('base'), for SDXL StableDiffusionXLPipeline"
 
 

@@ -1,4 +1,7 @@
-"""Architectures of public models that come with the project: for what is counted from an architecture, where no hub is reached."""
+"""Architectures of public models that come with the project.
+
+They allow counting parameters and FLOPs where the hub is not reached.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
 }
-"""Files in :data:`ARCHITECTURES` by hub id."""
+"""File in :data:`ARCHITECTURES` for each known hub id."""
 
 
 def shipped_unet(path: str, revision: str | None = None) -> dict | None:
-    """Return the UNet's ``config.json`` of a known hub id, or None where the model is not known, or is on this machine itself.
+    """Return the UNet's ``config.json`` of a known hub id.
 
-    Nothing is asked of the hub: without a network that takes half a minute to fail.
+    Return None if the model is not known, or is on this machine itself.
+
+    The hub is not asked: without a network, such a request takes half a minute to fail.
     """
     from huggingface_hub import try_to_load_from_cache
 

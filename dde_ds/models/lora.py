@@ -1,6 +1,8 @@
-"""LoRA: beside the matrix W of a layer two thin ones are trained, so that it computes W x + (α/r) B A x (arXiv 2106.09685).
+"""LoRA: train two thin matrices beside the matrix W of a layer, which then computes W x + (α/r) B A x (arXiv
+2106.09685).
 
-B begins at zero. So an untouched adapter adds exactly nothing, and with the adapters off the UNet is its own base.
+B begins at zero. So an untrained adapter adds exactly nothing, and with the adapters switched off the UNet is its own
+base.
 """
 
 from __future__ import annotations
@@ -23,12 +25,21 @@ _DOWN, _UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-    """Put adapters beside the layers whose names end in one of ``targets``; nothing else of the UNet is trained from then on.
+    """Put adapters beside the layers whose names end in one of ``targets``.
 
-    A is drawn from ``seed``, as diffusers' own LoRA scripts do: normal with variance 1/r². B is zero.
+    Nothing else in the UNet is trained from then on.
+
+    A is drawn from ``seed`` as in diffusers' own LoRA scripts: normal with variance 1/r². B is zero.
+
+    Args:
+        unet: changed in place.
+        rank: r.
+        alpha: α.
+        targets: ends of names of layers.
+        seed: selects A.
 
     Raises:
-        UserError: peft is missing, or a target is no layer that can have an adapter.
+        UserError: peft is missing, or a target is not a layer that can have an adapter.
     """
     check_targets(unet, targets)
     from peft import LoraConfig
@@ -41,29 +52,32 @@ def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: float, targets: S
 
 
 def check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse, without a change to ``unet``, what :func:`add_adapters` could not do. A UNet without weights will do.
+    """Refuse targets that :func:`add_adapters` could not use, without changing ``unet``.
+
+    A UNet without weights will do.
 
     Raises:
-        UserError: as :func:`add_adapters`.
+        UserError: as :func:`add_adapters` raises.
     """
     if find_spec("peft") is None:
         raise UserError("lora is set, but peft is not installed: pip install -e '.[lora]'")
     for target in targets:
-        found = [layer for name, layer in unet.named_modules() if name == target or name.endswith(f".{target}")]
-        if not found or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in found):
+        layers = [layer for name, layer in unet.named_modules() if name == target or name.endswith(f".{target}")]
+        if not layers or not all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers):
             raise UserError(
-                f"lora.targets names {target!r}: {'no linear layer or convolution' if found else 'nothing'} in the UNet ends in it; "
+                f"lora.targets names {target!r}: {'no linear layer or convolution' if layers else 'nothing'} in the UNet ends in it; "
                 "to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1 and conv2 are such names"
             )
 
 
 def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """(name of the weight that it is to be added to, (α/r) B A as a matrix) of each adapter, one at a time: all are as large as the layers.
+    """Yield, for each adapter, the name of the weight that it is added to and the matrix (α/r) B A.
 
-    A convolution's B is 1×1 and its A has the kernel: flattened they multiply like a linear layer's.
+    The matrices are as large as the layers, so they are made one at a time. A convolution's B is 1×1, and its A has the
+    kernel. Flattened, they multiply like those of a linear layer.
 
     Args:
-        adapters: trained parameters, float32, under their names in the UNet with adapters.
+        adapters: trained parameters, float32, by their names in the UNet with adapters.
         scale: α/r.
     """
     for layer in [name.removesuffix(_UP) for name in adapters if name.endswith(_UP)]:
@@ -71,8 +85,15 @@ def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str
 
 
 def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Adapters under the names that ``load_lora_weights`` and other tools read. The scale is multiplied into B: tools that find no α
-    in a file take α = r, and would load adapters of another strength without a word."""
+    """Return adapters under the names that ``load_lora_weights`` and other tools read.
+
+    The scale is multiplied into B. Tools that find no α in a file assume α = r, and would silently load adapters of
+    another strength.
+
+    Args:
+        adapters: trained parameters, by their names in the UNet with adapters.
+        scale: α/r.
+    """
     return {
         name.replace(f".{ADAPTER}.weight", ".weight"): value * scale if name.endswith(_UP) else value
         for name, value in adapters.items()
@@ -80,12 +101,13 @@ def to_file(adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 
 
 def to_kohya(adapters: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Return adapters under the names of kohya's sd-scripts, which most programs outside of diffusers read, each with its α.
+    """Return adapters under the names of kohya's sd-scripts, each with its α. Most programs other than diffusers read
+    these names.
 
-    B is stored as it was trained: all readers of this layout multiply with α/r, where r is A's number of rows.
+    B is stored as it was trained: all readers of this layout multiply by α/r, where r is A's number of rows.
     """
     from diffusers.utils import convert_state_dict_to_kohya
 
-    found = convert_state_dict_to_kohya({f"unet.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in adapters.items()})
-    found = {original_adapter_name(name): value for name, value in found.items()}
-    return found | {name: torch.tensor(float(alpha)) for name in found if name.endswith(".alpha")}
+    renamed = convert_state_dict_to_kohya({f"unet.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in adapters.items()})
+    renamed = {original_adapter_name(name): value for name, value in renamed.items()}
+    return renamed | {name: torch.tensor(float(alpha)) for name in renamed if name.endswith(".alpha")}

@@ -1,4 +1,7 @@
-"""The parts of a base that neither training nor drawing needs: an export holds them if they are there and can be read without a pickle."""
+"""The parts of a base that neither training nor drawing needs.
+
+An export holds them if they exist and can be read without a pickle.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +25,29 @@ SAFETY_CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 
 
 def left_out(path: str, revision: str | None = None, variant: str | None = None) -> dict[str, str]:
-    """Return those optional parts that ``model_index.json`` names and an export will not hold, each with the reason."""
-    names, named, found = file_names(path, revision), _named(path, revision), {}
+    """Return the reason for each optional part that ``model_index.json`` names and an export will not hold."""
+    names, named, reasons = file_names(path, revision), _named(path, revision), {}
     for part in named:
         if part == FEATURE_EXTRACTOR:
             folder = cached_folder(path, revision)
             if folder is None or not (folder / part / "preprocessor_config.json").is_file():
-                found[part] = "its files are missing"
+                reasons[part] = "its files are missing"
             continue
         try:
             weight_files(path, part, revision, held_variant(path, part, revision, variant))
         except UserError:
             pickled = any(name.startswith(f"{part}/") and name.endswith(".bin") for name in names)
-            found[part] = "its weights are a pickle" if pickled else "its files are missing"
-    if SAFETY_CHECKER in named and (FEATURE_EXTRACTOR in found or FEATURE_EXTRACTOR not in named):
-        found.setdefault(SAFETY_CHECKER, "it needs the feature extractor, which is not there")
-    return found
+            reasons[part] = "its weights are a pickle" if pickled else "its files are missing"
+    if SAFETY_CHECKER in named and (FEATURE_EXTRACTOR in reasons or FEATURE_EXTRACTOR not in named):
+        reasons.setdefault(SAFETY_CHECKER, "it needs the feature extractor, which is not there")
+    return reasons
 
 
 def load_optional(path: str, revision: str | None = None, variant: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the optional parts of a base, None for those that it has not or that cannot be loaded; and the latter's reasons."""
+    """Return the optional parts of a base, and the reason for each part that an export will not hold.
+
+    A part that the base lacks or that cannot be loaded is None.
+    """
     from transformers import CLIPImageProcessor
 
     parts: dict[str, Any] = dict.fromkeys(family_of(path, revision).optional)
@@ -64,5 +70,6 @@ def load_optional(path: str, revision: str | None = None, variant: str | None = 
 
 
 def _named(path: str, revision: str | None) -> list[str]:
+    """Return the optional parts that ``model_index.json`` names."""
     index = pipeline_index(path, revision)
     return [part for part in OPTIONAL if isinstance(index.get(part), list) and None not in index[part]]

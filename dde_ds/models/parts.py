@@ -1,4 +1,4 @@
-"""The parts of a base pipeline: loaded in float32, or built without weights to see what they would be."""
+"""The parts of a base pipeline: load them in float32, or build them without weights to see their names and shapes."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from dde_ds.models.base import (
 )
 from dde_ds.models.family import OPTIONAL, PARTS, TRAINED_AND_DRAWN
 
-# float32 said explicitly: otherwise transformers takes the type a part was saved in, diffusers takes float32, and they mix.
-# Only safetensors: weights in a .bin file are a pickle, which runs code.
-# low_cpu_mem_usage needs accelerate, and is of no use for parts that are trained.
+# float32 must be named: otherwise transformers takes the type in which a part was saved, diffusers takes float32, and
+# the types mix.
+# Only safetensors are read: weights in a .bin file are a pickle, which runs code.
+# low_cpu_mem_usage needs accelerate, and does not help with parts that are trained.
 LOADING = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False, "use_safetensors": True}
-# Layers in a row of real models: 32 at most. A configuration of millions would be built for hours.
+# Real models have at most 32 layers in a row. Building a configuration with millions of layers would take hours.
 MOST_LAYERS = 256
 
 
 def required_parts(path: str, revision: str | None = None) -> dict[str, str]:
-    """Return the class of each part that must be there, by its name.
+    """Return the class of each part that must exist, by the part's name.
 
     Raises:
-        UserError: ``model_index.json`` lacks one, or names a class that this project cannot train with.
+        UserError: ``model_index.json`` lacks a part, or names a class that this project cannot train with.
     """
     index = pipeline_index(path, revision)
-    found = {}
+    classes_of = {}
     for part in (*family_of(path, revision).parts, "scheduler"):
         value = index.get(part)
         library, name = value if isinstance(value, list) and len(value) == 2 else (None, None)
         known = PARTS.get(part)
-        own, classes = (known.library, known.classes) if known else ("diffusers", (name,))
+        known_library, classes = (known.library, known.classes) if known else ("diffusers", (name,))
         expected = " or ".join(known.classes) if known else "a scheduler of diffusers"
-        if library != own or not isinstance(name, str) or name not in classes:
+        if library != known_library or not isinstance(name, str) or name not in classes:
             raise UserError(f"model.path {path}: its model_index.json says that {part} is {value!r}, expected {expected}")
-        found[part] = name
-    return found
+        classes_of[part] = name
+    return classes_of
 
 
 def load_part(
@@ -55,16 +56,20 @@ def load_part(
     """Return a part with weights on the CPU, in ``dtype``.
 
     Args:
-        variant: which of its weights, as :func:`dde_ds.models.base.find_variant` found.
+        path: a diffusers folder or a hub id.
+        part: name of the part.
+        revision: revision on the hub.
+        variant: variant of its weights, as :func:`dde_ds.models.base.find_variant` returned it.
+        dtype: type of the loaded weights.
 
     Raises:
-        UserError: it cannot be loaded, or its files lack some of its weights, which would then be random.
+        UserError: the part cannot be loaded, or its files lack some of its weights, which would then be random.
     """
     variant, files = weight_files(path, part, revision, variant)
     index = [name for name in file_names(path, revision) if name.startswith(f"{part}/") and ".safetensors.index" in name]
     folder = local_folder(path, revision, [f"{part}/config.json", *index, *(f"{part}/{name}" for name in files)])
     kind = _class(path, part, revision)
-    build_empty(path, part, revision)  # a configuration of a million layers is refused there
+    build_empty(path, part, revision)  # this refuses a configuration of a million layers
     with unloadable(path, part):
         model, info = kind.from_pretrained(
             folder, subfolder=part, variant=variant, output_loading_info=True, **LOADING | {"torch_dtype": dtype}
@@ -77,10 +82,10 @@ def load_part(
 
 
 def build_empty(path: str, part: str, revision: str | None = None) -> Any:
-    """Return a part as its ``config.json`` says, on the meta device: names and shapes without data.
+    """Return a part as its ``config.json`` describes it, on the meta device: names and shapes without data.
 
     Raises:
-        UserError: the configuration cannot be had, or no model can be made from it.
+        UserError: the configuration cannot be read, or no model can be made from it.
     """
     config = read_object(path, f"{part}/config.json", revision)
     return _built(path, part, _class(path, part, revision).__name__, json.dumps(config))
@@ -88,6 +93,7 @@ def build_empty(path: str, part: str, revision: str | None = None) -> Any:
 
 @lru_cache(maxsize=8)
 def _built(path: str, part: str, kind: str, config: str) -> Any:
+    """Build a part from the JSON text of its configuration, and check the numbers that are used outside of the model."""
     values = json.loads(config)
     _check_layers(path, part, values)
     with unloadable(path, f"{part}/config.json"), torch.device("meta"):
@@ -105,6 +111,7 @@ def _built(path: str, part: str, kind: str, config: str) -> Any:
 
 
 def _check_layers(path: str, part: str, config: dict) -> None:
+    """Refuse a configuration with more than :data:`MOST_LAYERS` layers in a row."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_layers(path, part, value)
@@ -128,19 +135,23 @@ def _named(kind: str) -> type:
 
 
 def load_pipeline(path: str, revision: str | None = None, variant: str | None = None, **replaced: Any) -> Any:
-    """Return the pipeline in float32, without those parts that none of drawing and training needs.
+    """Return the pipeline in float32, without the parts that neither drawing nor training needs.
 
     Args:
+        path: a diffusers folder or a hub id.
+        revision: revision on the hub.
         variant: as ``model.variant``; None finds it.
-        replaced: parts to take instead of the pipeline's own: ``unet=None`` loads none.
+        replaced: parts to use instead of the pipeline's own; ``unet=None`` loads none.
 
     Raises:
         UserError: a part cannot be loaded.
     """
     family, needed = family_of(path, revision), required_parts(path, revision)
     variant = find_variant(path, revision, variant)
-    own = {part: load_part(path, part, revision, variant) for part in needed if part in TRAINED_AND_DRAWN and part not in replaced}
+    loaded = {
+        part: load_part(path, part, revision, variant) for part in needed if part in TRAINED_AND_DRAWN and part not in replaced
+    }
     small = [f"{part}/*" for part in needed if part not in TRAINED_AND_DRAWN]
     folder = local_folder(path, revision, ["model_index.json", *small])
     with unloadable(path, "the pipeline"):
-        return family.pipeline_class().from_pretrained(folder, **LOADING, **dict.fromkeys(family.optional) | own | replaced)
+        return family.pipeline_class().from_pretrained(folder, **LOADING, **dict.fromkeys(family.optional) | loaded | replaced)

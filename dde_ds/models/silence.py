@@ -1,4 +1,7 @@
-"""Keeps the model libraries' chatter off the terminal; warnings that matter to a run are raised by us as errors."""
+"""Keep the model libraries' log lines off the terminal.
+
+This project itself raises errors for the conditions that matter to a run.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Errors only from diffusers, transformers and bitsandbytes, and from DeepSpeed where it is imported already; no progress bars of theirs."""
-    # Before the imports: bitsandbytes says at its own, of a CPU, which of its kernels it lacks.
+    """Show only errors of diffusers, transformers, bitsandbytes and DeepSpeed, and no progress bars of the first two.
+
+    DeepSpeed is silenced only if it has been imported already.
+    """
+    # Before the imports: on a CPU, bitsandbytes logs at its import which kernels it lacks.
     for library in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
