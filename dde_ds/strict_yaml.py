@@ -1,9 +1,9 @@
-"""Read YAML in which a value is what it looks like: no surprising numbers, duplicate keys or tags, and limits on size
-and depth.
+"""Read YAML in which a value is what it looks like.
 
-PyYAML follows YAML 1.1, where ``0777`` is 511, ``1:00`` is 60, ``no`` is false, ``2024-01-01`` is a date and ``1e-5``
-is text. This reader follows YAML 1.2 and JSON: numbers are decimal and may be written as ``1e-5``, only ``true`` and
-``false`` are truth values, and everything else is text.
+The reader refuses duplicate keys and tags, and has limits on size and depth. PyYAML follows YAML 1.1, where ``0777`` is
+511, ``1:00`` is 60, ``no`` is false, ``2024-01-01`` is a date and ``1e-5`` is text. This reader follows YAML 1.2 and
+JSON: numbers are decimal and may be written as ``1e-5``, only ``true`` and ``false`` are truth values, and everything
+else is text.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
     It also measures the size and depth of what it composes.
     """
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012  of the class, as PyYAML has it
+    yaml_implicit_resolvers = {}  # noqa: RUF012  a class attribute, as in PyYAML
 
     def __init__(self, stream: bytes | str):
         super().__init__(stream)

@@ -48,7 +48,7 @@ def as_webdataset(folder: str | Path, **options: Any) -> WebDataset:
         raise UserError(f"{folder}: only a local folder can be streamed by webdataset; download it first")
     tars = [shards.storage.where(f"{file['name']}.tar") for file in shards.manifest["shards"] if file["samples"]]
     options = {"shardshuffle": False, "nodesplitter": split_by_node, "empty_check": False, **options}
-    return WebDataset(tars, **options).compose(partial(_decoded, shards=shards))  # pyright: ignore[reportReturnType]  # of its own kind
+    return WebDataset(tars, **options).compose(partial(_decoded, shards=shards))  # pyright: ignore[reportReturnType]  # compose() returns the same class
 
 
 def _decoded(samples: Iterator[dict[str, Any]], shards: ShardSet) -> Iterator[dict[str, Any]]:

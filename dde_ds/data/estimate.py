@@ -70,7 +70,7 @@ def _tokenizers(model: str, names: Iterable[str], revision: str | None) -> list[
     from transformers import CLIPTokenizer
 
     try:
-        return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]  # pyright: ignore[reportArgumentType]  # takes None
+        return [CLIPTokenizer.from_pretrained(model, subfolder=name, revision=revision) for name in names]  # pyright: ignore[reportArgumentType]  # it accepts None
     except OSError as error:
         raise UserError(f"model {model}: tokenizer not loadable: {' '.join(str(error).split())}") from None
 

@@ -36,7 +36,7 @@ class HubPairs:
         datasets.disable_progress_bars()
         try:
             dataset = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        except Exception as error:  # the hub, the network and the builder raise many kinds
+        except Exception as error:  # the hub, the network and the builder raise many kinds of exceptions
             problem = " ".join(str(error).split())[:300]
             raise UserError(f"input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
         if isinstance(dataset, datasets.DatasetDict):

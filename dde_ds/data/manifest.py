@@ -33,17 +33,19 @@ NAMES = re.compile(r"(prompts-)?[0-9]{5,9}")
 # Limits on the numbers in a manifest, far above those of real sets. Memory is allocated by these numbers before any
 # byte has been read that confirms them.
 MOST_FILES = 50_000
+"""Limit on the files of one set."""
 MOST_SAMPLES = 2**19
-"""Samples of one file."""
+"""Limit on the samples of one file."""
 INDEX_BYTES = 128 * 2**20
-"""Size of one index."""
+"""Limit on the bytes of one index."""
 DESCRIPTION_BYTES = 4 * 2**20
-"""Size of a sample's .json, which holds caption, source and uids."""
+"""Limit on the bytes of a sample's .json, which holds caption, source and uids."""
 TENSOR_BYTES = 256 * 2**20
-"""Size of a sample's tensors."""
+"""Limit on the bytes of a sample's tensors."""
 MEMBER_BYTES = 2**16
-"""Size of the rest of a sample in a tar: the headers of its two members, the padding of their last blocks, and the
-header of safetensors.
+"""Limit on the other bytes of a sample in a tar.
+
+They are the headers of its two members, the padding of their last blocks, and the header of safetensors.
 """
 LARGEST_SAMPLE = TENSOR_BYTES + DESCRIPTION_BYTES + MEMBER_BYTES
 
@@ -82,10 +84,10 @@ def manifest_digest(manifest: dict) -> str:
 
 
 def is_whole_manifest(data: bytes) -> bool:
-    """Return False if a transfer has cut these bytes short or damaged them: they are not JSON, or the digest in their
-    manifest is wrong.
+    """Return False if the bytes are damaged or cut short: they are not JSON, or the digest in their manifest is wrong.
 
-    JSON that is not a manifest of a known format counts as whole, since another attempt would not change it.
+    JSON that is not a manifest of a known format counts as whole, since another attempt at the transfer would not
+    change it.
     """
     try:
         manifest = parse_json(data, WHOLE_BYTES)

@@ -100,6 +100,7 @@ class MixedShards:
 
     @property
     def counters(self) -> Counter:
+        """Return what this process has read of all sets together."""
         return sum((Counter(one.counters) for one in self.sets), Counter())
 
     def read(self, shard: int, row: int) -> dict[str, torch.Tensor]:

@@ -48,6 +48,7 @@ class Survey:
 
     @property
     def counts(self) -> Counter:
+        """Return the number of rows for each reason, ``decided`` among them."""
         return Counter({DECIDED: len(self.rows)} if len(self.rows) else {}) + Counter(self.excluded.values())
 
 
@@ -103,6 +104,7 @@ class SurveyBuilder:
         self._next += 1
 
     def finish(self) -> Survey:
+        """Return the survey of the rows that were added."""
         return Survey(list(self._index), np.array(self._caption_of, np.int32), np.array(self._rows, np.int64), self._excluded)
 
 
@@ -117,9 +119,10 @@ def decide(label: float | None) -> str:
 
 
 def label_of(cell: Any) -> float | None:
-    """Return a label as a number. It may be a number, a truth value or text such as ``"1"``; None stands for no label.
+    """Return the label in a cell as a number, or None if the cell holds no label.
 
-    Other words, such as ``"tie"``, become 0.5, which is no decision.
+    The cell may hold a number, a truth value or text such as ``"1"``. Other words, such as ``"tie"``, become 0.5, which
+    is no decision.
     """
     if not isinstance(cell, str):
         return None if cell is None else float(cell)

@@ -41,8 +41,9 @@ class ParquetPairs:
     def __init__(self, inputs: Sequence[str]):
         self.files = [file for name in inputs for file in find_files(name)]
         self.groups: list[np.ndarray] = []
-        """Per file, the first row of each of its row groups and then the first row of the next file, counted through
-        all files.
+        """Per file, the first row of each row group and then the first row of the next file.
+
+        Rows are counted through all files.
         """
         self.identity: list[dict] = []
         rows = 0
@@ -137,9 +138,8 @@ def captions_of(column: Any, where: str, first: int) -> list[str | None]:
 def find_files(name: str) -> list[str]:
     """Return the files that a path, a glob or the URL of either names, in order.
 
-    A folder stands for all parquet files below it.
-
-    A name is a glob only if no file or folder of exactly this name exists.
+    A folder stands for all parquet files below it. A name is a glob only if no file or folder of exactly this name
+    exists.
 
     Raises:
         UserError: no file matches, or the URL cannot be read.

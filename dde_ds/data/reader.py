@@ -187,8 +187,8 @@ class RankSlices(Sampler):
 class LookAhead(Sampler):
     """Yield each micro-batch together with the positions to prefetch when it is read.
 
-    These are the positions of the micro-batch that comes ``AHEAD`` micro-batches later. The first micro-batch comes
-    with those of all micro-batches up to there.
+    These are the positions of the micro-batch that comes ``AHEAD`` micro-batches later. With the first micro-batch come
+    the positions of all micro-batches up to that one.
     """
 
     def __init__(self, slices: Slices):
@@ -249,8 +249,8 @@ def micro_batches(
         totals: counts what was read and replaced.
 
     Raises:
-        RankError: a sample cannot be used, or more samples are damaged than may be replaced. No sample is skipped. Also
-            if a worker could not be started or was killed.
+        RankError: a sample cannot be used, more samples are damaged than may be replaced, or a worker could not be
+            started or was killed. No sample is skipped.
     """
     totals = ReadingTotals() if totals is None else totals
     loader = DataLoader(

@@ -1,5 +1,7 @@
-"""The shard format, and its reader: tars of encoded pairs, an index beside each tar, each prompt stored once, and a
-manifest written last.
+"""The shard format, and its reader.
+
+A set of shards consists of tars of encoded pairs, tars of prompts, an index beside each tar, and a manifest that is
+written last. Each prompt is stored once.
 
     shards/
       00000.tar          per pair KEY.json and KEY.safetensors; any reader of WebDataset can read it
@@ -13,8 +15,8 @@ manifest written last.
       manifest.json      what the shards hold, the sha256 of each tar and index, and its own; if it exists, the set is
                          complete
 
-A pair has these tensors: ``latents`` (2,C,H,W) float16, winner before loser, already scaled as the UNet takes them;
-``prompt`` () int64, the number of its prompt; for SDXL ``time_ids`` (2,6) float32. On request it also has
+A pair has the tensors ``latents`` (2,C,H,W) float16, winner before loser, already scaled as the UNet takes them;
+``prompt`` () int64, the number of its prompt; and for SDXL ``time_ids`` (2,6) float32. On request it also has
 ``latents_flipped`` of the mirrored images and ``logvar`` of the VAE's posterior. Both are scaled too, and have the
 shape of the latents. A prompt has ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,), both float16.
 

@@ -162,7 +162,8 @@ class RemoteFolder:
         """Return bytes of an object after checking them, as :meth:`LocalFolder.fetch` does.
 
         Args:
-            key: a digest of what is asked for. With it, the range is kept in the cache and looked for there.
+            name, offset, length, is_whole: as :meth:`LocalFolder.fetch` takes them.
+            key: a digest of what is asked for. With it, the range is looked for in the cache and kept there.
 
         Raises:
             DamagedData: the object is missing or too large, or its bytes fail the check at the last attempt.
@@ -184,7 +185,7 @@ class RemoteFolder:
                 data = self._get(name, offset, length)
             except FileNotFoundError:
                 raise DamagedData("the file is missing") from None
-            except Exception as error:  # every driver has exceptions of its own
+            except Exception as error:  # every driver raises its own exceptions
                 problem = f"{type(error).__name__}: {_without_user(self.url, ' '.join(str(error).split()))[:300]}".rstrip(": ")
                 damaged = False
                 if isinstance(error, (PermissionError, ImportError)) or getattr(error, "status", None) in FINAL_STATUS:

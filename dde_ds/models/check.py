@@ -135,7 +135,7 @@ def _check_scheduler(path: str, revision: str | None, name: str) -> None:
 
 
 def _check_fit(path: str, made: dict[str, Any], family: Family) -> None:
-    """Refuse a UNet that fits neither the VAE's latents nor the text encoders' embeddings."""
+    """Refuse a UNet that does not fit both the VAE's latents and the text encoders' embeddings."""
     unet, vae = made["unet"].config, made["vae"].config
     _, width = _prompt_shapes(made, family)["prompt_embeds"]
     for what, value, other in (

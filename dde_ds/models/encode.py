@@ -244,11 +244,16 @@ class Encoder:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of the VAE's posterior of images (N,3,H,W) in [-1,1]: (N,C,h,w) each, float32 on
-        the CPU.
+        """Return the mean and the log-variance of the VAE's posterior of images.
 
         Both are scaled as the UNet takes latents: this is where the factor is applied. mean + exp(logvar/2)·ε is a
         draw.
+
+        Args:
+            pixels: (N,3,H,W) in [-1,1].
+
+        Returns:
+            Mean and log-variance, (N,C,h,w) each, float32 on the CPU.
         """
         posterior = self.pipeline.vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist
         shift = getattr(self.pipeline.vae.config, "shift_factor", None) or 0.0
@@ -284,8 +289,8 @@ class Encoder:
 
 
 def cut_captions(tokenizers: Iterable[Any], captions: Sequence[str]) -> np.ndarray:
-    """Return (captions,) bool: whether one of the text encoders takes fewer tokens than a caption has, so that its end
-    is cut off.
+    """Return (captions,) bool: whether a caption has more tokens than one of the text encoders takes, which cuts off
+    its end.
     """
     cut = np.zeros(len(captions), bool)
     for tokenizer in tokenizers:

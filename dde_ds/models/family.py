@@ -1,9 +1,8 @@
-"""All that is known of the model families: SD1, SD2 and SDXL. All other modules ask this table, and a test checks that
-they do.
+"""All that is known of the model families SD1, SD2 and SDXL.
 
-A family is a diffusers pipeline: its parts, what its UNet is conditioned by, and the names that other programs use for
-it. To add a family, add a row to :data:`FAMILIES`. If it has new tensors, add them to :class:`Conditioning` and
-:data:`LAYOUTS`.
+All other modules ask this table, and a test checks that they do. A family is a diffusers pipeline: its parts, what its
+UNet is conditioned by, and the names that other programs use for it. To add a family, add a row to :data:`FAMILIES`. If
+it has new tensors, add them to :class:`Conditioning` and :data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # the command line reads the table, and starts without torch
+if TYPE_CHECKING:  # the command line reads the table, and must start without torch
     import torch
     from torch import Tensor
 
@@ -156,7 +155,7 @@ class Family:
     kohya_bases: tuple[str, str]
     """Names in sd-scripts for the base of an adapter, likewise for noise and for v.
 
-    Programs recognise those of SDXL by the beginning.
+    Programs recognise SDXL's name by its beginning.
     """
     original_adapters: bool = False
     """Whether sd-scripts names the layers of adapters as the original code does.

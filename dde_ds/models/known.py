@@ -1,6 +1,6 @@
 """Architectures of public models that come with the project.
 
-They allow counting parameters and FLOPs where the hub is not reached.
+With them, parameters and FLOPs can be counted without reaching the hub.
 """
 
 from __future__ import annotations

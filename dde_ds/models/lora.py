@@ -1,8 +1,7 @@
-"""LoRA: train two thin matrices beside the matrix W of a layer, which then computes W x + (α/r) B A x (arXiv
-2106.09685).
+"""LoRA: train two thin matrices B and A beside the matrix W of a layer (arXiv 2106.09685).
 
-B begins at zero. So an untrained adapter adds exactly nothing, and with the adapters switched off the UNet is its own
-base.
+The layer then computes W x + (α/r) B A x. B begins at zero. So an untrained adapter adds exactly nothing, and with the
+adapters switched off the UNet is its own base.
 """
 
 from __future__ import annotations

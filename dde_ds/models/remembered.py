@@ -73,10 +73,10 @@ def _cache() -> Path | None:
 
 def _read(cache: Path | None) -> dict:
     try:
-        found = read_json(cache, BYTES) if cache else {}
+        entries = read_json(cache, BYTES) if cache else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _states(files: Sequence[Path]) -> list[list]:

@@ -10,7 +10,8 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Show only errors of diffusers, transformers, bitsandbytes and DeepSpeed, and no progress bars of the first two.
+    """Show only errors of diffusers, transformers, bitsandbytes and DeepSpeed, and no progress bars of diffusers and
+    transformers.
 
     DeepSpeed is silenced only if it has been imported already.
     """
