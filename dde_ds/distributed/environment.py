@@ -11,7 +11,7 @@ srun           SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID       first hos
 =============  ======================================================  =============================================
 
 The first line that applies counts, because under Slurm any of the other launchers may have been started inside a task.
-MASTER_ADDR and MASTER_PORT always count if they are set. Nothing is guessed: variables that are incomplete or
+MASTER_ADDR and MASTER_PORT count if they are set and there are several ranks. Nothing is guessed: variables that are incomplete or
 contradict each other are an error.
 """
 
