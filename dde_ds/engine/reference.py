@@ -1,10 +1,10 @@
-"""Where the reference's weights lie. It only ever predicts: no optimizer, no gradients.
+"""Placement of the reference's weights. The reference only predicts: it has no optimizer and no gradients.
 
-    replicated   whole on every GPU: no communication, SDXL in bf16 takes 5.1 GB of each
-    sharded      by ZeRO-3 over all ranks, whatever the policy's stage: a block's weights are gathered when its turn comes
-    cpu          the same, with the shards in the host's memory: the GPU holds the blocks whose turn it is, and nothing after the pass
+    replicated   whole on every GPU: no communication; SDXL in bf16 takes 5.1 GB of each
+    sharded      sharded by ZeRO-3 over all ranks, whatever the policy's stage: a block's weights are gathered when the block runs
+    cpu          the same, with the shards in host memory: the GPU holds the weights of the running blocks, and nothing after the pass
 
-DeepSpeed accepts an engine without optimizer at stages 0 and 3 only.
+DeepSpeed accepts an engine without an optimizer at stages 0 and 3 only.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from typing import Any
 from dde_ds.config import ReferenceConfig
 from dde_ds.models.family import BLOCKS
 
-# A forward pass uses each weight once, so that there is nothing to keep one for; what is ahead is fetched during the current block.
-# DeepSpeed's default of 10⁹ for each of the last two would keep all of SD1.5 and a third of SDXL.
+# A forward pass uses each weight once, so no weight is kept for a second use. The next weights are fetched while the current block
+# runs. DeepSpeed's default of 10⁹ for each of the last two keys would keep all of SD1.5 and a third of SDXL.
 SHARDED = {
     "stage": 3,
     "overlap_comm": True,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "leaf_module": {"classes": list(BLOCKS)},
-    "memory_efficient_linear": False,  # as in dde_ds.engine.zero; it would be the policy's too
+    "memory_efficient_linear": False,  # as in dde_ds.engine.zero: the layers would be replaced in the policy too
     "stage3_max_live_parameters": 200_000_000,
     "stage3_max_reuse_distance": 0,
 }
-# DeepSpeed times each micro-batch by default, and for it waits for the GPU before the forward pass and behind the step.
+# By default DeepSpeed times each micro-batch. To do so, it waits for the GPU before the forward pass and after the step.
 NO_TIMER = {"enabled": False}
 
 
 def reference_config(config: dict, placement: str = "auto", dtype: str = "policy") -> dict:
-    """The DeepSpeed configuration of the reference beside a policy's, without what trains.
+    """Return the DeepSpeed configuration of the reference, derived from the policy's configuration ``config`` without its
+    training settings.
 
     Args:
         placement: ``auto``, ``replicated``, ``sharded`` or ``cpu``.
-        dtype: ``policy`` takes the policy's precision; ``bf16`` or ``fp32``.
+        dtype: ``policy`` for the policy's precision, ``bf16`` or ``fp32``.
 
     Raises:
-        UserError: another placement or type.
+        UserError: an unknown placement or type.
     """
-    ReferenceConfig(placement=placement, dtype=dtype)  # which checks them
+    ReferenceConfig(placement=placement, dtype=dtype)  # refuses unknown values
     batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
     kept: dict[str, Any] = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     if dtype != "policy":
@@ -53,17 +54,17 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
     if placement == "replicated":
         kept["zero_optimization"] = {"stage": 0}
     else:
-        # Beside a ZeRO-3 policy cut and gathered as that one is.
-        alike = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size", "leaf_module")
-        own = {key: policy[key] for key in alike if policy.get("stage") == 3 and key in policy}
-        kept["zero_optimization"] = copy.deepcopy({**SHARDED, **own})
+        # Beside a ZeRO-3 policy, the reference is sharded and gathered in the same way.
+        keys = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size", "leaf_module")
+        shared = {key: policy[key] for key in keys if policy.get("stage") == 3 and key in policy}
+        kept["zero_optimization"] = copy.deepcopy({**SHARDED, **shared})
         if placement == "cpu":
             kept["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return kept
 
 
 def resolve_placement(policy: dict, placement: str = "auto") -> str:
-    """What ``auto`` means beside a policy of this ``zero_optimization`` section."""
+    """Return ``placement``, with ``auto`` resolved for a policy that has this ``zero_optimization`` section."""
     if placement != "auto":
         return placement
     if policy.get("stage") != 3:

@@ -1,4 +1,4 @@
-"""The two ends of an optimizer's step: gradients summed up over its micro-batches, and an update that only finite ones get through."""
+"""The two ends of an optimizer step: sum gradients over its micro-batches, and apply only a finite update."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ import torch
 
 
 def gradient_accumulation(policy: Any) -> AbstractContextManager:
-    """Around the backward passes of one step, at whose end comes :func:`apply_if_finite`.
+    """Return a context for the backward passes of one optimizer step. Call :func:`apply_if_finite` after the context.
 
-    At stage 2 DeepSpeed takes each micro-batch's gradients through its reduction, to keep of the sums what is the rank's own. One rank keeps
-    all, and in float32 they can add up where they are: there they go through it once a step, to the same numbers, and no sums lie beside
-    them in a backward pass. In bfloat16 the sums are float32, and adding to them is a part of the reduction.
+    At stage 2, DeepSpeed reduces gradients after every micro-batch, so that each rank keeps the sums of its own partition. A
+    single rank owns everything. In float32, its gradients can add up in ``.grad``. The context then reduces once a step, with
+    the same numbers. A backward pass needs no memory for separate sums.
+
+    In bfloat16 the sums are float32, and adding to them is part of the reduction. There the context changes nothing.
     """
     in_place = policy.zero_optimization_stage() == 2 and policy.dp_world_size == 1 and not policy.bfloat16_enabled()
     if not in_place or policy.zero_cpu_offload():
         return nullcontext()
-    policy.set_gradient_accumulation_boundary(True)  # `step` is called once, and ends each accumulation
+    policy.set_gradient_accumulation_boundary(True)  # the loop then calls `step` once, at the end of the accumulation
     return policy.coalesce_grad_reduction()
 
 
 def apply_if_finite(policy: Any) -> float:
-    """``policy.step()`` at the end of an accumulation, left out on all ranks where a gradient is not finite. Collective.
+    """Call ``policy.step()`` at the end of an accumulation. All ranks skip the update if a gradient is not finite. Collective.
 
-    DeepSpeed's ZeRO and bfloat16 optimizers do so themselves, silently, by the norm, which is all ranks' gradients' together; the one
-    place where that is optional is switched on in :func:`dde_ds.engine.zero.complete_config`. A plain optimizer, stage 0 in
-    float32, does not: its gradients, reduced by then and so equal on all ranks, are looked at here.
+    DeepSpeed's ZeRO and bfloat16 optimizers skip such an update themselves, silently. They test the norm of all ranks'
+    gradients together. In one case this test is optional, and :func:`dde_ds.engine.zero.complete_config` switches it on.
+
+    A plain optimizer (stage 0 in float32) does not skip, so this function tests its gradients. They are reduced by then, and
+    therefore equal on all ranks.
 
     Returns:
-        The gradient's norm before clipping. Not finite: the step was left out, and weights, moments and the optimizer's count of
-        steps are as they were.
+        The gradient's norm before clipping. If the norm is not finite, the step was skipped: weights, moments and the
+            optimizer's step count are unchanged.
     """
     if hasattr(policy.optimizer, "overflow"):
         policy.step()
@@ -42,7 +46,7 @@ def apply_if_finite(policy: Any) -> float:
     if math.isfinite(norm):
         policy.step()
     else:
-        # Cleared after DeepSpeed's clipping, which must find some: the optimizer then has nothing to do.
+        # DeepSpeed's clipping needs gradients. The hook clears them after the clipping, so that the optimizer has nothing to do.
         hook = policy.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
         policy.step()
         hook.remove()

@@ -19,7 +19,8 @@ from dde_ds.shipped import deepspeed_file, deepspeed_names
 from dde_ds.untrusted import read_json
 from dde_ds.warn import reason
 
-# What is read here of a DeepSpeed configuration is an object or not there; each after the one that it lies in.
+# Sections of a DeepSpeed configuration that the code below reads, each with an example. Each must be an object or absent. A parent
+# comes before the sections inside it.
 SECTIONS = {
     "zero_optimization": {"stage": 2},
     "zero_optimization.offload_optimizer": {"device": "cpu"},
@@ -31,7 +32,7 @@ SECTIONS = {
     "data_types": {"grad_accum_dtype": "fp32"},
     "torch_autocast": {"enabled": False},
 }
-# Of zero_optimization, in elements, but for the last one, in ranks.
+# Keys of zero_optimization that are counted in elements, except the last one, which is counted in ranks.
 SIZES = (
     "reduce_bucket_size",
     "allgather_bucket_size",
@@ -43,7 +44,7 @@ SIZES = (
     "zero_hpz_partition_size",
 )
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's buckets where a configuration does not say."""
+"""Size of DeepSpeed's buckets, in elements, if a configuration does not set it."""
 
 
 def initialize(
@@ -54,29 +55,32 @@ def initialize(
     reference_placement: str = "auto",
     reference_dtype: str = "policy",
 ) -> tuple[Any, Any | None]:
-    """DeepSpeed engines for a policy and its frozen reference, from one DeepSpeed configuration.
+    """Build DeepSpeed engines for a policy and its frozen reference, from one DeepSpeed configuration.
 
-    Joins the process group first where that has not happened. The reference gets no optimizer and no gradients, and, unless
-    told otherwise, the policy's precision, so that both take the same path through the numbers and the first loss is log 2.
+    The process group is joined first if this has not happened yet. The reference gets no optimizer and no gradients. By
+    default it has the policy's precision. Both models then round in the same places, and the first loss is log 2.
 
     Args:
-        policy: the UNet to train; all of its parameters that require gradients are trained.
-        reference: another copy of it, or None for an objective without one.
-        config: a DeepSpeed configuration, as a dict, the path of its JSON, or the name of a shipped one such as ``zero2``.
-        reference_placement: ``replicated``, ``sharded`` or ``cpu``, see :mod:`dde_ds.engine.reference`; ``auto`` is sharded beside a
-            ZeRO-3 policy, on the CPU where that policy's weights are, and replicated beside any other.
+        policy: the UNet to train. All of its parameters that require gradients are trained.
+        reference: another copy of the UNet, or None for an objective without a reference.
+        config: a DeepSpeed configuration, as a dict, the path of its JSON, or the name of a shipped file such as ``zero2``.
+        reference_placement: ``replicated``, ``sharded`` or ``cpu``, see :mod:`dde_ds.engine.reference`. ``auto`` shards the
+            reference beside a ZeRO-3 policy. If that policy's weights are offloaded to the CPU, ``auto`` also keeps the
+            reference's shards there. Beside any other policy, ``auto`` replicates the reference.
         reference_dtype: ``policy``, ``bf16`` or ``fp32``.
 
     Returns:
         (policy engine, reference engine or None).
 
     Raises:
-        UserError: the configuration is not readable or contradicts the models, policy and reference are one module, or DeepSpeed is too old.
+        UserError: the configuration is not readable or contradicts the models, policy and reference are one module, or
+            DeepSpeed is too old.
     """
     if policy is reference:
         raise UserError("initialize(): policy and reference are the same module; load the reference a second time")
     config = read_config(config)
-    if reference is not None:  # what is wrong with its settings is said before the policy takes its minutes
+    # Refuse wrong settings of the reference before the policy takes its minutes.
+    if reference is not None:
         reference_config(config, reference_placement, reference_dtype)
     engine = initialize_policy(policy, config)
     if reference is None:
@@ -85,7 +89,13 @@ def initialize(
 
 
 def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
-    """The first half of :func:`initialize`: who loads the reference after it does not hold two whole UNets in the host's memory on the way to a GPU."""
+    """Build the policy's engine: the first half of :func:`initialize`.
+
+    Load the reference after this call, so that host memory never holds two full UNets on their way to a GPU.
+
+    Raises:
+        UserError: as :func:`initialize`.
+    """
     import deepspeed
 
     from dde_ds.distributed import group
@@ -101,17 +111,18 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     zero = config.get("zero_optimization", {})
     if not all(parameter.requires_grad for parameter in policy.parameters()):
-        # DeepSpeed reduces a leaf module's gradients as soon as those of its inputs are there. The first block with adapters has none, since
-        # nothing before it is trained, and its weights' gradients would be taken before they are.
+        # DeepSpeed reduces a leaf module's gradients as soon as the gradients of its inputs exist. The first block with adapters
+        # has no gradients of inputs, since nothing before it is trained. DeepSpeed would reduce its weights' gradients before they
+        # are computed.
         zero.pop("leaf_module", None)
     if zero.get("stage"):
-        # Of parameters that zero.Init has cut up the whole sizes.
+        # Parameters that zero.Init has partitioned keep their full size in ds_numel.
         trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         zero["reduce_bucket_size"] = bucket_elements(zero, trained)
     optimizer = adamw8bit.client_optimizer(config)
     engine, *_ = deepspeed.initialize(
         model=policy.train(),
-        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # takes any iterable of them
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # takes any iterable of parameters
         config=config,
         optimizer=optimizer,
     )
@@ -119,15 +130,16 @@ def initialize_policy(policy: torch.nn.Module, config: dict) -> Any:
 
 
 def check_engine(config: dict, trained: int | None, ranks: int, selective: bool) -> None:
-    """Refuse of a configuration what :func:`initialize_policy` would, before models are loaded.
+    """Refuse a configuration that :func:`initialize_policy` would refuse, before models are loaded.
 
     Args:
-        config: as :func:`complete_config` made it.
-        trained: elements that are trained, None where they are too few to matter.
+        config: a configuration that :func:`complete_config` made.
+        trained: number of trained elements; None if they are too few to matter.
         selective: whether gradient checkpointing is known to be selective.
 
     Raises:
-        UserError: a section that the run cannot have, or a package or compiler that is missing.
+        UserError: a section that the run cannot have, a missing package or compiler, or too many trained elements for 8-bit
+            AdamW.
     """
     config = copy.deepcopy(config)
     _refuse_autocast(config)
@@ -138,28 +150,37 @@ def check_engine(config: dict, trained: int | None, ranks: int, selective: bool)
 
 
 def initialize_reference(reference: torch.nn.Module, config: dict, placement: str = "auto", dtype: str = "policy") -> Any:
-    """The second half of :func:`initialize`, with the same configuration."""
+    """Build the reference's engine: the second half of :func:`initialize`, with the same configuration."""
     import deepspeed
 
     reference.requires_grad_(False).eval()
     engine, *_ = deepspeed.initialize(model=reference, config=reference_config(config, placement, dtype))
-    engine.module.eval()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's hint allows it to be a tensor
+    engine.module.eval()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's type hint says that it may be a tensor
     return engine
 
 
 def bucket_elements(zero: dict, trained: int) -> int:
-    """Elements of a bucket in which gradients are reduced: DeepSpeed makes it as large as it is told, if there are fewer or not."""
+    """Return the number of elements in a bucket for the reduction of gradients, at most ``trained``.
+
+    DeepSpeed allocates the configured size, even if there are fewer gradients.
+    """
     return min(zero.get("reduce_bucket_size", BUCKET), trained)
 
 
 def offloads_optimizer(config: dict) -> bool:
+    """Return whether a configuration keeps the optimizer's state off the device."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _take_torch_adam(config: dict) -> None:
-    """PyTorch's fused AdamW: DeepSpeed would first compile its own, for over a minute and with a CUDA toolkit, for the same update.
+    """Choose PyTorch's fused AdamW.
 
-    An offloaded optimizer needs DeepSpeed's, which runs on the CPU and is compiled once, by the first run.
+    DeepSpeed would first compile its own AdamW for the same update. That takes over a minute, and a CUDA toolkit.
+
+    An offloaded optimizer needs DeepSpeed's AdamW, which runs on the CPU. The first run compiles it once.
+
+    Raises:
+        UserError: the optimizer is offloaded, and the compiler is missing.
     """
     optimizer = config.get("optimizer", {})
     if offloads_optimizer(config):
@@ -181,11 +202,17 @@ def _refuse_autocast(config: dict) -> None:
 
 
 def _keep_linear(config: dict, selective: bool) -> None:
-    """PyTorch's own linear layers at stage 3, where DeepSpeed would by default replace them in the whole process.
+    """Keep PyTorch's own linear layers at stage 3. By default DeepSpeed would replace them in the whole process.
 
-    Its own multiply and then add the bias, which in bfloat16 rounds twice: a run would depend on its stage. And they add in place, to the
-    very tensor that selective checkpointing has kept: the bias would come a second time when a block is computed again, and the
-    gradients be wrong without a word. What they are for, not to keep gathered weights until the backward pass, checkpointing does as well.
+    DeepSpeed's layers multiply and then add the bias, which in bfloat16 rounds twice. A run's numbers would depend on its
+    stage. The layers also add the bias in place, to the tensor that selective checkpointing has kept. When a block is computed
+    again, the bias would be added a second time, and the gradients would silently be wrong.
+
+    DeepSpeed's layers exist so that gathered weights need not be kept until the backward pass. Checkpointing achieves that as
+    well.
+
+    Raises:
+        UserError: the configuration asks for DeepSpeed's layers, and checkpointing is selective.
     """
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and zero.setdefault("memory_efficient_linear", False) and selective:
@@ -196,30 +223,32 @@ def _keep_linear(config: dict, selective: bool) -> None:
 
 
 def read_config(config: dict | str | Path) -> dict:
-    """A DeepSpeed configuration as a dict of its own, whose sections are what the code here takes them for.
+    """Read a DeepSpeed configuration into a new dict, and check the types of the sections that the code here reads.
+
+    Sizes become integers, and most sizes of ``"auto"`` are removed: see :func:`_check_sizes`.
 
     Raises:
-        UserError: a file that cannot be read, or a section that is no object.
+        UserError: a file that cannot be read, a section that is no object, or a size that is no valid number.
     """
     if isinstance(config, dict):
-        found, where = copy.deepcopy(config), "deepspeed configuration"
+        values, where = copy.deepcopy(config), "deepspeed configuration"
     else:
         where = f"deepspeed {config}"
         try:
-            found = read_json(deepspeed_file(config), unique_keys=True)
+            values = read_json(deepspeed_file(config), unique_keys=True)
         except FileNotFoundError:
             raise UserError(f"{where}: no such file; shipped are {', '.join(deepspeed_names())}") from None
         except OSError as error:
             raise UserError(f"{where}: {reason(error).lower()}") from None
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON: {error}") from None
-    _check_sections(found, where)
-    _check_sizes(found.get("zero_optimization", {}), where)
-    return found
+    _check_sections(values, where)
+    _check_sizes(values.get("zero_optimization", {}), where)
+    return values
 
 
 def _check_sections(config: Any, where: str) -> None:
-    """DeepSpeed takes some of these as a bare value, and answers others with a traceback."""
+    """Refuse sections that are no objects. DeepSpeed takes some of them as a bare value, and answers others with a traceback."""
     if not isinstance(config, dict):
         raise UserError(
             f'{where}: is a {type(config).__name__}: must be an object, such as {{"zero_optimization": {{"stage": 2}}}}'
@@ -233,12 +262,17 @@ def _check_sections(config: Any, where: str) -> None:
 
 
 def _check_sizes(zero: dict, where: str) -> None:
-    """Makes whole numbers of sizes such as 5e8, and takes out those that are ``"auto"``, as in files for other trainers: DeepSpeed knows none
-    in its files, and has its defaults."""
+    """Normalise sizes in place: 5e8 becomes an integer, and ``"auto"`` is removed.
+
+    Files for other trainers contain ``"auto"``. DeepSpeed does not understand it, and uses its default if a key is missing.
+
+    Raises:
+        UserError: a size that is no valid number.
+    """
     for key in [key for key in SIZES if key in zero]:
         value, wrong = zero[key], None
         if value == "auto":
-            if key != "zero_hpz_partition_size":  # which is filled in with the ranks of a node
+            if key != "zero_hpz_partition_size":  # complete_config fills in the ranks of a node
                 del zero[key]
             continue
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -254,13 +288,15 @@ def _check_sizes(zero: dict, where: str) -> None:
 
 
 def complete_config(run: RunConfig, world: int, local_world_size: int | None = None) -> dict:
-    """The run's DeepSpeed configuration, with what the run configuration states filled in.
+    """Return the run's DeepSpeed configuration, completed with what the run configuration states.
 
     Args:
-        on_a_node: ranks of a node, for a file that shards within nodes; None takes all ranks for one node's.
+        world: number of ranks.
+        local_world_size: ranks on each node, for a file that shards within nodes. None assumes that all ranks are on one node.
 
     Raises:
-        UserError: the JSON says something else than the run configuration; both keys are named.
+        UserError: the JSON contradicts the run configuration (the message names both keys), or sets a key or value that the
+            run or DeepSpeed does not take.
     """
     config = read_config(run.deepspeed)
     accepted.check_accepted(config, f"deepspeed {run.deepspeed}")
@@ -273,7 +309,7 @@ def complete_config(run: RunConfig, world: int, local_world_size: int | None = N
         "gradient_accumulation_steps": (accumulation, f"batch.pairs / ({world} ranks × batch.micro_batch_size)"),
         "gradient_clipping": (run.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
         "bf16.enabled": (run.precision == "bf16", "precision"),
-        # Both on, DeepSpeed skips a step with a bad gradient at every stage and in either precision.
+        # With both keys on, DeepSpeed skips a step with a bad gradient at stages 1 to 3, in either precision.
         "bf16.check_grad_overflow": (True, "guards"),
         "zero_optimization.compute_grad_norm": (True, "guards"),
         "fp16.enabled": (False, "precision"),
@@ -294,7 +330,7 @@ def complete_config(run: RunConfig, world: int, local_world_size: int | None = N
             raise UserError(
                 f"{run.deepspeed}: {dotted} is {place[leaf]!r}, but {key} of the run says {value!r}; remove it from the JSON"
             )
-        place[leaf] = value  # 8.0 and true are equal to 8 and 1, but no such numbers
+        place[leaf] = value  # equal is not enough: 8.0 == 8 and true == 1
     if "zero_hpz_partition_size" in zero:
         node = local_world_size or world
         if zero["zero_hpz_partition_size"] == "auto":
@@ -307,25 +343,29 @@ def complete_config(run: RunConfig, world: int, local_world_size: int | None = N
     if world == 1:
         _leave_out_reduction(zero, run.precision)
     if run.precision == "fp32":
-        # Communication and accumulation types are for mixed precision; in fp32 they would be contradictions.
+        # These types are for mixed precision; in fp32 they would contradict it.
         config.pop("data_types", None)
-    else:  # DeepSpeed's default is the model's own type, whose sums lose their late terms
+    else:  # DeepSpeed's default is to sum in the model's own type, where late terms are lost
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     accepted.ask_deepspeed(config, f"deepspeed {run.deepspeed}")
     return config
 
 
 def _leave_out_reduction(zero: dict, precision: str) -> None:
-    """One rank has nothing to reduce, but DeepSpeed goes through all of it: the keys with which the least is copied and waited for.
+    """Set the keys with which a single rank copies and waits least.
 
-    In bfloat16 gradients are added to their float32 sums straight from a contiguous bucket; in float32 they would be copied from it into one
-    more buffer, both made anew in each micro-batch. With offload the same streams carry gradients to the host.
+    A single rank has nothing to reduce, but DeepSpeed still goes through the whole reduction. In bfloat16, gradients are added
+    to their float32 sums directly from a contiguous bucket. In float32, they would be copied from the bucket into one more
+    buffer. Both buffers would be allocated anew in each micro-batch.
+
+    With offload the keys stay as they are, since the same streams carry gradients to the host.
     """
     if zero["stage"] in (1, 2) and not offloads_optimizer({"zero_optimization": zero}):
         zero |= {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": precision == "bf16"}
 
 
 def _check_stage(run: RunConfig, config: dict) -> None:
+    """Refuse a ZeRO stage, or a setting beside it, that the run cannot train with."""
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):

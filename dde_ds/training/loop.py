@@ -28,26 +28,28 @@ UNSTARTED = "stopped as asked before a step was made; go on with --resume auto"
 
 
 def train(run: RunConfig, resume: str | None = None) -> int:
-    """Run to the end, or to a request to stop. Every rank calls this. Signals ask it to stop while it runs in the main thread;
-    their handlers are the old ones when it returns.
+    """Run training from a configuration to the export, or until a request to stop. Collective: every rank calls this function.
+
+    Called in the main thread, the run also stops on signals. The earlier signal handlers are back in place when the function
+    returns.
 
     Args:
-        resume: None starts a new run and refuses a folder that holds one; ``required`` goes on from the newest checkpoint;
-            ``auto`` does so where there is one and starts otherwise.
+        resume: None starts a new run and refuses a folder that holds a run. ``required`` continues from the newest checkpoint.
+            ``auto`` continues if there is a checkpoint, and starts a new run otherwise.
 
     Returns:
-        0 when the run is done, 75 when it was asked to stop and can be resumed.
+        0 when the run is done; 75 when the run was asked to stop and can be resumed.
 
     Raises:
         UserError: unusable input.
     """
     silence_libraries()
-    with listening(), contextlib.ExitStack() as held:
-        # ZeRO-3 leaves a function of its own there, which rounds otherwise: for the next run in this process.
-        held.callback(setattr, functional, "linear", functional.linear)
+    with listening(), contextlib.ExitStack() as cleanup:
+        # ZeRO-3 may replace this function by its own, which rounds differently. The next run in this process needs PyTorch's again.
+        cleanup.callback(setattr, functional, "linear", functional.linear)
 
-        # Open models, data and folder; make up for what a request to stop cut off
-        session = open_session(run, resume, held)
+        # Open models, data and folder; then produce the outputs that an earlier request to stop prevented
+        session = open_session(run, resume, cleanup)
         if session is None or not catch_up(session):
             if read_environment().is_main:
                 print(UNSTARTED, flush=True)
@@ -69,8 +71,11 @@ def train(run: RunConfig, resume: str | None = None) -> int:
 
 
 def optimizer_step(session: Session, step: int) -> float | None:
-    """Train on the pairs of one step. Return the gradient's norm before clipping, or None where it was not finite: the step is
-    then skipped on all ranks."""
+    """Train on the pairs of one optimizer step. Collective.
+
+    Returns:
+        The gradient's norm before clipping, or None if the norm was not finite. In that case all ranks skip the step.
+    """
     policy, run = session.policy, session.run
 
     # Add up the gradients of the micro-batches
@@ -106,7 +111,11 @@ def optimizer_step(session: Session, step: int) -> float | None:
 
 
 def after_step(session: Session, step: int, grad_norm: float | None) -> bool:
-    """Evaluate, log, draw and save what is due after ``step``. Return whether the run was asked to stop."""
+    """Evaluate, log, draw and save whatever is due after ``step``. Collective.
+
+    Returns:
+        Whether the run was asked to stop.
+    """
     evaluated: dict[str, float] = {}
     if session.evaluator.due(step):
         with session.clock.stopped():
@@ -127,29 +136,34 @@ def after_step(session: Session, step: int, grad_norm: float | None) -> bool:
 
 
 def save(session: Session, step: int) -> None:
-    """Write the checkpoint of ``step``, and the reference's errors that it makes final. Collective."""
+    """Write the reference's errors that were collected since the last save, then the checkpoint of ``step``. Collective."""
     session.precomputed.write(session.ranks)
-    beside = {"skipped": session.guards.counts(), "averages": session.averages.state(session.accumulation)}
-    session.progress.say(session.checkpoints.save(step, session.policy, session.objective, beside))
+    extra_state = {"skipped": session.guards.counts(), "averages": session.averages.state(session.accumulation)}
+    session.progress.say(session.checkpoints.save(step, session.policy, session.objective, extra_state))
 
 
 def catch_up(session: Session) -> bool:
-    """Draw and evaluate what was due after the first step and is missing. Return False after a request to stop."""
+    """Draw the samples and evaluate the held-out pairs that were due after step ``session.first_step`` and are missing.
+    Collective.
+
+    Returns:
+        False if the run was asked to stop.
+    """
     step = session.first_step
     missing = first_does(lambda: missing_outputs(session.run, step))
     if missing.samples:
         session.samples.draw(step)
     if missing.evaluation and (evaluated := session.evaluator.evaluate()):
         session.log.amend(step, step * session.run.batch.pairs, evaluated)
-    session.clock.read()  # what came before was not training
+    session.clock.read()  # restart the clock: the time until now was not spent on training
     return not session.stop.agreed()
 
 
 def write_done(folder: Path, steps: int) -> None:
-    """Write the proof that a run has ended.
+    """Write the file ``DONE``, which proves that a run has ended.
 
     Raises:
-        RankError: it cannot be written.
+        RankError: the file cannot be written.
     """
     try:
         write_atomically(folder / "DONE", f"{steps} steps\n".encode())

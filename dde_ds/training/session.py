@@ -1,4 +1,4 @@
-"""What a run holds while it trains, and how all of it is opened."""
+"""The parts of a run while it trains, and the function that opens all of them."""
 
 from __future__ import annotations
 
@@ -45,21 +45,25 @@ from dde_ds.training.track import open_trackers
 
 @dataclass(frozen=True)
 class Session:
-    """The parts of a run, each on every rank. A part that is switched off is there, is never due and does nothing."""
+    """Hold the parts of a run, on every rank.
+
+    A feature that is switched off still has its part. That part is never due and does nothing.
+    """
 
     run: RunConfig
     ranks: DistributedEnv
     device: torch.device
     folder: Path
     first_step: int
-    """Steps that were made before, in the checkpoint that the run goes on from."""
+    """Optimizer steps in the checkpoint that the run continues from; 0 for a new run."""
     accumulation: int
-    """Micro-batches of an optimizer step on this rank."""
+    """Micro-batches of one optimizer step on this rank."""
 
     policy: Any
-    """DeepSpeed's engine."""
+    """DeepSpeed's engine of the policy."""
     reference: Reference | None
-    """None where nothing compares with one, or all its errors are in the precomputed reference."""
+    """The source of the reference's predictions. None if the objective compares with no reference, or if the precomputed
+    reference holds every error that the run needs."""
     objective: Objective
     batches: Iterator[Batch]
 
@@ -67,7 +71,7 @@ class Session:
     guards: Guards
     heartbeat: Heartbeat
     lock: Lock | None
-    """Of the run folder, on the first rank."""
+    """The lock on the run folder, on the first rank; None on the others."""
     stop: StopRequest
 
     averages: Averages
@@ -82,16 +86,19 @@ class Session:
     checkpoints: Checkpoints
 
     def take(self, batch: Batch, out: ObjectiveOutput) -> torch.Tensor:
-        """Count what a micro-batch came to, and return its loss as it goes into the backward pass."""
+        """Add a micro-batch's metrics and reference errors to the run's records. Return the loss for the backward pass, a scalar."""
         self.precomputed.add(batch, out.reference_errors)
         self.averages.add(out)
         return self.guards.watch(out.loss, batch)
 
     def row(self, step: int, grad_norm: float | None) -> dict[str, float]:
-        """Return the numbers of the steps since the last row. Collective.
+        """Return the metrics of the steps since the last row. Collective.
 
         Args:
-            grad_norm: of the last step before clipping; None where the step was skipped.
+            grad_norm: the gradient's norm in the last step, before clipping; None if that step was skipped.
+
+        Raises:
+            UserError: the ranks have met more damaged samples than the run may replace.
         """
         row = {**self.averages.read(self.objective.schedule.num_train_timesteps), **self.clock.read()}
         row |= self.utilisation.row(row["perf/pairs_per_s"])
@@ -101,11 +108,11 @@ class Session:
 
 
 def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session | None:
-    """Open everything that a run needs, and load the checkpoint that it goes on from. Collective.
+    """Open everything that a run needs, and load the checkpoint that the run continues from. Collective.
 
     Args:
         resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
-        held: takes what must be given back when the run ends, however that comes about.
+        held: collects the clean-up for the end of the run, whatever ends it.
 
     Returns:
         The session, or None after a request to stop.
@@ -116,28 +123,30 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
     deadline = None if run.max_hours is None else time.monotonic() + 3600 * run.max_hours
     folder = Path(run.output)
 
-    # Shards and objective: what needs no other rank
+    # Shards and objective, which need no other rank
     shards, held_out_shards = open_shards(run)
     objective = build_run_objective(run)
 
     # Ranks
     ranks, device = start(run.timeout_minutes)
-    if any_rank(asked(), device):  # while libraries were imported and the others waited for
+    # A request may have come while libraries were imported, or while this rank waited for the others.
+    if any_rank(asked(), device):
         return None
     local_world_size = find_local_world_size(ranks, device)
     ds_config = complete_config(run, ranks.world_size, local_world_size)
 
-    # Run folder: whether the run may write there, whether base and shards are whole and fit, and what it goes on from
+    # Run folder: check that the run may write there and that base and shards are whole and fit; choose a checkpoint to continue
+    # from
     lock = held.enter_context(claimed(folder, resume, _warn))
-    base, said = first_does(lambda: check_start(run, shards, held_out_shards, objective, ds_config, ranks.world_size))
-    for line in said if ranks.is_main else ():
+    base, notes = first_does(lambda: check_start(run, shards, held_out_shards, objective, ds_config, ranks.world_size))
+    for line in notes if ranks.is_main else ():
         print(f"note: {line}", flush=True)
     resumed, state, damaged = choose_checkpoint(run, shards, base, resume, _warn)
     first_step = state.get("step", 0)
     precomputed = open_precomputed(run, shards, objective, ranks)
     first_does(lambda: open_folder(folder, run))
 
-    # Models. All that can be wrong with the input has been found; loading takes minutes, in which a request to stop must count.
+    # Models. All checks of the input are done. Loading takes minutes, and a request to stop must count during that time.
     stop = StopRequest(folder, device, deadline)
     with_reference = objective.needs_reference and not precomputed.covers(first_step, run.steps)
     checkpointing = chosen_checkpointing(run, shards, with_reference, ranks.world_size, local_world_size, device)
@@ -154,15 +163,15 @@ def open_session(run: RunConfig, resume: str | None, held: ExitStack) -> Session
     clock, reading, accumulation = Clock(), ReadingTotals(), run.batch.accumulation(ranks.world_size)
     batches = precomputed.fill(clock.timed(open_batches(run, shards, objective, slices, device, reading)))
 
-    # What is counted, and where it goes
-    writing = folder if ranks.is_main else None
+    # Counters, logs and progress
+    log_folder = folder if ranks.is_main else None
     averages = Averages()
     averages.restore(state.get("averages", {}), accumulation, device)
-    skipped = RowFile(folder / "skipped.jsonl", first_step) if writing else None
+    skipped = RowFile(folder / "skipped.jsonl", first_step) if log_folder else None
     guards = Guards(run.guards.max_skipped_in_a_row, **state.get("skipped", {}), log=skipped)
-    log = RunLog(writing, first_step, open_trackers(run, first_step) if writing else (), run.log.every, run.steps)
+    log = RunLog(log_folder, first_step, open_trackers(run, first_step) if log_folder else (), run.log.every, run.steps)
     held.callback(log.close)
-    heartbeat = Heartbeat(writing)
+    heartbeat = Heartbeat(log_folder)
     heartbeat.beat(first_step)
     progress = ProgressLine(first_step, run.steps, visible=ranks.is_main)
     progress.say(

@@ -1,4 +1,4 @@
-"""One micro-batch: latents → noise → two predictions → objective; or one model's errors alone."""
+"""Process one micro-batch: latents → noise → two predictions → objective. Or compute the errors of one model alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from dde_ds.training.reference import Reference
 def micro_step(
     policy: Any, reference: Reference | None, objective: Objective, batch: Batch, device: torch.device
 ) -> ObjectiveOutput:
-    """Return the loss of one micro-batch of B pairs.
+    """Return the loss and the metrics of one micro-batch of B pairs.
 
-    ``policy`` is a DeepSpeed engine or a plain UNet. Winners and losers go through each model in one call: two would double the
-    launches, and under ZeRO-3 the gathering of every parameter.
+    Winners and losers go through each model in one call. Two calls would double the kernel launches. Under ZeRO-3 they would
+    also double the gathering of every parameter.
+
+    Args:
+        policy: a DeepSpeed engine or a plain UNet.
+        reference: the source of the reference's predictions. It is not called if ``batch`` has the reference's errors, and may
+            be None then or for an objective without a reference.
     """
     dtype = next(policy.parameters()).dtype
     batch, noisy, both = _noised(objective.schedule, batch, device)
-    # The models see x_t in their own type; the objective takes the exact one: where a v model's implied noise is nearly x_t itself,
-    # at the noisy end, the rounding of x_t to bfloat16 would be all that is left of the difference.
+    # The models see x_t rounded to their own type; the objective takes the exact x_t. At the noisy end, a v model's implied noise
+    # is nearly x_t itself. If the objective took x_t in bfloat16, its rounding would be all that is left of the difference.
     seen = noisy.to(dtype)
 
     reference_pred = None
     if objective.needs_reference and batch.reference_errors is None:
-        assert reference is not None  # a run loads none only if its objective needs none or all errors are precomputed
+        assert reference is not None  # without a reference, the objective needs none or all errors are precomputed
         with torch.no_grad():
             reference_pred = reference(seen, both, batch.conditioning)
     policy_pred = predict(policy, seen, both, batch.conditioning)
@@ -40,11 +45,11 @@ def micro_step(
 
 @torch.no_grad()
 def errors_of(model: Reference, schedule: NoiseSchedule, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return one model's errors on a micro-batch, (2B,) float32, as :func:`micro_step` finds them.
+    """Return one model's errors on a micro-batch, (2B,) float32, computed as in :func:`micro_step`.
 
     Args:
-        model: predicts, such as :func:`dde_ds.training.reference.frozen_model` of a UNet.
-        dtype: the policy's type, which x_t is rounded to for all models.
+        model: the model as a function that predicts, such as the result of :func:`dde_ds.training.reference.frozen_model`.
+        dtype: the policy's type. x_t is rounded to this type for every model.
     """
     batch, noisy, both = _noised(schedule, batch, device)
     target = schedule.target(batch.noise, both, noisy)
@@ -52,7 +57,7 @@ def errors_of(model: Reference, schedule: NoiseSchedule, batch: Batch, device: t
 
 
 def _noised(schedule: NoiseSchedule, batch: Batch, device: torch.device) -> tuple[Batch, Tensor, Tensor]:
-    """Return the batch on the device, x_t (2B,C,H,W) float32, and the timestep of each, (2B,)."""
+    """Return the batch on ``device``, x_t (2B,C,H,W) float32, and the timestep of each row of x_t, (2B,)."""
     batch = batch.to(device)
     latents, both = batch.latents.float(), batch.timesteps.repeat(2)
     shared = batch.noise if len(batch.noise) == len(latents) else batch.noise.repeat(2, 1, 1, 1)
