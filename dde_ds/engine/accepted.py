@@ -1,4 +1,7 @@
-"""What of a DeepSpeed configuration a run takes: what changes speed and memory, not what is trained or who hears of it."""
+"""The keys of a DeepSpeed configuration that a run accepts.
+
+They change speed and memory. They change neither what is trained nor who hears of it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ TAKEN = (
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "log_level", "timers"),
     "dataloader_drop_last",
 )
-"""Keys that a configuration may set. The run has its own word for some of them, and DeepSpeed ignores others for want of a use."""
+"""Keys that a configuration may set. For some of them the run states the value. DeepSpeed ignores others, since it has no use for
+them."""
 REASONS = {
     **dict.fromkeys(("wandb", "comet", "tensorboard", "csv_monitor"), "log.trackers of the run says who gets its numbers"),
     **dict.fromkeys(("data_efficiency", "curriculum_learning"), "the order of the pairs is the run's own"),
@@ -28,13 +32,14 @@ REASONS = {
     "compile": "model.compile states it",
     "scheduler": "optimizer.warmup_steps states the schedule",
 }
-"""Why others are not taken, where there is more to say. Each may stand in a file switched off."""
+"""Reasons why certain other keys are not accepted. Each of these keys may be in a file if it is switched off."""
 ZERO_REASONS = {
     **dict.fromkeys(
         ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"), "offload_optimizer and offload_param took its place"
     ),
     "zenflow": "it would update weights with gradients of earlier steps",
 }
+"""Reasons why certain keys of ``zero_optimization`` are not accepted."""
 OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "torch_adam", "fused")
 FLAGS = (
     *("prescale_gradients", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "disable_allgather"),
@@ -43,17 +48,17 @@ FLAGS = (
 
 
 def check_accepted(config: dict, where: str) -> None:
-    """Take out of ``config`` what is switched off, and refuse what a run does not take.
+    """Remove from ``config`` what is switched off, and refuse what a run does not accept.
 
     Raises:
-        UserError: a key that a run does not take, or a value that would end DeepSpeed later, or change what is trained.
+        UserError: a key that a run does not accept, or a value that would end DeepSpeed later or change what is trained.
     """
     for key in [key for key in config if key not in TAKEN]:
         if not _is_off(config[key]):
             hint = nearest(key, TAKEN)
             reason = REASONS.get(key) or f"a run does not take this key{hint if 'did you mean' in hint else ''}"
             raise UserError(f"{where}: {key} is set, but {reason}; remove it from the JSON")
-        del config[key]  # of some DeepSpeed refuses the very name
+        del config[key]  # DeepSpeed refuses some of these keys whatever their value
     zero = config.get("zero_optimization", {})
     for key, reason in ZERO_REASONS.items():
         if not _is_off(zero.pop(key, None)):
@@ -68,10 +73,10 @@ def check_accepted(config: dict, where: str) -> None:
     if types.get("grad_accum_dtype") == "auto":
         del types["grad_accum_dtype"]
     for section in ("offload_optimizer", "offload_param"):
-        # From an NVMe drive DeepSpeed does not give back the optimizer's state, which a checkpoint needs.
+        # No NVMe drive: DeepSpeed does not give back the optimizer's state from there, and a checkpoint needs it.
         _choose(zero.get(section, {}), "device", ("cpu", "none"), f"{where}: zero_optimization.{section}")
     _choose(types, "grad_accum_dtype", ("fp32", "bf16"), f"{where}: data_types")
-    _choose(config, "gradient_allreduce_op", ("mean",), where)  # a sum grows with the ranks
+    _choose(config, "gradient_allreduce_op", ("mean",), where)  # a sum would grow with the number of ranks
     _choose(config, "log_level", ("debug", "info", "warning", "error", "critical"), where)
     for key in FLAGS:
         if config.get(key) == "auto":
@@ -96,22 +101,24 @@ def _check_number(config: dict, key: str, low: float, kind: Any, where: str) -> 
 
 
 def ask_deepspeed(config: dict, where: str) -> None:
-    """Have DeepSpeed read a completed configuration, so that what it refuses is said before a model is loaded.
+    """Let DeepSpeed read a completed configuration, so that a refusal comes before a model is loaded.
 
     Raises:
-        UserError: DeepSpeed refuses it.
+        UserError: DeepSpeed refuses the configuration.
     """
     config = copy.deepcopy(config)
-    del config["train_batch_size"]  # which DeepSpeed compares with the ranks that are there, and these may be planned ones
+    # DeepSpeed compares this key with the number of running ranks. The configuration may be for planned ranks.
+    del config["train_batch_size"]
     silenced = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # where nothing is trained, which accelerator DeepSpeed would take is no news
+    # Nothing is trained here, so DeepSpeed's lines about its accelerator would only distract.
+    logging.disable(logging.WARNING)
     try:
         from deepspeed.runtime.config import DeepSpeedConfig
 
         DeepSpeedConfig(config)
     except ImportError:
         raise
-    except Exception as error:  # its reader raises whatever a wrong type leads to: TypeError, AttributeError, pydantic's errors, …
+    except Exception as error:  # a wrong type may raise anything: TypeError, AttributeError, pydantic's errors, …
         raise UserError(f"{where}: DeepSpeed does not take it: {_first_error(error)}") from None
     finally:
         logging.disable(silenced)
@@ -120,7 +127,7 @@ def ask_deepspeed(config: dict, where: str) -> None:
 def _first_error(error: Exception) -> str:
     from pydantic import ValidationError
 
-    if isinstance(error, ValidationError) and (problems := error.errors()):  # its own text goes over several lines
+    if isinstance(error, ValidationError) and (problems := error.errors()):  # its own text has several lines
         place = ".".join(map(str, problems[0].get("loc", ())))
         return f"{error.title}: {place} is {problems[0].get('input')!r}: {problems[0].get('msg')}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,8 +1,11 @@
-"""AdamW with moments of 8 bits (bitsandbytes, arXiv 2110.02861): 2 bytes a parameter in the place of 8, under ZeRO-1 and 2.
+"""AdamW with moments of 8 bits (bitsandbytes, arXiv 2110.02861), under ZeRO-1 and 2: 2 bytes a parameter instead of 8.
 
-Each block of 256 moments is stored as codes (uint8), a table of the 256 values that they stand for, and the block's largest value. A
-checkpoint holds the values in float32 under AdamW's own names, so that a run goes on with 32 bits, and the other way round. Quantised
-again they may round once more: the codes reach 1 but not -1, so that a block whose largest value is negative gets another scale.
+Each block of 256 moments is stored as codes (uint8) and the block's largest value. A table holds the 256 values that the codes
+stand for. A checkpoint holds the moments in float32 under AdamW's own names. So a run can continue with 32 bits, and a run
+with 32 bits can continue with 8.
+
+Quantising the values again may round them once more. The codes reach 1 but not -1, so a block whose largest value is negative
+gets another scale.
 """
 
 from __future__ import annotations
@@ -17,19 +20,24 @@ from torch import Tensor
 from dde_ds.errors import UserError
 
 TYPE = "AdamW8bit"
-"""``optimizer.type`` in DeepSpeed's configuration, which knows of none such itself."""
+"""Value of ``optimizer.type`` in a DeepSpeed configuration that asks for this optimizer. DeepSpeed itself does not know this
+type."""
 BLOCK = 256
+"""Moments in a block."""
 MOST = 2**31 - 1
-"""Elements of a rank's partition: bitsandbytes counts them in 32 bits on a GPU (``backends/cuda/ops.py``), and wraps without a word."""
-# Suffix of bitsandbytes' names for each of AdamW's.
+"""Most elements of a rank's partition. On a GPU, bitsandbytes counts elements in 32 bits (``backends/cuda/ops.py``) and wraps
+silently."""
+# Suffix of bitsandbytes' names for each of AdamW's moments.
 MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 
 
 def client_optimizer(config: dict) -> Callable | None:
-    """What makes the optimizer from its parameters, where ``config`` asks for this one; it is then taken out of ``config``.
+    """Return a function that makes the optimizer from its parameters, or None if ``config`` asks for another optimizer.
+
+    The section ``optimizer`` is removed from ``config``, since the function replaces it.
 
     Raises:
-        UserError: bitsandbytes is not installed, or the stage is another.
+        UserError: bitsandbytes is not installed, the ZeRO stage is neither 1 nor 2, or the optimizer is offloaded.
     """
     if config.get("optimizer", {}).get("type") != TYPE:
         return None
@@ -43,7 +51,7 @@ def client_optimizer(config: dict) -> Callable | None:
     except ImportError:
         raise UserError("optimizer.type is adamw_8bit: bitsandbytes is not installed; pip install -e '.[lowbit]'") from None
     options = config.pop("optimizer")["params"]
-    config["zero_allow_untested_optimizer"] = True  # "untested" are all but six optimizers by name
+    config["zero_allow_untested_optimizer"] = True  # DeepSpeed calls all but six optimizers "untested"
 
     def make(parameters: list[torch.nn.Parameter]) -> AdamW8bit:
         check_partition(sum(parameter.numel() for parameter in parameters), dist.get_world_size())
@@ -53,13 +61,14 @@ def client_optimizer(config: dict) -> Callable | None:
 
 
 def check_partition(trained: int, ranks: int) -> None:
-    """Refuse what bitsandbytes would miscount.
+    """Refuse a partition that bitsandbytes would miscount.
 
     Args:
-        trained: elements that are trained.
+        trained: number of trained elements, over all ranks.
+        ranks: number of ranks.
 
     Raises:
-        UserError: a rank's part of them is too large.
+        UserError: a rank's part of the elements is too large.
     """
     if trained / ranks > MOST:
         raise UserError(
@@ -69,57 +78,63 @@ def check_partition(trained: int, ranks: int) -> None:
 
 
 def is_ours(optimizer: Any) -> bool:
+    """Return whether an optimizer comes from bitsandbytes."""
     return type(optimizer).__module__.startswith("bitsandbytes.")
 
 
 def is_quantized(state: dict) -> bool:
-    """Whether this is the optimizer's state of a flat partition."""
+    """Return whether ``state``, an optimizer's state of a flat partition, holds moments of 8 bits."""
     return "qmap1" in state
 
 
 def hp_mapping(parameter: torch.nn.Parameter) -> Any:
-    """Return where in its flat partition this rank's part of a parameter lies, as DeepSpeed has it; None where it has no part."""
+    """Return DeepSpeed's record of where this rank's part of a parameter lies in its flat partition. None if this rank has no
+    part."""
     return parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed puts it there
 
 
 @torch.no_grad()
 def full_moment(parameter: torch.nn.Parameter, state: dict, kind: str) -> Tensor:
-    """One of AdamW's moments of a whole parameter, float32, from all ranks' partitions. Collective.
+    """Return one of AdamW's moments of a whole parameter, float32, from all ranks' partitions. Collective.
 
     Args:
-        state: of the flat partition that holds this rank's part.
+        state: the optimizer's state of the flat partition that holds this rank's part.
+        kind: ``exp_avg`` or ``exp_avg_sq``.
     """
     whole = torch.zeros(parameter.numel(), device=parameter.device)
-    place = hp_mapping(parameter)
-    if place is not None:
-        first, count = place.hp_fragment_address.start, place.hp_fragment_address.numel
+    part = hp_mapping(parameter)
+    if part is not None:
+        first, count = part.hp_fragment_address.start, part.hp_fragment_address.numel
         block, last = first // BLOCK, -(-(first + count) // BLOCK)
         codes, table, largest = (state[f"{name}{MOMENTS[kind]}"] for name in ("state", "qmap", "absmax"))
         values = table[codes[block * BLOCK : last * BLOCK].long()]
         values *= largest[block:last].repeat_interleave(BLOCK)[: len(values)]
-        start = place.lp_fragment_address.start
+        start = part.lp_fragment_address.start
         whole[start : start + count] = values[first - block * BLOCK :][:count]
     dist.all_reduce(whole, group=parameter._dp_group)  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed puts it there
     return whole.view_as(parameter)
 
 
 class Restoring:
-    """Collects the moments of a flat partition, float32 in the host's memory, until all are there and can be quantised: the largest
-    value of a block may be another parameter's."""
+    """Collect the moments of a flat partition, float32 in host memory, until all are there. Then quantise them.
+
+    The moments must wait for each other, because the largest value of a block may belong to another parameter.
+    """
 
     def __init__(self, flat: Tensor, steps: int):
         self._steps = steps
         self._values = {kind: torch.zeros(flat.numel()) for kind in MOMENTS}
 
     def take(self, parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
-        place = hp_mapping(parameter)
-        if place is not None:
-            start, first, count = place.lp_fragment_address.start, place.hp_fragment_address.start, place.hp_fragment_address.numel
+        """Take this rank's part of a whole moment of one parameter."""
+        part = hp_mapping(parameter)
+        if part is not None:
+            start, first, count = part.lp_fragment_address.start, part.hp_fragment_address.start, part.hp_fragment_address.numel
             self._values[kind][first : first + count] = value.flatten()[start : start + count].cpu()
 
     @torch.no_grad()
     def finish(self, optimizer: Any, flat: Tensor) -> None:
-        """Fill the optimizer's state of this partition."""
+        """Quantise the moments, and fill the optimizer's state of this partition with them."""
         from bitsandbytes.functional import quantize_blockwise
 
         group = next(number for number, each in enumerate(optimizer.param_groups) if any(flat is one for one in each["params"]))
@@ -129,8 +144,8 @@ class Restoring:
         for kind, number in MOMENTS.items():
             values, chunk = self._values[kind], BLOCK << 16  # 16 M values at a time on the device
             for start in range(0, len(values), chunk):
-                codes, found = quantize_blockwise(
+                codes, quantized = quantize_blockwise(
                     values[start : start + chunk].to(flat.device), code=state[f"qmap{number}"], blocksize=BLOCK
                 )
                 state[f"state{number}"][start : start + chunk] = codes
-                state[f"absmax{number}"][start // BLOCK :][: len(found.absmax)] = found.absmax
+                state[f"absmax{number}"][start // BLOCK :][: len(quantized.absmax)] = quantized.absmax

@@ -2,14 +2,18 @@
 
     checkpoints/step-00000100/
       state-00000-000.safetensors   float32 weights and optimizer moments of whole parameters, NAME/weight, NAME/exp_avg, …; the
-                                    first number is the rank that wrote it, which means nothing when it is read
+                                    first number is the rank that wrote the file; readers ignore it
       objective.safetensors         the correction table
       state.json                    step, position, and what must not change on resume
       manifest.json                 every file with its bytes and sha256
 
-A checkpoint is written in ``checkpoints/.staging``, each file fsynced by the rank that wrote it, and renamed when every rank is done.
-The first rank alone reads one: what the manifest names and nothing else, and of that only what is checked. Damage is what reading has
-proved; where reading fails nothing is proved, and nothing may be deleted for it.
+All ranks write a checkpoint into ``checkpoints/.staging``. Each file is fsynced by the rank that wrote it. The folder is
+renamed when every rank is done.
+
+The first rank alone reads a checkpoint. It reads only files that the manifest names, and uses only bytes that it has checked.
+A checkpoint counts as damaged only if reading has proved the damage. A read that fails proves nothing, so nothing may be
+deleted because of it.
+
 Nothing is pickled: reading a checkpoint runs no code.
 """
 
@@ -42,19 +46,19 @@ from dde_ds.warn import reason, warn_once
 
 STATE, TABLE, MANIFEST = "state.json", "objective.safetensors", "manifest.json"
 FORMAT = "dde_ds checkpoint 1"
-# What a rank holds in memory before it writes a file.
+# Bytes that a rank collects in memory before it writes a file.
 PART_BYTES = 2 * 2**30
-# A name with anything behind the number is a copy or a mark of somebody's, and no checkpoint of the run.
+# A name with more text after the number is somebody's copy or mark, and no checkpoint of the run.
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _WEIGHTS = re.compile(r"state-[0-9]{5,}-[0-9]{3,}\.safetensors")
-# Files that are checked at the same time: one thread reads half a gigabyte a second where the processor has no SHA instructions.
+# Files that are checked at the same time. One thread reads half a gigabyte a second if the processor has no SHA instructions.
 _READERS = 8
 
 T = TypeVar("T")
 
 
 class DamagedError(UserError):
-    """A checkpoint of which reading has proved that it is not what was written."""
+    """Report a checkpoint that is proved to differ from what was written."""
 
 
 def save(
@@ -66,52 +70,53 @@ def save(
     keep_every: int | None = None,
     damaged: Collection[Path] = (),
 ) -> tuple[Path, int]:
-    """Write the checkpoint of ``state["step"]``, then delete what need not be kept. Collective; ranks share ``folder``.
+    """Write the checkpoint of ``state["step"]``, then delete checkpoints that need not be kept. Collective; ranks share
+    ``folder``.
 
     Args:
-        keep: how many of the newest stay.
-        keep_every: checkpoints at multiples of this step stay as well.
-        damaged: checkpoints that were proved damaged when the run went on from one before them. Of the later ones these alone are
-            deleted; another one is no concern of this run, and stays.
+        keep: number of the newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept as well.
+        damaged: checkpoints that were proved damaged when the run resumed from an earlier one. A checkpoint of a later step is
+            deleted only if it is listed here. Any other later checkpoint is not of this run and stays.
 
     Returns:
-        The checkpoint and its size in bytes.
+        The checkpoint's folder, and the size of its weight files in bytes.
 
     Raises:
-        RankError: no room on the disk, a file that cannot be written, or a whole checkpoint of this step that another run has put
-            there. Older checkpoints stay as they are.
+        RankError: no room on the disk, a file that cannot be written, or a finished checkpoint of this step that another run
+            has written. Older checkpoints stay as they are.
     """
     staging, target = folder / ".staging", folder / f"step-{state['step']:08d}"
-    trouble = None
+    problem = None
     if dist.get_rank() == 0:
-        trouble = _make_room(staging, target, policy, damaged)
-    _raise_together(trouble, policy.device)
+        problem = _make_room(staging, target, policy, damaged)
+    _raise_together(problem, policy.device)
     try:
-        rows, trouble = _write_parts(staging, policy), None
+        rows, problem = _write_parts(staging, policy), None
     except (OSError, SafetensorError) as error:
-        rows, trouble = [], error
-    _raise_together(trouble and _unwritable(staging, trouble), policy.device)
-    everyone: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, rows)
+        rows, problem = [], error
+    _raise_together(problem and _unwritable(staging, problem), policy.device)
+    rows_by_rank: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(rows_by_rank, rows)
     if dist.get_rank() == 0:
         try:
-            _finish(staging, target, [row for rank in everyone for row in rank], policy, objective, state)
+            _finish(staging, target, [row for rank in rows_by_rank for row in rank], policy, objective, state)
             _delete_old(folder, state["step"], keep, keep_every, damaged)
         except (OSError, SafetensorError) as error:
-            trouble = error
-    _raise_together(trouble and _unwritable(staging, trouble), policy.device)
-    return target, sum(row["bytes"] for rank in everyone for row in rank)
+            problem = error
+    _raise_together(problem and _unwritable(staging, problem), policy.device)
+    return target, sum(row["bytes"] for rank in rows_by_rank for row in rank)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. Whether their files are still whole is for :func:`damage` to say.
+    """Return the finished checkpoints, oldest first. :func:`damage` tells whether their files are still whole.
 
     Raises:
-        UserError: the folder cannot be read. It is not empty for that.
+        UserError: the folder cannot be read. An unreadable folder does not count as empty.
     """
     try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(filter(_is_finished, found), key=step_of)
+        paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(filter(_is_finished, paths), key=step_of)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -121,25 +126,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_finished(checkpoint: Path) -> bool:
+    """Return whether a path is a folder with a manifest, or a link to a disk that is not mounted."""
     try:
         (checkpoint / MANIFEST).lstat()
     except NotADirectoryError:
         return False
     except FileNotFoundError:
-        return checkpoint.is_symlink() and not checkpoint.exists()  # its disk is not mounted: for whoever reads it to say
+        return checkpoint.is_symlink() and not checkpoint.exists()  # its disk is not mounted: reading it reports that
     return True
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_state(checkpoint: Path) -> dict:
-    """``state.json`` of a checkpoint, with ``step``, ``optimizer``, and the ``identity`` and ``config`` of its run.
+    """Read ``state.json`` of a checkpoint: ``step``, ``optimizer``, and the ``identity`` and ``config`` of the run.
 
     Raises:
-        DamagedError: it is not what was written, or of another step than the folder's name says.
-        UserError: it could not be read.
+        DamagedError: the file is not what was written, or its step is not the one in the folder's name.
+        UserError: the file could not be read.
     """
     try:
         state = {"identity": {}, "config": {}} | parse_json(_contents(checkpoint, STATE))
@@ -159,10 +166,10 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """One line about what is wrong with a checkpoint, or None. Reads all of it.
+    """Return one line about what is wrong with a checkpoint, or None if it is whole. Reads all of its files.
 
     Raises:
-        UserError: it could not be read, or is of another version: neither proves any damage.
+        UserError: the checkpoint could not be read, or is of another version. Neither proves any damage.
     """
     try:
         read_state(checkpoint)
@@ -174,25 +181,29 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], on_damage: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are what was written; ``on_damage`` is told of each newer one, on the first rank. Collective.
+    """Return the newest checkpoint whose files are what was written, or None if there is none. Collective.
+
+    Args:
+        checkpoints: oldest first.
+        on_damage: takes one line about each newer, damaged checkpoint, on the first rank.
 
     Raises:
-        UserError: one could not be read, so that nobody knows whether it is the newest whole one. Raised on all ranks.
+        UserError: a checkpoint could not be read, so it may or may not be the newest whole one. Raised on all ranks.
     """
     for checkpoint in reversed(checkpoints):
-        wrong = first_does(lambda checkpoint=checkpoint: damage(checkpoint))
-        if wrong is None:
+        problem = first_does(lambda checkpoint=checkpoint: damage(checkpoint))
+        if problem is None:
             return checkpoint
         if dist.get_rank() == 0:
-            on_damage(wrong)
+            on_damage(problem)
     return None
 
 
 def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
-    """Restore weights, optimizer and correction table. Collective; only the first rank reads.
+    """Restore weights, optimizer state and correction table. Collective; only the first rank reads files.
 
     Raises:
-        UserError: the checkpoint is damaged, cannot be read, or is of another model or of another optimizer. Raised on all ranks.
+        UserError: the checkpoint is damaged, cannot be read, or belongs to another model or optimizer. Raised on all ranks.
     """
     parameters = training_state.trained(policy)
     reader: WeightReader | None = None
@@ -223,12 +234,13 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
 
 
 def _check_fit(checkpoint: Path, reader: WeightReader, expected: dict[str, torch.nn.Parameter]) -> None:
-    if strange := sorted(expected.keys() ^ set(reader.names))[:3]:
-        raise UserError(f"checkpoint {checkpoint}: is not of this model: {', '.join(strange)} is in one of them only")
+    """Refuse a checkpoint whose tensors have other names or shapes than ``expected``."""
+    if unexpected := sorted(expected.keys() ^ set(reader.names))[:3]:
+        raise UserError(f"checkpoint {checkpoint}: is not of this model: {', '.join(unexpected)} is in one of them only")
     for name, parameter in expected.items():
-        found, shape = reader.shape(name), list(training_state.full_shape(parameter))
-        if found != shape:
-            raise UserError(f"checkpoint {checkpoint}: is not of this model: {name} has shape {found} there, {shape} here")
+        stored, shape = reader.shape(name), list(training_state.full_shape(parameter))
+        if stored != shape:
+            raise UserError(f"checkpoint {checkpoint}: is not of this model: {name} has shape {stored} there, {shape} here")
 
 
 def load_table(checkpoint: Path, objective: Objective) -> None:
@@ -255,10 +267,10 @@ def _read_table(checkpoint: Path) -> dict[str, Tensor]:
 
 
 class WeightReader:
-    """Tensors of a checkpoint by name, each read when it is asked for. The files are checked first.
+    """Read tensors of a checkpoint by name, each when it is asked for. The constructor checks all files first.
 
     Raises:
-        DamagedError: a file is not what was written, or a tensor is in two of them.
+        DamagedError: a file is not what was written, or two files hold the same tensor.
         UserError: a file could not be read.
     """
 
@@ -285,7 +297,7 @@ class WeightReader:
 
 
 def _open_weights(checkpoint: Path, row: dict) -> Any:
-    """A weight file, once every byte of it was read and is what was written."""
+    """Open a weight file after reading all of it and finding every byte as it was written."""
 
     def check(file: BinaryIO) -> Any:
         same = os.fstat(file.fileno()).st_size == row["bytes"] and sha256_of_open(file) == row["sha256"]
@@ -301,7 +313,7 @@ def _open_weights(checkpoint: Path, row: dict) -> Any:
 
 
 def _contents(checkpoint: Path, name: str) -> bytes:
-    """The bytes of a small file, which were checked."""
+    """Return the bytes of a small file, after checking them."""
     row = _manifest(checkpoint)[name]
     data = _read(checkpoint, name, lambda file: file.read() if os.fstat(file.fileno()).st_size == row["bytes"] else b"")
     if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
@@ -310,14 +322,15 @@ def _contents(checkpoint: Path, name: str) -> bytes:
 
 
 def _manifest(checkpoint: Path) -> dict[str, dict]:
-    """Rows of the manifest by their files' names, which have no folder in them: nothing outside the checkpoint is ever opened."""
+    """Return the manifest's rows by file name. The names contain no folder, so that nothing outside the checkpoint is ever
+    opened."""
     data = _read(checkpoint, MANIFEST, lambda file: file.read(JSON_BYTES + 1))
     try:
         manifest = parse_json(data)
         form, rows = manifest["format"], manifest["files"]
         names = [row["name"] for row in rows]
         whole = all(type(row["bytes"]) is int and isinstance(row["sha256"], str) for row in rows)
-        strange = [name for name in names if name not in (TABLE, STATE) and not _WEIGHTS.fullmatch(name)]
+        unexpected = [name for name in names if name not in (TABLE, STATE) and not _WEIGHTS.fullmatch(name)]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(checkpoint, f"{MANIFEST}: {reason(error)}") from None
     if form != FORMAT:
@@ -326,8 +339,8 @@ def _manifest(checkpoint: Path) -> dict[str, dict]:
                 f"checkpoint {checkpoint}: {MANIFEST} says {form!r}, this version reads {FORMAT!r}: use the version that wrote it"
             )
         raise _damaged(checkpoint, f"{MANIFEST} says {form!r}, expected {FORMAT!r}")
-    if strange:
-        raise _damaged(checkpoint, f"{MANIFEST} names {strange[0]!r}, which is no file of a checkpoint")
+    if unexpected:
+        raise _damaged(checkpoint, f"{MANIFEST} names {unexpected[0]!r}, which is no file of a checkpoint")
     if not whole or len(set(names)) < len(names):
         raise _damaged(checkpoint, f"{MANIFEST} is no list of files")
     if missing := [name for name in (TABLE, STATE) if name not in names] or (len(names) < 3 and ["state-*.safetensors"]):
@@ -336,11 +349,12 @@ def _manifest(checkpoint: Path) -> dict[str, dict]:
 
 
 def _read(checkpoint: Path, name: str, read: Callable[[BinaryIO], T]) -> T:
-    """What ``read`` makes of a file of a checkpoint.
+    """Return ``read(file)`` for one file of a checkpoint.
 
     Raises:
         DamagedError: the file is missing.
-        UserError: it could not be read. That may pass, or another node may read it: it proves nothing.
+        UserError: the file could not be read. This proves no damage: the cause may pass, or another node may be able to read
+            the file.
     """
     try:
         with open_regular(checkpoint / name) as file:
@@ -358,6 +372,8 @@ def _damaged(checkpoint: Path, why: str) -> DamagedError:
 
 
 def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Path]) -> RankError | None:
+    """Make an empty staging folder and check that the disk has room, on the first rank. Return the error, if any, instead of
+    raising it."""
     weights = sum(training_state.full_shape(parameter).numel() for _, parameter in training_state.trained(policy))
     need = 4 * weights * (1 + len(training_state.moments(policy)))
     try:
@@ -368,7 +384,7 @@ def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Pat
             )
         empty_trash(staging.parent)
         if os.path.lexists(staging):  # left by a save that was killed
-            with contextlib.suppress(OSError):  # what counts is that its name is free
+            with contextlib.suppress(OSError):  # only its name must become free
                 discard(staging)
         staging.mkdir(parents=True)
         free = shutil.disk_usage(staging).free
@@ -383,28 +399,32 @@ def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Pat
 
 
 def _write_parts(staging: Path, policy: Any) -> list[dict]:
-    """This rank's share of the parameters, in files of about ``PART_BYTES``; their rows of the manifest. Collective."""
+    """Write this rank's share of the parameters, in files of about ``PART_BYTES``. Collective.
+
+    Returns:
+        Their rows of the manifest.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     rows: list[dict] = []
-    held: dict[str, Tensor] = {}
+    buffer: dict[str, Tensor] = {}
     trouble: Exception | None = None
 
     def flush() -> None:
         nonlocal trouble
-        if held and not trouble:
+        if buffer and not trouble:
             path = staging / f"state-{rank:05d}-{len(rows):03d}.safetensors"
             try:
-                save_tensors(held, path)
+                save_tensors(buffer, path)
                 rows.append(_row(path))
             except (OSError, SafetensorError) as error:
-                # Told when all parameters are through: the other ranks wait for this one in the next gathering.
+                # Raised only after the last parameter: the other ranks wait for this one in the next gathering.
                 trouble = error
-        held.clear()
+        buffer.clear()
 
     for number, (name, tensors) in enumerate(training_state.gather(policy)):
         if number % world == rank:
-            held |= {f"{name}/{kind}": value.cpu().contiguous() for kind, value in tensors.items()}
-            if sum(value.nbytes for value in held.values()) >= PART_BYTES:
+            buffer |= {f"{name}/{kind}": value.cpu().contiguous() for kind, value in tensors.items()}
+            if sum(value.nbytes for value in buffer.values()) >= PART_BYTES:
                 flush()
     flush()
     if trouble:
@@ -413,6 +433,7 @@ def _write_parts(staging: Path, policy: Any) -> list[dict]:
 
 
 def _finish(staging: Path, target: Path, rows: list[dict], policy: Any, objective: Objective, state: dict) -> None:
+    """Write the table, the state and the manifest, then publish the folder. On the first rank."""
     save_tensors(objective.state_dict(), staging / TABLE)
     optimizer = {"steps": training_state.optimizer_steps(policy), "moments": training_state.moments(policy)}
     (staging / STATE).write_text(json.dumps(state | {"optimizer": optimizer}, indent=1) + "\n", encoding="utf-8")
@@ -422,7 +443,10 @@ def _finish(staging: Path, target: Path, rows: list[dict], policy: Any, objectiv
 
 
 def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, damaged: Collection[Path]) -> None:
-    """Delete what need not be kept. What cannot be deleted costs room, and is no reason to end a run."""
+    """Delete checkpoints that need not be kept.
+
+    A checkpoint that cannot be deleted costs room, but is no reason to end a run: it is a warning.
+    """
     try:
         finished = list_checkpoints(folder)
     except UserError as error:
@@ -430,7 +454,7 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, dama
         return
     later = [path for path in finished if step_of(path) > step]
     old = [path for path in finished if step_of(path) <= step][:-keep]
-    # A damaged one that is later would stay in this one's place, and be looked at again by every resume.
+    # Delete damaged later checkpoints: every resume would take them for the newest ones and check them again.
     for path in [
         *(path for path in later if path in damaged),
         *(path for path in old if not keep_every or step_of(path) % keep_every),
@@ -447,7 +471,10 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, dama
 
 
 def _row(path: Path) -> dict:
-    """The manifest's row of a file that this rank wrote, when it is on the disk: the first rank's fsync flushes no other node's cache."""
+    """Return the manifest's row of a file that this rank wrote, once the file is on the disk.
+
+    Each rank must sync its own files: the first rank's fsync flushes no other node's cache.
+    """
     sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -460,7 +487,7 @@ def _unwritable(staging: Path, error: Exception) -> RankError:
 
 
 def _raise_together(error: Exception | None, device: torch.device) -> None:
-    """Raise ``error`` here, and leave the other ranks as well, which would otherwise wait for this one. Collective."""
+    """Raise ``error`` on this rank, and OtherRankError on the others, which would otherwise wait for this rank. Collective."""
     failed = any_rank(error is not None, device)
     if error is not None:
         raise error

@@ -1,6 +1,7 @@
-"""The moving average of the trained weights. Each rank averages the part of the float32 weights that it updates: no rank holds all.
+"""The moving average of the trained weights.
 
-The average is one more tensor of the optimizer's state, beside its moments, and so is saved and restored as they are.
+Each rank averages the part of the float32 weights that it updates, so no rank holds all of them. The average is one more
+tensor of the optimizer's state, beside the moments, and is saved and restored with them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dde_ds.engine.state import EMA
 
 @torch.no_grad()
 def update_ema(policy: Any, decay: float) -> None:
-    """Take the policy's weights into the average. Once after each step that the optimizer made, and after no skipped one.
+    """Add the policy's weights to the average. Call this once after each step that the optimizer made, and never after a skipped
+    step.
 
-    The decay warms up as diffusers' EMAModel has it (``training_utils.py``): the first update takes the weights as they are, update
-    k + 1 (k = 1, 2, …) has decay min(``decay``, (1 + k)/(10 + k)). Otherwise the average would stay with its beginning for long.
+    The decay warms up as in diffusers' EMAModel (``training_utils.py``). The first update copies the weights. Update k + 1 (k
+    = 1, 2, …) has decay min(``decay``, (1 + k)/(10 + k)). Without the warm-up, the average would long stay near the first
+    weights.
     """
     earlier = state.optimizer_steps(policy) - 1
     weight = 1 - min(decay, (1 + earlier) / (10 + earlier)) if earlier else 1.0

@@ -1,4 +1,4 @@
-"""From a policy, or from a checkpoint of one, to files that other programs load: a diffusers folder, LoRA weights, or a single file."""
+"""Write a policy, or a checkpoint of one, as files that other programs load: a diffusers folder, LoRA weights, or a single file."""
 
 from __future__ import annotations
 
@@ -32,34 +32,36 @@ from dde_ds.models.unet import DTYPES, load_scheduler_config, load_unet
 
 FORMATS = ("folder", "lora", "kohya", "single")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What ``load_lora_weights(folder)`` looks for."""
+"""The file that ``load_lora_weights(folder)`` looks for."""
 KOHYA_FILE = "lora_kohya.safetensors"
-"""The same adapters, for programs other than diffusers."""
+"""The file of the same adapters for programs other than diffusers."""
 SHOWN = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation")
-"""Of the last numbers, those that a model card tells, beside all of the held-out pairs."""
+"""Metrics of the last row that a model card shows, beside all metrics of the held-out pairs."""
 
 
 def export_policy(policy: Any, run: RunConfig, step: int, metrics: dict, target: Path) -> None:
-    """Write the policy, in the run's precision, as a complete diffusers pipeline; its moving average where the run keeps one.
-    Collective.
+    """Write the policy as a complete diffusers pipeline in the run's precision. Collective.
+
+    If the run keeps a moving average of the weights, the average is written.
 
     Raises:
-        UserError: a weight that is not finite, a base that cannot be loaded, or a disk that cannot be written. Raised on all ranks.
+        UserError: a weight that is not finite, a base that cannot be loaded, or a disk that cannot be written. Raised on all
+            ranks.
     """
-    kind = EMA if run.ema and EMA in moments(policy) else WEIGHT  # it begins with the first step that is made
+    kind = EMA if run.ema and EMA in moments(policy) else WEIGHT  # the average begins with the first step that is made
     trained = {}
-    for name, tensors in gather(policy, [kind]):  # a module sharded by ZeRO-3 would save empty tensors without a word
+    for name, tensors in gather(policy, [kind]):  # saved directly, a module sharded by ZeRO-3 would silently give empty tensors
         if dist.get_rank() == 0:
             trained[name] = tensors[kind].cpu()
-    trouble = [None]
+    problem = [None]
     if dist.get_rank() == 0:
         try:
             _write_folder(trained, DTYPES[run.precision], run, model_card(run, step, metrics, kind), target)
-        except UserError as error:  # told on all ranks: the others would wait for this one
-            trouble = [str(error)]
-    dist.broadcast_object_list(trouble, 0)
-    if trouble[0]:
-        raise UserError(trouble[0])
+        except UserError as error:  # raised on all ranks below: the others would wait for this one
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, 0)
+    if problem[0]:
+        raise UserError(problem[0])
 
 
 def export_checkpoint(
@@ -72,15 +74,19 @@ def export_checkpoint(
     raw: bool = False,
     max_shard_size: str | None = None,
 ) -> None:
-    """The same from a checkpoint's float32 weights, in one process and without a GPU.
+    """Write a checkpoint's float32 weights as files that other programs load, in one process and without a GPU.
 
     Args:
+        metrics: the last numbers that the run logged, for the model card.
+        target: the folder or file to write.
+        dtype: type of the exported weights, a key of ``DTYPES``.
         form: one of ``FORMATS``.
-        raw: the weights themselves, also where the run keeps a moving average of them.
-        max_shard_size: of the folder's weight files, such as ``5GB``. None is diffusers' own.
+        raw: export the weights themselves, even if the run keeps a moving average of them.
+        max_shard_size: largest size of a weight file in the folder, such as ``5GB``. None takes diffusers' default.
 
     Raises:
-        UserError: an unknown dtype or form, a target that exists, a checkpoint of another model, or a weight that is not finite.
+        UserError: an unknown dtype or form, a target that exists, a checkpoint of another model, or a weight that is not
+            finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
@@ -110,13 +116,13 @@ def export_checkpoint(
 
 
 def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
-    """The base's UNet, float32, with what was trained put in its place, or merged into it if it was adapters.
+    """Return the base's UNet, float32, with the trained weights in it. Adapters are merged into the weights of their layers.
 
     Raises:
-        UserError: the base has no such parameters.
+        UserError: the base lacks a parameter that was trained.
     """
     unet = load_unet(run.model.path, run.model.revision, variant=run.model.variant)
-    weights = unet.state_dict()  # the UNet's own tensors
+    weights = unet.state_dict()  # these share memory with the UNet
     for name, value in lora.differences(trained, run.lora.scale) if run.lora else trained.items():
         if name not in weights:
             raise UserError(f"model.path {run.model.path}: has no {name} in its UNet, which was trained: not the base of this run")
@@ -128,8 +134,10 @@ def trained_unet(trained: dict[str, Tensor], run: RunConfig) -> Any:
 
 
 def _pipeline(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> Any:
-    """The base's pipeline with the trained UNet in ``dtype``, its other parts in float32. What nobody needs and cannot be read is left
-    out, and said."""
+    """Return the base's pipeline with the trained UNet in ``dtype`` and its other parts in float32.
+
+    Optional parts that cannot be read are left out. A printed line names each of them.
+    """
     base = run.model.path, run.model.revision, run.model.variant
     optional, reasons = load_optional(*base)
     for part, reason in reasons.items():
@@ -142,10 +150,11 @@ def _pipeline(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) ->
 def _write_folder(
     trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, target: Path, max_shard_size: str | None = None
 ) -> None:
-    """The base's other parts with the trained UNet; of a LoRA run with the adapters in a file beside, for the base model.
+    """Write a folder with the trained UNet and the base's other parts. A LoRA run's adapters go into files beside them, for the
+    base model.
 
-    The UNet is stored in ``dtype``, the other parts in float32: that way a plain ``from_pretrained(folder)`` works, which mixes
-    types where the text encoders are stored in half.
+    The UNet is stored in ``dtype``, the other parts in float32. So a plain ``from_pretrained(folder)`` works. It would mix
+    types if the text encoders were stored in half precision.
     """
     pipeline = _pipeline(trained, dtype, run)
     for name, part in pipeline.components.items():
@@ -161,21 +170,22 @@ def _write_folder(
 
 
 def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, folder: Path) -> None:
-    """The adapters twice: for diffusers, and for other programs."""
+    """Write the adapters twice: for diffusers, and for other programs."""
     assert run.lora is not None
     layers = {name: value.to(dtype).contiguous() for name, value in lora.to_file(trained, run.lora.scale).items()}
     require_finite(layers)
-    others, metadata = _kohya(trained, dtype, run)
+    kohya_layers, metadata = _kohya(trained, dtype, run)
     save_adapters(layers, folder, LORA_FILE)
-    save_tensors(others, folder / KOHYA_FILE, {"format": "pt"} | metadata)
+    save_tensors(kohya_layers, folder / KOHYA_FILE, {"format": "pt"} | metadata)
 
 
 def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the adapters' file for other programs. α stays float32: bfloat16 has no 300."""
+    """Return tensors and metadata of the adapters' file for other programs. α stays float32, since bfloat16 keeps 8 bits of a
+    number."""
     assert run.lora is not None
     try:
         metadata = kohya_metadata(run)
-    except UserError as error:  # adapters can be had without their base
+    except UserError as error:  # adapters can be exported without their base
         print(f"warning: the adapters' file does not say which models it is for: {error}", flush=True)
         metadata = {}
     layers = lora.to_kohya({name: value.to(dtype).contiguous() for name, value in trained.items()}, run.lora.alpha_or_rank)
@@ -184,7 +194,10 @@ def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tu
 
 
 def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, card: str, target: Path) -> None:
-    """One file in the layout of the original Stable Diffusion code, all of it in ``dtype``: programs that read it expect one type."""
+    """Write one file in the layout of the original Stable Diffusion code.
+
+    All tensors are in ``dtype``, since programs that read such a file expect one type.
+    """
     family = family_of(run.model.path, run.model.revision)
     weights = to_single_file(_pipeline(trained, dtype, run), family)
     scheduler = load_scheduler_config(run.model.path, run.model.revision)
@@ -198,7 +211,7 @@ def _write_single(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig
 
 
 def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str], card: str) -> None:
-    """One safetensors file, which appears under its name when it is whole."""
+    """Write one safetensors file. It appears under its name only when it is whole."""
     staged = staged_path(target)
     try:
         staged.parent.mkdir(parents=True, exist_ok=True)
@@ -212,12 +225,12 @@ def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _in_place(target: Path, card: str, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder, which appears under its name, with the model card, when it is whole."""
+    """Let ``write`` fill a folder, and add the model card. The folder appears under its name only when it is whole."""
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         write(staging)
-        follow_umask(*staging.rglob("*.safetensors"))  # written by diffusers
+        follow_umask(*staging.rglob("*.safetensors"))  # diffusers wrote them readable for their owner alone
         (staging / "README.md").write_text(card, encoding="utf-8")
         publish(staging, target)
     except (OSError, SafetensorError) as error:
@@ -231,10 +244,10 @@ def _unwritable(target: Path, error: Exception) -> UserError:
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are no numbers, before anything is written.
+    """Refuse weights that hold NaN or infinity, before anything is written.
 
     Raises:
-        UserError: the message names the first of them and how many there are.
+        UserError: the message names the first bad tensors and says how many there are.
     """
     bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
@@ -248,11 +261,11 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = "folder") -> str:
-    """Where a model comes from: base, pairs, objective and settings, and the last numbers that its run logged.
+    """Return the text of a model card: base, pairs, objective, settings, and the last numbers that the run logged.
 
     Args:
-        kind: ``EMA`` or ``WEIGHT``: which weights were exported.
-        form: one of ``FORMATS``: what lies beside the card.
+        kind: which weights were exported, ``EMA`` or ``WEIGHT``.
+        form: which files lie beside the card, one of ``FORMATS``.
     """
     head = {
         **({"base_model": run.model.path} if is_hub_id(run.model.path) else {}),
@@ -293,7 +306,7 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
 
 
 def is_hub_id(path: str) -> bool:
-    """Return whether ``model.path`` names a repository of the Hugging Face hub: the hub refuses cards whose base is anything else."""
+    """Return whether ``model.path`` names a repository of the Hugging Face hub. The hub refuses cards with any other base."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

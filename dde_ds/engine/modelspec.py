@@ -1,7 +1,7 @@
-"""What a safetensors file says of itself in its header, in the words that other programs look for.
+"""Metadata for the header of a safetensors file, under the names that other programs look for.
 
-``modelspec.…`` is Stability AI's ModelSpec 1.0.1; ``ss_…`` is what kohya's sd-scripts write into an adapter, by which programs list and
-filter them. Values are text.
+``modelspec.…`` is Stability AI's ModelSpec 1.0.1. ``ss_…`` are the names that kohya's sd-scripts write into an adapter.
+Programs list and filter adapters by them. Values are text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dde_ds.models.unet import load_scheduler_config, load_unet_config
 
 ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 LATENT_SCALE = 8
-"""Pixels of an image's side for one of its latent's."""
+"""Pixels along an image's side for each element along its latent's side."""
 
 
 def modelspec(run: RunConfig, adapter: bool = False) -> dict[str, str]:
-    """Return the ``modelspec.…`` entries of a single file of the run's model, or of its adapters.
+    """Return the ``modelspec.…`` entries for a single file of the run's model, or for its adapters.
 
     Raises:
         UserError: the base's configuration cannot be read.
@@ -38,7 +38,11 @@ def modelspec(run: RunConfig, adapter: bool = False) -> dict[str, str]:
 
 
 def kohya_metadata(run: RunConfig) -> dict[str, str]:
-    """Return the ``ss_…`` and ``modelspec.…`` entries of the run's adapters. Raises as :func:`modelspec`."""
+    """Return the ``ss_…`` and ``modelspec.…`` entries for the run's adapters.
+
+    Raises:
+        UserError: as :func:`modelspec`.
+    """
     assert run.lora is not None
     family = family_of(run.model.path, run.model.revision)
     velocity = predicts_velocity(load_scheduler_config(run.model.path, run.model.revision))

@@ -1,11 +1,13 @@
-"""A diffusers pipeline's weights under the names of the original code: CompVis' and Stability's for the UNet and the VAE, OpenAI's CLIP
-and open_clip for the text encoders. What most programs outside of diffusers load, from one file.
+"""Rename a diffusers pipeline's weights to the names of the original code. Most programs other than diffusers load such a file.
 
-diffusers reads that layout (``loaders/single_file_utils.py``) and does not write it; here is the way back. The original counts a
-UNet's layers through all of its blocks: ``input_blocks.N.0`` is a residual layer or a downsampler, ``.1`` the attention behind it.
+UNet and VAE get the names of CompVis' and Stability's code. Text encoders get those of OpenAI's CLIP or of open_clip.
+diffusers reads this layout (``loaders/single_file_utils.py``) and does not write it; this module goes the way back. The
+original code counts a UNet's layers through all of its blocks. ``input_blocks.N.0`` is a residual layer or a downsampler, and
+``input_blocks.N.1`` is the attention after it.
 
-Left out is what a pipeline holds no trained weight of: CLIP's position_ids, open_clip's logit_scale, the noise schedule's tables; and of
-Stable Diffusion 2's text encoder the last layer and the text_projection, which the original has and whose output nothing uses.
+Some tensors of the original are left out because a pipeline holds no trained weight for them. They are CLIP's position_ids,
+open_clip's logit_scale and the noise schedule's tables. Of Stable Diffusion 2's text encoder, the last layer and the
+text_projection are left out too. The original has them, but nothing uses their output.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dde_ds.models.family import Family
 
 Rules = tuple[tuple[str, str], ...]
 
-# Of a residual layer. Attention layers have the same names in both.
+# Names inside a residual layer. Attention layers have the same names in both layouts.
 RESNET: Rules = (
     (r"\.norm1\.", ".in_layers.0."),
     (r"\.conv1\.", ".in_layers.2."),
@@ -73,7 +75,7 @@ def to_single_file(pipeline: Any, family: Family) -> dict[str, Tensor]:
     """Return a pipeline's weights as one checkpoint of the original code.
 
     Raises:
-        UserError: a text encoder that readers would cut off.
+        UserError: a text encoder with more layers than programs read from such a file.
     """
     parts = {
         "model.diffusion_model.": unet_names(pipeline.unet.state_dict(), pipeline.unet.config),
@@ -93,25 +95,26 @@ def to_single_file(pipeline: Any, family: Family) -> dict[str, Tensor]:
 
 
 def prediction_keys(scheduler: Mapping) -> dict[str, Tensor]:
-    """Return the empty tensors by whose names programs tell what a file's UNet predicts; none for noise prediction.
+    """Return the empty tensors whose names tell programs what a file's UNet predicts.
 
-    Not every family has them: see ``velocity_keys``.
+    ``v_pred`` stands for v prediction, and ``ztsnr`` for betas rescaled to zero terminal SNR. Not every family has these keys:
+    see ``velocity_keys``.
 
     Args:
         scheduler: the pipeline's ``scheduler_config.json``.
     """
-    found = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": bool(scheduler.get("rescale_betas_zero_snr"))}
-    return {name: torch.empty(0) for name, holds in found.items() if holds}
+    keys = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": bool(scheduler.get("rescale_betas_zero_snr"))}
+    return {name: torch.empty(0) for name, is_set in keys.items() if is_set}
 
 
 def unet_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A UNet's weights under their original names."""
+    """Return a UNet's weights under their original names."""
     layers = config["layers_per_block"]
     attending = {name.split(".")[1] for name in weights if name.startswith("up_blocks.") and ".attentions." in name}
-    found = {}
+    renamed = {}
     for name, value in weights.items():
         side, block, kind, layer, rest = (*name.split(".", 4), *[""] * 4)[:5]
-        # Down: an input layer, then each block's `layers` pairs and its downsampler. Up: each block has one pair more.
+        # Down: an input layer, then `layers` pairs and a downsampler for each block. Up: each block has one pair more.
         if side == "down_blocks":
             place = 1 + int(block) * (layers + 1) + (layers if kind == "downsamplers" else int(layer))
             inner = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]
@@ -121,23 +124,27 @@ def unet_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
             inner = {"resnets": "0.", "attentions": "1.", "upsamplers": "2." if block in attending else "1."}[kind]
             name = f"output_blocks.{place}.{inner}{rest}"
         name = _rename(name, UNET)
-        found[name if ".transformer_blocks." in name else _rename(name, RESNET)] = value
-    return found
+        renamed[name if ".transformer_blocks." in name else _rename(name, RESNET)] = value
+    return renamed
 
 
 def vae_names(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """A VAE's weights under their original names. The decoder's blocks count from the other end; attention is 1×1 convolutions."""
-    found = {}
+    """Return a VAE's weights under their original names.
+
+    The original counts the decoder's blocks from the other end, and its attention is made of 1×1 convolutions.
+    """
+    renamed = {}
     for name, value in weights.items():
         name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda match: f"decoder.up_blocks.{blocks - 1 - int(match[1])}", name)
         name = _rename(name, VAE)
         attention = re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name)
-        found[name] = value[:, :, None, None] if attention else value
-    return found
+        renamed[name] = value[:, :, None, None] if attention else value
+    return renamed
 
 
 def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's weights as transformers named them when the layout was made: newer versions leave ``text_model.`` out."""
+    """Return a text encoder's weights under the names that transformers had when the layout was made. Newer versions leave
+    ``text_model.`` out."""
     return {
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
         for name, value in weights.items()
@@ -146,18 +153,20 @@ def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's weights in open_clip's layout: the three input projections of an attention in one, the output projection
-    transposed."""
+    """Return a text encoder's weights in open_clip's layout.
+
+    The three input projections of an attention become one tensor, and ``text_projection.weight`` is transposed.
+    """
     weights = clip_names(weights)
-    found = {}
+    renamed = {}
     for name, value in weights.items():
         if ".q_proj." in name:
             kind = name.rpartition(".")[2]
             joined = torch.cat([weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-            found[_rename(name.removesuffix(f"q_proj.{kind}") + f"in_proj_{kind}", OPEN_CLIP)] = joined
+            renamed[_rename(name.removesuffix(f"q_proj.{kind}") + f"in_proj_{kind}", OPEN_CLIP)] = joined
         elif ".k_proj." not in name and ".v_proj." not in name:
-            found[_rename(name, OPEN_CLIP)] = value.T if name == "text_projection.weight" else value
-    return found
+            renamed[_rename(name, OPEN_CLIP)] = value.T if name == "text_projection.weight" else value
+    return renamed
 
 
 def _rename(name: str, rules: Rules) -> str:

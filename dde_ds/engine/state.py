@@ -1,8 +1,9 @@
 """A policy's training state, parameter by parameter, whatever ZeRO stage and number of ranks hold it.
 
-DeepSpeed keeps float32 weights and the optimizer's moments in flat partitions whose cut depends on stage, ranks and precision; its
-own checkpoints keep that cut. Here each parameter is put together from the partitions and taken apart again, through
-DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging), so that a state fits any other cut.
+DeepSpeed keeps float32 weights and the optimizer's moments in flat partitions. Their cut depends on stage, ranks and
+precision, and DeepSpeed's own checkpoints keep that cut. This module assembles each parameter from the partitions, and takes
+it apart again. It uses DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging). So
+a state fits any other cut.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from dde_ds.engine import adamw8bit
 
 WEIGHT = "weight"
-"""Name of the float32 weights among a parameter's tensors; the others are the optimizer's, such as ``exp_avg``."""
+"""Name of the float32 weights among a parameter's tensors. The other tensors are the optimizer's, such as ``exp_avg``."""
 EMA = "ema"
 """Name of the weights' moving average, which :mod:`dde_ds.engine.ema` keeps among the optimizer's tensors."""
 
 
 def moments(policy: Any) -> list[str]:
-    """Names of the optimizer's tensors that have an entry for each weight. Empty before the first step."""
+    """Return the names of the optimizer's tensors that have an entry for each weight, sorted. Empty before the first step."""
     flat = _masters(policy)[0]
     state = _optimizer(policy).state.get(flat, {})
     if adamw8bit.is_quantized(state):
@@ -32,19 +33,23 @@ def moments(policy: Any) -> list[str]:
 
 
 def optimizer_steps(policy: Any) -> int:
-    """How many updates the optimizer has made, which its bias correction depends on. 0 where all steps were skipped so far."""
+    """Return the number of updates that the optimizer has made; its bias correction depends on it. 0 if all steps so far were
+    skipped."""
     return int(_optimizer(policy).state.get(_masters(policy)[0], {}).get("step", 0))
 
 
 def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return (name, parameter) of every trained parameter, in the model's order."""
     return [(name, parameter) for name, parameter in policy.module.named_parameters() if parameter.requires_grad]
 
 
 def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, float32 tensors of its whole shape on the device) of every trained parameter. All ranks iterate together.
+    """Yield (name, tensors) of every trained parameter. Collective: all ranks iterate together.
+
+    The tensors are float32, of the parameter's whole shape, on the device, by kind.
 
     Args:
-        kinds: which tensors; by default the weights and every moment.
+        kinds: names of the tensors; by default the weights and every moment.
     """
     kinds = kinds or [WEIGHT, *moments(policy)]
     for name, parameter in trained(policy):
@@ -52,6 +57,7 @@ def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[st
 
 
 def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+    """Return one tensor of a trained parameter, float32, of its whole shape. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     states = _optimizer(policy).state
@@ -65,9 +71,14 @@ def _full(policy: Any, parameter: torch.nn.Parameter, kind: str) -> Tensor:
 
 
 def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
-    """Make the optimizer's state, which it would only make at its first step; ``restore`` then fills it."""
+    """Make the optimizer's state, which it would otherwise make at its first step. :func:`restore` then fills it.
+
+    Args:
+        steps: number of updates that the optimizer had made. With 0 there is no state to make.
+        kinds: names of the optimizer's tensors.
+    """
     if not steps:
-        return  # without an update there is no state, and a part of one would be taken for whole
+        return  # before its first update an optimizer has no state, and part of one would count as whole
     optimizer = _optimizer(policy)
     group = optimizer.param_groups[0]
     for flat in _masters(policy):
@@ -85,8 +96,14 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
 
 
 def link_views(policy: Any, again: bool = False) -> None:
-    """Stages 1 and 2 keep views of each parameter's part of the optimizer's tensors, which they make at the first step. No public
-    name leads there. ``again`` makes them anew, for a tensor that came later."""
+    """Let stages 1 and 2 make their views of each parameter's part of the optimizer's tensors. They do so by themselves at the
+    first step.
+
+    No public name of DeepSpeed leads there.
+
+    Args:
+        again: make the views anew, for a tensor that was added later.
+    """
     link = getattr(policy.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         if again:
@@ -95,14 +112,18 @@ def link_views(policy: Any, again: bool = False) -> None:
 
 
 def partitions(policy: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """(flat float32 weights, their optimizer state) of this rank's partitions."""
+    """Yield (flat float32 weights, their optimizer state) of each of this rank's partitions."""
     for flat in _masters(policy):
         yield flat.detach(), _optimizer(policy).state[flat]
 
 
 @torch.no_grad()
 def restore(policy: Any, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    """Set one parameter's float32 weights, its moments, and the weights that the model runs on. All ranks together."""
+    """Set one parameter's float32 weights, its moments, and the weights that the model computes with. Collective.
+
+    Args:
+        tensors: the weights and the optimizer's tensors by name, float32, of the parameter's whole shape.
+    """
     import deepspeed
     from deepspeed import utils
 
@@ -132,7 +153,7 @@ def restore(policy: Any, parameter: torch.nn.Parameter, tensors: dict[str, Tenso
 
 
 def end_restoring(policy: Any) -> None:
-    """What can only be done when every parameter is there."""
+    """Finish a restoring after the last parameter: quantise moments of 8 bits, whose blocks may span parameters."""
     optimizer = _optimizer(policy)
     for flat in _masters(policy):
         if "restoring" in optimizer.state[flat]:
@@ -142,12 +163,13 @@ def end_restoring(policy: Any) -> None:
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Under ZeRO-3 a parameter's own shape is that of nothing."""
+    """Return a parameter's whole shape. Under ZeRO-3 its own ``shape`` is that of an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's partition; the last one is padded, which DeepSpeed's own cut of a whole tensor forgets."""
+    """Return this rank's partition of ``value``. The last partition is padded, which DeepSpeed's own cut of a whole tensor
+    forgets."""
     size = parameter.ds_tensor.ds_numel
     first = dist.get_rank(group=parameter.ds_process_group) * size
     part = value.flatten()[first : first + size]
@@ -155,17 +177,21 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
 
 
 def _optimizer(policy: Any) -> Any:
-    """The inner optimizer, which ZeRO wraps; stage 0 in float32 does not."""
+    """Return the inner optimizer. ZeRO wraps an optimizer; stage 0 in float32 does not."""
     return policy.optimizer if _is_plain(policy) else policy.optimizer.optimizer
 
 
 def _is_plain(policy: Any) -> bool:
+    """Return whether the optimizer is not wrapped, at stage 0 in float32."""
     return not hasattr(policy.optimizer, "optimizer")
 
 
 def _masters(policy: Any) -> list[Tensor]:
-    """The float32 tensors that the inner optimizer updates: the parameters themselves where nothing is sharded, else flat partitions,
-    by the names of ZeRO-3, stages 1 and 2, and bfloat16 at stage 1."""
+    """Return the float32 tensors that the inner optimizer updates.
+
+    Without sharding these are the parameters themselves, otherwise flat partitions. The names below belong to ZeRO-3, to
+    stages 1 and 2, and to bfloat16 at stage 1.
+    """
     if _is_plain(policy):
         return [parameter for _, parameter in trained(policy)]
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
@@ -175,7 +201,7 @@ def _masters(policy: Any) -> list[Tensor]:
 
 
 def _master_of(policy: Any, parameter: torch.nn.Parameter) -> Tensor | None:
-    """The flat partition that holds this rank's part of a parameter, at stages 1 and 2; None where it has none."""
+    """Return the flat partition that holds this rank's part of a parameter, at stages 1 and 2. None if this rank has no part."""
     place = adamw8bit.hp_mapping(parameter)
     if place is None:
         return None
