@@ -1,4 +1,4 @@
-"""What GPUs can do at most, from their makers' data sheets: dense bfloat16 products, without sparsity, and memory."""
+"""Peak speed and memory of GPUs, from their makers' data sheets. The speed is that of dense bfloat16 products, without sparsity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 MFU = 0.4
-"""Assumed share of the device's peak that training computes at. Not measured."""
+"""Assumed share of a device's peak at which training computes. Not measured."""
 
 
 class Device(NamedTuple):
@@ -14,10 +14,10 @@ class Device(NamedTuple):
     flops: float
     """Dense bfloat16 FLOP/s of the tensor cores with float32 accumulation."""
     gibibytes: int
-    """Memory as it is sold; an A100 and an H100 come in two sizes, of which this is the larger."""
+    """Memory as it is sold. The A100 and the H100 come in two sizes; this is the larger one."""
 
 
-# A more special name stands before the one that it contains.
+# A name comes before a shorter name that it contains, since the first match counts.
 DEVICES = (
     Device("B200", 2250e12, 180),
     Device("H200 NVL", 835e12, 141),
@@ -37,7 +37,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device | None:
-    """The device that a name means, such as CUDA's ``NVIDIA H100 80GB HBM3``; None where the table has none."""
+    """Return the device that a name means, such as CUDA's ``NVIDIA H100 80GB HBM3``; None if the table has no such device."""
     words = " ".join(re.findall(r"[a-z0-9]+", name.lower()))
     for device in DEVICES:
         if re.search(rf"\b{device.name.lower()}\b", words):
@@ -46,7 +46,9 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s at most, for ``bf16`` on a known device; None elsewhere. Float32 has no one peak: PyTorch's settings decide which units
-    compute it."""
+    """Return the peak FLOP/s of a known device in ``bf16``; None for another device or precision.
+
+    Float32 has no single peak: PyTorch's settings decide which units compute it.
+    """
     device = find_device(name)
     return device.flops if device and precision == "bf16" else None

@@ -1,7 +1,8 @@
-"""What a run will take, found out without weights and without a GPU: batch, memory, traffic, time, disk, and whether it fits.
+"""Plan a run without weights and without a GPU: batch, memory, traffic, time, disk, and whether the run fits.
 
-Counted, not guessed: FLOPs and activations by :mod:`dde_ds.planning.cost`, what engines hold by :mod:`dde_ds.planning.memory`, what they send
-by :mod:`dde_ds.planning.traffic`. Assumed, and said so in the plan: the utilisation, the disk's speed, and what is held back.
+Most numbers are counted, not guessed. :mod:`dde_ds.planning.cost` counts FLOPs and activations, :mod:`dde_ds.planning.memory`
+what engines hold, and :mod:`dde_ds.planning.traffic` what they send. The utilisation, the disk's speed and the reserved memory
+are assumed, and the plan says so.
 """
 
 from __future__ import annotations
@@ -31,58 +32,60 @@ DISK_BYTES_PER_S = 1e9
 RESERVED_FRACTION = 0.08
 """Assumed share of a device's memory for the CUDA context, NCCL's buffers, libraries' workspaces and gaps of the allocator."""
 MODES = ("none", "selective", "every_2", "full")
-"""Of gradient checkpointing, from the fastest to the one that keeps least."""
+"""Modes of gradient checkpointing, from the fastest to the one that keeps least."""
 SHARD_WIDTH = 2
 """Bytes of a number in a shard: latents and embeddings are stored in float16."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What of model and data the plan depends on."""
+    """The facts about model and data that the plan depends on."""
 
     unet: dict
     """The UNet's ``config.json``."""
     latent: tuple[int, int, int]
-    """(C,H,W)"""
+    """Shape of a latent, (C,H,W)."""
     tokens: int
+    """Length of a prompt's embeddings."""
     pair_bytes: float
-    """Of a pair's latents and prompt in the shards."""
+    """Bytes of a pair's latents and prompt in the shards."""
     data_bytes: int | None = None
-    """Of all shards; None where they are not there."""
+    """Bytes of all shards; None if the shards are not made yet."""
     pairs: int | None = None
-    """In the shards."""
+    """Pairs in the shards; None if the shards are not made yet."""
 
     adapters: cost.Adapters | None = None
-    """What is trained in the place of the UNet."""
+    """Adapters that are trained instead of the UNet."""
 
     @property
     def sizes(self) -> cost.Sizes:
+        """Return the number of elements in each parameter, trained and frozen."""
         return cost.parameter_sizes(self.unet, self.adapters)
 
     def pair_flops(self, with_reference: bool) -> int:
-        """Of training on a pair, recomputation aside."""
+        """Return the FLOPs of training on one pair, without recomputation."""
         if self.adapters is None:
             return cost.pair_flops(self.unet, self.latent, self.tokens, with_reference)
-        # Frozen weights need no gradients: the backward pass is no longer twice the forward one.
+        # Frozen weights need no gradients, so the backward pass is no longer twice the forward pass.
         reference = 2 * with_reference * cost.forward_flops(self.unet, self.latent, self.tokens)
         return self.training_pass("none", torch.bfloat16).flops + reference
 
     def training_pass(self, checkpointing: str, dtype: torch.dtype) -> cost.Pass:
-        """Of one pair."""
+        """Return memory and FLOPs of the policy's forward and backward pass on one pair."""
         return cost.training_pass(self.unet, self.latent, checkpointing, dtype, self.tokens, adapters=self.adapters)
 
 
 def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> int:
-    """Of two latents and one prompt's embeddings in a shard."""
+    """Return the bytes of two latents and one prompt's embeddings in a shard."""
     prompt = [shape for name, shape in conditioning_shapes(unet, tokens).items() if name in BATCH_NAMES.values()]
     return SHARD_WIDTH * (2 * math.prod(latent) + sum(map(math.prod, prompt)))
 
 
 def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Device, mfu: float = MFU) -> dict[str, Any]:
-    """The plan as plain data: bytes, FLOPs, seconds.
+    """Return the plan as plain data: bytes, FLOPs, seconds, and hours where a key says so.
 
     Raises:
-        UserError: a batch that does not divide, with what would; contradictions with the DeepSpeed file.
+        UserError: a batch that does not divide (the message says what would), or a contradiction with the DeepSpeed file.
     """
     world = nodes * gpus
     chosen = run
@@ -149,10 +152,10 @@ def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Dev
 
 
 def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
-    """Of one rank, activations included: those of eager PyTorch, also where a run compiles its blocks.
+    """Return the memory of one rank, with activations. These are those of eager PyTorch, even if the run compiles its blocks.
 
     Args:
-        with_reference: False where a complete precomputed reference takes the place of the reference that the objective needs.
+        with_reference: False if a complete precomputed reference replaces the reference that the objective needs.
 
     Raises:
         UserError: as :func:`~dde_ds.engine.zero.complete_config`.
@@ -165,8 +168,11 @@ def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: in
 def pick_checkpointing(
     run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float, with_reference: bool = True
 ) -> str | None:
-    """The mode of gradient checkpointing that computes least again among those that fit into ``usable_bytes`` of a device's memory;
-    None where not even the last does. ``with_reference`` as in :func:`rank_memory`."""
+    """Return the mode of gradient checkpointing that recomputes least, among those that fit into ``usable_bytes`` of a device's
+    memory.
+
+    Return None if not even the last mode fits. ``with_reference`` is as in :func:`rank_memory`.
+    """
     for mode in _modes(run):
         changed = _change(run, {"model.gradient_checkpointing": mode})
         if rank_memory(changed, task, world, local_world_size, with_reference).peak <= usable_bytes:
@@ -175,17 +181,22 @@ def pick_checkpointing(
 
 
 def _modes(run: RunConfig) -> list[str]:
-    """Without ``selective`` where the blocks are compiled: they decide by themselves what to keep, and what that saves is not counted."""
+    """Return the modes to choose from. ``selective`` is left out if the blocks are compiled.
+
+    Compiled blocks decide by themselves what to keep, and what that saves is not counted.
+    """
     return [mode for mode in MODES if not (run.model.compile and mode == "selective")]
 
 
 def nearest_fit(run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float) -> list[str] | None:
-    """Overrides that make the run fit, the smallest change first: a smaller micro-batch, more checkpointing, ZeRO-3, offloading. None
-    where nothing of that does."""
+    """Return the smallest change that makes the run fit, as overrides ``key=value``. Return None if no change does.
+
+    The changes are tried in this order: a smaller micro-batch, more checkpointing, ZeRO-3, offloading.
+    """
     for changes in _changes(run, world):
         changed = _change(run, changes)
         try:
-            # The activations of a mode take seconds to count: only where the rest leaves room for any.
+            # Counting a mode's activations takes seconds. Count them only if the rest leaves room for any.
             if _state_memory(changed, task, world, local_world_size).peak > usable_bytes:
                 continue
             if rank_memory(changed, task, world, local_world_size).peak <= usable_bytes:
@@ -196,6 +207,7 @@ def nearest_fit(run: RunConfig, task: Workload, world: int, local_world_size: in
 
 
 def _changes(run: RunConfig, world: int) -> Iterator[dict[str, Any]]:
+    """Yield changed values by key, the smallest change first."""
     share = run.batch.pairs // world
     micros = [micro for micro in range(run.batch.micro_batch_size, 0, -1) if share % micro == 0]
     modes = [mode for mode in _modes(run) if _saving(mode) > _saving(run.model.gradient_checkpointing)]
@@ -214,32 +226,43 @@ def _changes(run: RunConfig, world: int) -> Iterator[dict[str, Any]]:
 
 
 def usable(device: Device) -> float:
-    """Bytes of a device's memory that a plan may fill."""
+    """Return the bytes of a device's memory that a plan may fill."""
     return device.gibibytes * 2**30 * (1 - RESERVED_FRACTION)
 
 
 def needs_reference(run: RunConfig) -> bool:
-    """Whether the reference's predictions are computed. A run with a complete precomputed reference needs none; whether it is, the run finds out."""
+    """Return whether the reference's predictions are computed.
+
+    A run with a complete precomputed reference computes none. The plan does not know whether the file is complete: the run
+    finds out.
+    """
     return run.objective.name != "sft"
 
 
 def checkpoint_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
-    """Float32 weights and AdamW's two moments, whatever the run keeps them in, and the moving average."""
+    """Return the bytes of a checkpoint: weights, AdamW's two moments, and the moving average if the run keeps one.
+
+    All of them are float32 there, even if the run keeps moments of 8 bits.
+    """
     return (12 + 4 * bool(run.ema)) * sum(sizes.trained)
 
 
 def export_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
-    """The UNet in float32, which is most of it, or its adapters."""
+    """Return the bytes of an export: the UNet in float32, which is most of it, or the adapters."""
     return 4 * sum(sizes.trained if run.lora else map(sum, sizes))
 
 
 def kept_checkpoints(run: RunConfig) -> int:
-    """At the most: the newest, those of ``keep_every``, and the one that is being written before an old one goes."""
+    """Return the largest number of checkpoints on the disk at a time.
+
+    They are the newest, those of ``keep_every``, and the one that is being written before an old one is deleted.
+    """
     keep = run.checkpoint
     return keep.keep + 1 + (run.steps // keep.keep_every if keep.keep_every else 0)
 
 
 def _state_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
+    """Return the memory of one rank without activations: the policy's engine and the reference's."""
     config = complete_config(run, world, local_world_size)
     memory = policy_memory(task.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
     placed = _reference_config(run, config) if with_reference else None
@@ -249,14 +272,14 @@ def _state_memory(run: RunConfig, task: Workload, world: int, local_world_size: 
     return dataclasses.replace(
         memory,
         reference=frozen.reference,
-        # One after the other: what the reference has gathered is let go of before the policy's pass.
+        # Not the sum: the reference lets go of gathered weights before the policy's pass.
         communication=max(memory.communication, frozen.communication),
         host=memory.host + frozen.host,
     )
 
 
 def _reference_config(run: RunConfig, config: dict) -> dict | None:
-    """Of the reference's engine, where it has one."""
+    """Return the DeepSpeed configuration of the reference's engine, or None if the run has no such engine."""
     if not needs_reference(run) or run.lora:
         return None
     return reference_config(config, run.reference.placement, run.reference.dtype)
@@ -275,7 +298,7 @@ def _dtype(run: RunConfig) -> torch.dtype:
 
 
 def _saving(mode: str) -> float:
-    """Rank of a mode by what it computes again: every_K lies between selective and full."""
+    """Return a number that orders modes by how much they recompute. every_K lies between selective and full."""
     return 2 - 1 / int(mode.removeprefix("every_")) if mode.startswith("every_") else {"none": 0, "selective": 1, "full": 2}[mode]
 
 

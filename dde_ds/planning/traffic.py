@@ -1,9 +1,11 @@
-"""Bytes that an optimizer step sends, from the DeepSpeed configuration.
+"""Count the bytes that an optimizer step sends, from the DeepSpeed configuration.
 
-Of S bytes, a ring over n ranks sends (n-1)/n · S from each rank to its neighbour in a reduce-scatter or an all-gather, and twice that in
-an all-reduce (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). A ring that goes through all ranks of a node before it
-leaves it carries the same bytes out of the node, once for all its ranks. What is sent how often is section 7 of the ZeRO paper
-(https://arxiv.org/abs/1910.02054), as DeepSpeed 0.19 does it: stages 2 and 3 reduce gradients in every micro-batch, stage 1 once a step.
+In a reduce-scatter or an all-gather of S bytes, each rank of a ring of n ranks sends (n-1)/n · S to its neighbour. In an
+all-reduce it sends twice that (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). If the ring goes through
+all ranks of a node before it leaves the node, the same bytes leave the node, once for all its ranks.
+
+Section 7 of the ZeRO paper (https://arxiv.org/abs/1910.02054) says what is sent how often. DeepSpeed 0.19 reduces gradients in
+every micro-batch at stages 2 and 3, and once a step at stage 1.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from dde_ds.planning.memory import persistent_elements, stage_of
 
 
 class Traffic(NamedTuple):
-    """Bytes of an optimizer step."""
+    """Bytes that an optimizer step sends."""
 
     inside: float
-    """That each rank sends."""
+    """Bytes that each rank sends."""
     between: float
-    """That leave each node, of all its ranks together. 0 on one node."""
+    """Bytes that leave each node, for all of its ranks together. 0 on one node."""
 
 
 def step_traffic(
@@ -33,13 +35,16 @@ def step_traffic(
     reference: Sequence[int] = (),
     frozen_config: dict | None = None,
 ) -> Traffic:
-    """Traffic of one optimizer step.
+    """Return the traffic of one optimizer step.
 
     Args:
-        config: DeepSpeed's, complete.
-        nodes, gpus: nodes, and ranks on each.
-        reference, frozen_config: elements of the reference's parameters and its engine's configuration, where there is one; of a policy
-            that is its own reference with adapters off, the policy's.
+        config: a complete DeepSpeed configuration.
+        nodes: number of nodes.
+        gpus: ranks on each node.
+        accumulation: micro-batches of one optimizer step on each rank.
+        reference: number of elements in each parameter of the reference, if there is one.
+        frozen_config: configuration of the reference's engine, if there is one. A policy with adapters may be its own
+            reference; then this is the policy's configuration.
     """
     world, zero = nodes * gpus, config.get("zero_optimization", {})
     width = _width(config)
@@ -53,13 +58,14 @@ def step_traffic(
         persistent = persistent_elements(everything, zero)
         gathered = width * (sum(everything) - persistent)
         group = zero.get("zero_hpz_partition_size", 1)
-        # Gathered forward and, with blocks that are computed again, backward; reduced in each micro-batch. Persistent weights are
-        # gathered after the step. With a second copy inside the node, the backward pass gathers there.
+        # Weights are gathered in the forward pass, and again in the backward pass, where blocks are recomputed. Gradients are
+        # reduced in each micro-batch. Persistent weights are gathered after the step. If each node has a second copy, the backward
+        # pass gathers inside the node.
         everywhere = share * (accumulation * (gathered + trained) + width * persistent_elements(sizes.trained, zero)) + forward
         backward = accumulation * gathered * ((group - 1) / group if group > 1 else share)
         between = everywhere if 1 < group <= gpus else everywhere + backward
         return Traffic(everywhere + backward, between if nodes > 1 else 0.0)
-    # Stage 2 reduces each bucket to the ranks that own it, or, by its default, all-reduces it and lets them pick.
+    # By default, stage 2 all-reduces each bucket, and the owners pick their parts. Otherwise it reduces each bucket to its owners.
     all_reduce = stage_of(config) != 2 or zero.get("use_multi_rank_bucket_allreduce", True)
     reductions = accumulation if stage_of(config) == 2 else 1
     updated = trained if stage_of(config) else 0
@@ -68,4 +74,5 @@ def step_traffic(
 
 
 def _width(config: dict) -> int:
+    """Return the bytes of an element."""
     return 2 if config.get("bf16", {}).get("enabled") else 4

@@ -1,5 +1,7 @@
-"""What the planner and a run that starts ask of each other: model and data as the planner takes them, and what it then says of this
-machine."""
+"""Connect the planner with a run that starts.
+
+The planner gets the run's model and data. The run gets what the planner says for this machine.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,20 @@ from dde_ds.planning.plan import MODES, RESERVED_FRACTION, Workload, pick_checkp
 
 
 def shards_are_there(run: RunConfig) -> bool:
+    """Return whether each of the run's training shard sets is remote or has its manifest on this machine."""
     return all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths)
 
 
 def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: dict | None = None) -> Workload:
-    """Model and data of a run, from configurations and manifests. Shards that are not made yet, None, are taken to hold latents of the
-    size that the model was trained at.
+    """Return model and data of a run, from configurations and manifests.
 
     Args:
-        known_unet: of :func:`dde_ds.models.known.shipped_unet`; nothing is read of the model then.
+        shards: the run's shards, or None if they are not made yet. Their latents are then assumed to have the size that the
+            model was trained at.
+        known_unet: the result of :func:`dde_ds.models.known.shipped_unet`. With it, nothing is read of the model.
 
     Raises:
-        UserError: a model's configuration that cannot be had.
+        UserError: a configuration of the model cannot be read.
     """
     if known_unet is not None:
         unet, tokens = known_unet, TOKENS
@@ -42,7 +46,7 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
     if shards is None:
         latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
         return Workload(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), adapters=adapters)
-    manifests = [one.manifest for one in getattr(shards, "sets", [shards])]
+    manifests = [shard_set.manifest for shard_set in getattr(shards, "sets", [shards])]
     pairs, prompts = sum(shards.counts), sum(manifest["prompts"]["distinct"] for manifest in manifests)
     total = sum(map(shard_bytes, manifests))
     of_prompts = sum(row["bytes"] for manifest in manifests for row in manifest["prompts"]["files"])
@@ -53,12 +57,13 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
 def chosen_checkpointing(
     run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, local_world_size: int, device: torch.device
 ) -> str:
-    """The mode of gradient checkpointing: the run's own, or what ``auto`` comes to with the memory of the smallest device. Collective."""
+    """Return the mode of gradient checkpointing: the run's own, or for ``auto`` the mode that fits the memory of the smallest
+    device. Collective."""
     if run.model.gradient_checkpointing != "auto":
         return run.model.gradient_checkpointing
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    else:  # the host's, which the node's ranks share
+    else:  # the host's memory, which the node's ranks share
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world_size
     smallest = torch.tensor(memory, device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
@@ -67,10 +72,10 @@ def chosen_checkpointing(
 
 
 class Utilisation:
-    """``perf/mfu``: FLOPs of training on the pairs of a second, recomputation aside, as a share of what the devices can do at most.
+    """Compute ``perf/mfu``: FLOPs of training in a second, without recomputation, as a share of the devices' peak.
 
-    Left out on a CPU, on a GPU that is not in :data:`dde_ds.planning.gpus.DEVICES`, in float32, and with LoRA, whose backward pass is
-    another.
+    The number is left out on a CPU, on a GPU that is not in :data:`dde_ds.planning.gpus.DEVICES`, and in float32. It is also
+    left out with LoRA, which has another backward pass.
     """
 
     def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, device: torch.device):
@@ -80,4 +85,5 @@ class Utilisation:
             self._share = workload_of(run, shards).pair_flops(with_reference) / (world * peak)
 
     def row(self, pairs_per_s: float) -> dict[str, float]:
+        """Return ``perf/mfu`` at this throughput, or nothing if it is left out."""
         return {} if self._share is None else {"perf/mfu": pairs_per_s * self._share}

@@ -1,4 +1,4 @@
-"""One rank's micro-batches: what a training step takes, and where it comes from."""
+"""The typed micro-batch that a training step takes, and the stream of one rank's micro-batches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Batch:
     """B preference pairs: B winners, then their B losers."""
 
     latents: Tensor
-    """(2B,C,H,W), scaled as the UNet takes them."""
+    """(2B,C,H,W), scaled as the UNet takes latents."""
     noise: Tensor
-    """(B,C,H,W), shared by winner and loser; or (2B,C,H,W) where each has its own."""
+    """(B,C,H,W), shared by winner and loser; or (2B,C,H,W) if each has its own."""
     timesteps: Tensor
     """(B,) int64."""
     positions: Tensor
-    """(B,) int64 on the CPU: each pair's place in the run, which its noise and timestep follow from."""
+    """(B,) int64 on the CPU: each pair's position in the run. The pair's noise and timestep follow from the position."""
     prompt_embeds: Tensor
     """(2B,S,D)."""
     pooled_prompt_embeds: Tensor | None = None
@@ -36,14 +36,18 @@ class Batch:
     time_ids: Tensor | None = None
     """(2B,6) float32, SDXL's sizes and crops in pixels."""
     reference_errors: Tensor | None = None
-    """(2B,) float32: the reference's errors, where an earlier run has written them down."""
+    """(2B,) float32: the reference's errors, if an earlier run has written them down."""
 
     @property
     def conditioning(self) -> Conditioning:
         return Conditioning(self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
 
     def step(self, pairs: int) -> int:
-        """Return the optimizer step, counted from 0, that the batch belongs to, at ``pairs`` a step. Waits for no device."""
+        """Return the optimizer step, counted from 0, that the batch belongs to. Waits for no device.
+
+        Args:
+            pairs: pairs of one optimizer step.
+        """
         return int(self.positions[0]) // pairs
 
     def to(self, device: torch.device) -> Batch:
@@ -60,11 +64,12 @@ def open_batches(
     device: torch.device,
     totals: ReadingTotals | None = None,
 ) -> Iterator[Batch]:
-    """Return this rank's micro-batches, in order, as the run's seed, order and dropouts give them.
+    """Yield this rank's micro-batches in order. The run's seed, order and dropouts determine them.
 
     Args:
-        slices: positions of each, such as :class:`dde_ds.data.reader.RankSlices`.
-        totals: takes account of what was read and replaced.
+        slices: positions of each micro-batch, such as :class:`dde_ds.data.reader.RankSlices`.
+        device: only decides whether memory is pinned. The batches are on the CPU.
+        totals: counts what was read and replaced.
     """
     draws = PairRng(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)
     dataset = PairDataset(shards, order_of(shards, run.seed, run.data.block_shards), draws, run.data.max_bad_samples)

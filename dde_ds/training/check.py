@@ -1,4 +1,7 @@
-"""Whatever would stop a run in its first minutes, found before a weight is loaded: the same for ``dde-ds validate`` and for the start."""
+"""Find whatever would stop a run in its first minutes, before a weight is loaded.
+
+``dde-ds validate`` and the start of a run make the same checks.
+"""
 
 from __future__ import annotations
 
@@ -37,32 +40,35 @@ def check_start(
     """Check base, shards and settings against each other.
 
     Args:
-        ds_config: as :func:`dde_ds.engine.zero.complete_config` made it.
-        download: fetch what a hub id's weights lack on this machine. Otherwise these are not compared.
+        ds_config: a configuration that :func:`dde_ds.engine.zero.complete_config` made.
+        world: number of ranks.
+        download: fetch a hub id's weights that this machine lacks. If False, missing weights are not compared.
 
     Returns:
-        As :func:`base_identity`, without the weights where these are not here; and lines that the user should know.
+        The base's identity, as in :func:`base_identity`, without digests of weights if the weights are not on this machine;
+            and lines that the user should know.
 
     Raises:
-        UserError: what would stop the run.
+        UserError: a problem that would stop the run.
     """
     base = run.model.path, run.model.revision, run.model.variant
     _check_settings(run, objective, ds_config, world)
     check_base(*base, download=download)
-    said = [f"the export leaves out the base's {part.replace('_', ' ')}: {why}" for part, why in left_out(*base).items()]
+    notes = [f"the export leaves out the base's {part.replace('_', ' ')}: {why}" for part, why in left_out(*base).items()]
     if download or are_here(*base[:2], encoder_files(*base)):
         _check_encoders(run, shards, held_out)
     else:
-        said.append(f"model.path {run.model.path}: not on this machine yet; whether the shards are of its VAE shows at the start")
-    return base_identity(run.model, objective, download or are_here(*base[:2], unet_files(*base))), said
+        notes.append(f"model.path {run.model.path}: not on this machine yet; whether the shards are of its VAE shows at the start")
+    return base_identity(run.model, objective, download or are_here(*base[:2], unet_files(*base))), notes
 
 
 def base_identity(model: ModelConfig, objective: Objective, weights: bool = True) -> dict[str, str]:
-    """Return what tells a base from another one wherever it lies: SHA-256 of its UNet, of its VAE and text encoders, and, for an objective,
-    of its noise schedule.
+    """Return what tells one base from another, wherever it lies.
+
+    These are SHA-256 digests of its UNet, of its VAE and text encoders, and of the objective's noise schedule.
 
     Args:
-        weights: whether to read those, which is done once: their digests are remembered.
+        weights: whether to read the weights. They are read once, and their digests are remembered.
     """
     schedule = objective.schedule
     tables = hashlib.sha256(schedule.alphas_cumprod.cpu().numpy().tobytes() + schedule.prediction_type.encode()).hexdigest()
@@ -70,7 +76,7 @@ def base_identity(model: ModelConfig, objective: Objective, weights: bool = True
         return {SCHEDULE: tables}
     where = model.path, model.revision, model.variant
     encoders = encoders_digests(*where)
-    # The lesser of the two is the same under each version of transformers' names.
+    # Versions of transformers name these weights in two ways, with two digests. The smaller one is the same under every version.
     return {WEIGHTS: unet_digest(*where), ENCODERS: min(encoders.full, encoders.other_full), SCHEDULE: tables}
 
 
@@ -78,7 +84,7 @@ def require_writable(folder: Path) -> None:
     """Refuse a run folder that could not be made or written, without making it.
 
     Raises:
-        UserError: it could not.
+        UserError: the folder could not be made or written.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -88,6 +94,7 @@ def require_writable(folder: Path) -> None:
 
 
 def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world: int) -> None:
+    """Refuse settings that do not fit the base's UNet, the engine or the installed packages."""
     empty = build_empty(run.model.path, "unet", run.model.revision)
     if run.lora:
         check_targets(empty, run.lora.targets)
@@ -101,27 +108,30 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
 
 
 def _check_encoders(run: RunConfig, shards: Shards, held_out: Shards | None) -> None:
-    """The shards' latents and embeddings must mean to the base what they meant to the model that encoded them."""
+    """Refuse shards whose latents and embeddings mean something else to the base than to the model that encoded them.
+
+    With ``data.allow_other_encoders``, held-out shards must only agree with the training shards.
+    """
     path, revision = run.model.path, run.model.revision
     factor = load_component_config(path, "vae", revision)["scaling_factor"]
-    own = encoders_digests(path, revision, run.model.variant)
+    digests = encoders_digests(path, revision, run.model.variant)
     named = [(f"data.path {run.data.name}", shards)] + ([(f"evaluation.path {run.evaluation.path}", held_out)] if held_out else [])
     for name, one in named:
         settings = one.manifest["settings"]
         if run.data.allow_other_encoders:
             trained_on = shards.manifest["settings"]
-            if settings.get("weights") != trained_on.get("weights") and not (own.fit(settings) and own.fit(trained_on)):
+            if settings.get("weights") != trained_on.get("weights") and not (digests.fit(settings) and digests.fit(trained_on)):
                 raise UserError(
                     f"{name}: was encoded by {settings.get('model')!r} with other weights than data.path {run.data.name}"
                 )
             continue
-        mend = "shard the pairs with this model; or set data.allow_other_encoders to true, if you know that both encode alike and only the UNets differ"
-        if not own.fit(settings):
+        hint = "shard the pairs with this model; or set data.allow_other_encoders to true, if you know that both encode alike and only the UNets differ"
+        if not digests.fit(settings):
             raise UserError(
                 f"{name}: was encoded by {settings.get('model')!r}, whose VAE or text encoders have other weights than those of model.path "
-                f"{path}; {mend}"
+                f"{path}; {hint}"
             )
         if settings.get("scaling_factor") != factor:
             raise UserError(
-                f"{name}: its latents are scaled by {settings.get('scaling_factor')}, those of model.path {path} by {factor}; {mend}"
+                f"{name}: its latents are scaled by {settings.get('scaling_factor')}, those of model.path {path} by {factor}; {hint}"
             )

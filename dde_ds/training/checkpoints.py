@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and what it says of itself in one."""
+"""Decide when a run saves a checkpoint, and what the checkpoint says of the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dde_ds.training.resume import state_at
 
 
 class Checkpoints:
-    """Saves when that is due.
+    """Save a checkpoint when one is due.
 
     Args:
-        base: as :func:`dde_ds.training.check.base_identity`.
+        base: the base's identity, as in :func:`dde_ds.training.check.base_identity`.
         damaged: checkpoints that were proved damaged on resume, and may be replaced.
     """
 
@@ -28,14 +28,17 @@ class Checkpoints:
         self._run, self._shards, self._base, self._damaged = run, shards, base, damaged
 
     def due(self, step: int, guards: Guards) -> bool:
-        """Return whether to save after ``step``: not among skipped steps, whose older checkpoints may be the last good ones."""
+        """Return whether to save after ``step``.
+
+        Before the last step, nothing is saved right after a skipped step: the older checkpoints may be the last good ones.
+        """
         return step == self._run.steps or (step % self._run.checkpoint.every == 0 and not guards.in_a_row)
 
     def save(self, step: int, policy: Any, objective: Objective, beside: dict) -> str:
         """Write the checkpoint of ``step`` and return a line about it. Collective.
 
         Args:
-            beside: what else to restore on resume, as JSON has it.
+            beside: more state to restore on resume, as JSON data.
         """
         started, options = time.perf_counter(), self._run.checkpoint
         state = state_at(self._run, self._shards, self._base, step) | beside

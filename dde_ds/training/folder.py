@@ -1,4 +1,4 @@
-"""The run folder: what it holds before a run, and that one run at a time writes in it."""
+"""The run folder: tell what it holds before a run, and let one run at a time write in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dde_ds.untrusted import read_regular
 from dde_ds.warn import reason
 
 LOCK = "run.lock"
-# What may lie in a folder before its first run: our own traces of a start, a mounted disk's, a launcher's log.
+# Files that may lie in a folder before its first run: our own traces of a start, those of a mounted disk, a launcher's log.
 NO_CONTENTS = re.compile(rf"STOP|heartbeat|{LOCK}.*|lost\+found|\.nfs.*|\.snapshot|\.config\.yaml\..*|.*\.(log|out|err)")
 # Keys that every config.yaml of a run has.
 KEYS = {"output", "steps", "model", "data", "batch", "optimizer", "objective"}
@@ -25,7 +25,7 @@ def holds(folder: Path) -> str:
     """Return what a folder holds: ``nothing``, ``run``, ``done run`` or ``other files``.
 
     Raises:
-        UserError: it is no folder, or cannot be read.
+        UserError: the path is no folder, or cannot be read.
     """
     try:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -43,15 +43,16 @@ def require_usable(folder: Path, resume: str | None) -> None:
     """Refuse a folder that a run would overwrite.
 
     Raises:
-        UserError: it holds something else than a run; or a run, and ``resume`` is None; or a finished one without a checkpoint.
+        UserError: the folder holds other files than a run's, a run although ``resume`` is None, or a finished run without a
+            checkpoint.
     """
-    found = holds(folder)
-    if found == "other files":
+    contents = holds(folder)
+    if contents == "other files":
         raise UserError(f"output {folder}: is not empty and holds no run; choose another folder")
-    if found == "nothing":
+    if contents == "nothing":
         return
     checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
-    if found == "done run" and not checkpoints:
+    if contents == "done run" and not checkpoints:
         raise UserError(f"output {folder}: holds a finished run without a checkpoint to go on from; choose another folder")
     if resume is None and checkpoints:
         raise UserError(f"output {folder}: holds a run already; go on with --resume, or choose another folder")
@@ -63,27 +64,28 @@ def require_usable(folder: Path, resume: str | None) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: str | None, say: Callable[[str], None]) -> Iterator[Lock | None]:
-    """Keep other runs out of the run folder within the block, on every rank; the first rank gets the lock.
+    """Keep other runs out of the run folder within the block. Yield the lock on the first rank, and None on the others.
+    Collective.
 
-    A folder that is made for it and is still empty at the end is taken away again. Collective.
+    If the folder is made here and is still empty at the end, it is removed again.
 
     Args:
         resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
         say: takes one line for the user.
 
     Raises:
-        UserError: as :func:`require_usable`; the folder cannot be written; or another run is going on there.
+        UserError: as :func:`require_usable`; or the folder cannot be written; or another run is writing there.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as cleanup:
         locks: list[Lock] = []
 
         def claim() -> None:
             require_usable(folder, "auto")  # before anything is written there
             try:
-                made = [path for path in (folder, *folder.parents) if not path.exists()]
+                created = [path for path in (folder, *folder.parents) if not path.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
-                held.callback(_remove_empty, made)
-                locks.append(held.enter_context(lock(folder / LOCK, f"output {folder}", say)))
+                cleanup.callback(_remove_empty, created)
+                locks.append(cleanup.enter_context(lock(folder / LOCK, f"output {folder}", say)))
             except OSError as error:
                 raise UserError(f"output {folder}: not writable: {reason(error).lower()}") from None
             require_usable(folder, resume)
@@ -93,6 +95,7 @@ def claimed(folder: Path, resume: str | None, say: Callable[[str], None]) -> Ite
 
 
 def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders in this order, up to the first that is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -101,7 +104,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _has_keys(config: Path) -> bool:
-    """Return whether a file is the config.yaml of a run, of whatever version."""
+    """Return whether a file is a run's ``config.yaml``, of any version."""
     try:
         text = read_regular(config, 2**20).decode()
     except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not a finite number: they train nothing, are written down, and too many in a row end the run."""
+"""Guard a run against losses and gradients that are not finite.
+
+Steps with such numbers train nothing and are written down. Too many of them in a row end the run.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,17 @@ MEND = (
 
 
 class Guards:
-    """Looks at the loss of every micro-batch, on the device; what it saw is read only after a step that was skipped.
+    """Check the loss of every micro-batch, on the device. The results are read only after a skipped step.
 
-    A loss that is not finite is made to give gradients that are not either. So the reduction of the gradients, which a step needs
-    anyway, carries the flag to all ranks, and one look before the weights, :func:`dde_ds.engine.update.update`'s, is enough.
+    A loss that is not finite makes the gradients NaN. The reduction of the gradients, which a step needs anyway, carries NaN
+    to all ranks. So one check before the weights change is enough, in :func:`dde_ds.engine.update.apply_if_finite`.
     """
 
     def __init__(self, max_in_a_row: int, steps: int = 0, in_a_row: int = 0, log: RowFile | None = None):
-        """Begin with :meth:`counts` of the checkpoint that the run goes on from.
+        """Begin with the :meth:`counts` of the checkpoint that the run continues from.
 
         Args:
+            max_in_a_row: the number of skipped steps in a row that ends the run.
             log: ``skipped.jsonl``, on one rank.
         """
         self._max_in_a_row, self._log = max_in_a_row, log
@@ -34,25 +38,25 @@ class Guards:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def counts(self) -> dict[str, int]:
-        """Skipped steps since the run began, and those at its end."""
+        """Return the number of skipped steps since the run began, and the number of those in a row up to now."""
         return {"steps": self.steps, "in_a_row": self.in_a_row}
 
     def watch(self, loss: Tensor, batch: Batch) -> Tensor:
-        """A micro-batch's loss as it goes into the backward pass."""
+        """Record whether a micro-batch's loss is finite. Return the loss for the backward pass, NaN if it is not finite."""
         finite = loss.detach().isfinite()
         self._seen.append((finite, batch.positions, batch.timesteps))
         return loss * torch.where(finite, 1.0, torch.nan)
 
     def passed(self) -> None:
-        """The step was made."""
+        """Record that the step was made."""
         self._seen.clear()
         self.in_a_row = 0
 
     def skipped(self, step: int) -> str:
-        """The step was left out. One line about it. Collective.
+        """Record that the step was skipped, and return one line about it. Collective.
 
         Raises:
-            UserError: it was one too many in a row.
+            UserError: too many steps in a row were skipped.
         """
         row = {"step": step, **self._find()}
         self.steps += 1
@@ -70,14 +74,17 @@ class Guards:
         return f"step {step}: {what}: skipped on all ranks"
 
     def _find(self) -> dict:
-        """What was not finite, on which ranks, and the pairs concerned: those of the micro-batches whose loss was not. Where all losses
-        were, it was the backward pass that overflowed, and any rank's: the gradients had been reduced, so all pairs are named."""
-        own = [(bool(finite), positions.tolist(), timesteps.tolist()) for finite, positions, timesteps in self._seen]
+        """Return what was not finite, on which ranks, and the pairs concerned. Collective.
+
+        If losses were not finite, the pairs are those of their micro-batches. If all losses were finite, the backward pass
+        overflowed. The gradients were reduced by then, so any rank may be the cause, and all pairs are named.
+        """
+        local = [(bool(finite), positions.tolist(), timesteps.tolist()) for finite, positions, timesteps in self._seen]
         self._seen.clear()
-        everyone: list[list] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own)
-        ranks = [rank for rank, seen in enumerate(everyone) if not all(finite for finite, *_ in seen)]
-        concerned = [batch for seen in everyone for batch in seen if not (ranks and batch[0])]
+        by_rank: list[list] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(by_rank, local)
+        ranks = [rank for rank, seen in enumerate(by_rank) if not all(finite for finite, *_ in seen)]
+        concerned = [batch for seen in by_rank for batch in seen if not (ranks and batch[0])]
         return {
             "what": "loss" if ranks else "gradient",
             "ranks": ranks,

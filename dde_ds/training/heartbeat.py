@@ -1,4 +1,4 @@
-"""A file whose age tells whether a run still moves: for health checks, and for people who look from outside."""
+"""A file whose age shows that a run still moves: for health checks, and for people who look from outside."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ EVERY_SECONDS = 10.0
 
 
 class Heartbeat:
-    """Writes ``heartbeat``, ``{"time": seconds since 1970, "step": …}``, at most every ten seconds. One rank alone keeps it: the others
-    move with it or not at all."""
+    """Write ``heartbeat``, ``{"time": seconds since 1970, "step": …}``, at most every ten seconds.
+
+    One rank writes it for all: the other ranks move with this rank or not at all.
+    """
 
     def __init__(self, run_folder: Path | None):
-        """``run_folder`` is None on the other ranks, where it does nothing."""
+        """Prepare to write in ``run_folder``. On the other ranks it is None, and nothing is written."""
         self._file = run_folder / "heartbeat" if run_folder else None
         self._written = -float("inf")
 
     def beat(self, step: int) -> None:
+        """Write the file if ten seconds have passed since the last time. A failure is a warning."""
         now = time.monotonic()
         if self._file is None or now - self._written < EVERY_SECONDS:
             return

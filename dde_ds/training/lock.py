@@ -1,7 +1,7 @@
-"""A lock file: one run at a time in a folder, on whatever machine, and none that a crash leaves closed.
+"""A lock file: it allows one run at a time in a folder, on whatever machine, and a crash does not leave the folder locked.
 
-The file says which process holds it. The same machine can ask the system whether that process still lives. From elsewhere, another
-host or another container, the file's age tells: its holder renews it every few seconds.
+The file says which process holds the lock. On the same machine, the system tells whether that process still lives. On another
+host or in another container, the file's age tells, because the holder renews the file every few seconds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.untrusted import parse_json, read_regular
 
 RENEWED_EVERY, STALE_AFTER = 10.0, 90.0
-"""Seconds. A lock that nobody renewed for so long belongs to a process that is gone; network file systems may show a change late."""
+"""Seconds. A lock that nobody has renewed for ``STALE_AFTER`` belongs to a process that is gone. The time is long because network
+file systems may show a change late."""
 
 
 class Lock:
-    """A lock that this process holds."""
+    """Hold a lock for this process. A thread renews its file."""
 
     def __init__(self, path: Path, content: bytes):
         self.path, self.content, self._taken = path, content, False
@@ -35,25 +36,26 @@ class Lock:
         self._renewing.start()
 
     def check(self) -> None:
-        """Look at what the last renewal found; no file is read.
+        """Check what the last renewal found. No file is read.
 
         Raises:
-            RankError: another process holds the lock now, since this one had stood still for long.
+            RankError: another process holds the lock now, since this process had stood still for long.
         """
         if self._taken:
             raise RankError(f"{self.path}: another run has taken this folder over while this one stood still; this one ends here")
 
     def release(self) -> None:
+        """Stop renewing the file. Delete it if it is still this process's."""
         self._released.set()
-        self._renewing.join(RENEWED_EVERY)  # or it would make the file again
+        self._renewing.join(RENEWED_EVERY)  # otherwise the thread might make the file again
         with contextlib.suppress(OSError, ValueError):
             if read_regular(self.path) == self.content:
                 self.path.unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(RENEWED_EVERY):
-            with contextlib.suppress(OSError, ValueError):  # a file system that is away for a while: the next try may do it
-                if not _create(self.path, self.content):  # which somebody may have deleted
+            with contextlib.suppress(OSError, ValueError):  # the file system may be away for a while, and the next try succeed
+                if not _create(self.path, self.content):  # somebody may have deleted it
                     self._taken = read_regular(self.path) != self.content
                 if self._taken:
                     return
@@ -65,18 +67,18 @@ def lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock file ``path`` within the block.
 
     Args:
-        what: is locked, for messages, such as ``output runs/first``.
-        say: takes a line for the user where it takes a while to find out whether the holder lives.
+        what: the thing that is locked, for messages, such as ``output runs/first``.
+        say: takes a line for the user if it takes a while to find out whether the holder lives.
 
     Raises:
-        UserError: another process holds it. The line says which, and the way out.
+        UserError: another process holds the lock. The message says which process, and the way out.
         OSError: the folder cannot be written.
     """
-    held = Lock(path, _acquire(path, what, say))
+    acquired = Lock(path, _acquire(path, what, say))
     try:
-        yield held
+        yield acquired
     finally:
-        held.release()
+        acquired.release()
 
 
 class _Seen(NamedTuple):
@@ -85,13 +87,19 @@ class _Seen(NamedTuple):
 
 
 def _acquire(path: Path, what: str, say: Callable[[str], None]) -> bytes:
+    """Make the lock file, or replace it if its holder is gone. Return its content.
+
+    Raises:
+        UserError: the holder lives.
+    """
     content = json.dumps(_myself()).encode()
     while not _create(path, content):
         seen = _look(path)
         if seen is None:  # released meanwhile
             continue
         _require_stale(path, seen, what, say)
-        # Several may find it stale. A second lock, named after its content, lets one of them replace it, and none replace the next one.
+        # Several processes may find the lock stale. A second lock, named after the stale content, lets only one of them replace it.
+        # None of them can replace the next lock, whose content is another.
         successor = path.with_name(f"{path.name}.{hashlib.sha256(seen.content).hexdigest()[:16]}")
         _acquire(successor, what, say)
         try:
@@ -106,7 +114,7 @@ def _acquire(path: Path, what: str, say: Callable[[str], None]) -> bytes:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Return whether the file was not there, and is now: of several that try at once it is True for one."""
+    """Make the file and return True, or return False if it exists. Of several processes that try at once, one makes it."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
@@ -122,9 +130,9 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _look(path: Path) -> _Seen | None:
-    """Return what the file holds and when it changed, by the clock of its file system. None: it is gone."""
+    """Return the file's content and when it changed, by the clock of its file system. Return None if the file is gone."""
     try:
-        # Opened each time: a network file system then asks its server, and does not answer from what it remembers.
+        # The file is opened each time. A network file system then asks its server, instead of answering from its cache.
         content = read_regular(path, 4096)
         return _Seen(content, path.stat().st_mtime)
     except FileNotFoundError:
@@ -134,7 +142,7 @@ def _look(path: Path) -> _Seen | None:
 
 
 def _require_stale(path: Path, seen: _Seen, what: str, say: Callable[[str], None]) -> None:
-    """Return when the holder of a lock is found to be gone; a lock that cannot be read is judged by its age.
+    """Return when the holder of a lock is found to be gone. A lock that cannot be read is judged by its age.
 
     Raises:
         UserError: the holder lives.
@@ -148,7 +156,7 @@ def _require_stale(path: Path, seen: _Seen, what: str, say: Callable[[str], None
         if ticks == holder["ticks"]:
             raise refusal
         return
-    # No two machines' clocks are compared: the age counts from the time of a file that is written there now.
+    # Two machines' clocks must not be compared. So the current time is taken from a file that is written there now.
     age = _now(path) - seen.changed
     if age < STALE_AFTER:
         say(
@@ -165,6 +173,7 @@ def _require_stale(path: Path, seen: _Seen, what: str, say: Callable[[str], None
 
 
 def _myself() -> dict:
+    """Return what the lock file says of this process."""
     machine, processes = _here()
     return {
         "host": socket.gethostname(),
@@ -178,47 +187,54 @@ def _myself() -> dict:
 
 
 def _holder(content: bytes) -> dict:
-    """Return what a lock file says, every field there and of its type."""
+    """Return what a lock file says, with every field and each of its type. Unusable fields become ``unknown`` or 0."""
     kinds = {"host": str, "pid": int, "started": str, "ticks": str, "machine": str, "processes": str}
     try:
-        found = parse_json(content)
+        fields = parse_json(content)
     except ValueError:
-        found = None
-    found = found if isinstance(found, dict) else {}
+        fields = None
+    fields = fields if isinstance(fields, dict) else {}
     return {
-        name: found[name] if isinstance(found.get(name), kind) else ("unknown" if kind is str else 0)
+        name: fields[name] if isinstance(fields.get(name), kind) else ("unknown" if kind is str else 0)
         for name, kind in kinds.items()
     }
 
 
 def _here() -> tuple[str, str]:
-    """Return the machine since its last start, and the name space in which a process id means something: each container has its own."""
+    """Return an identifier of the machine since its last start, and the name space in which its process ids are valid.
+
+    Each container has its own name space of process ids.
+    """
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return machine, str(Path("/proc/self/ns/pid").readlink())
-    except OSError:  # no Linux: ages alone tell
+    except OSError:  # not Linux: only ages tell
         return uuid.uuid4().hex, ""
 
 
 def _started(process: int) -> str | None:
-    """Return when a process of this machine started, in clock ticks since the machine did. Empty: there is none. None: it may not be
-    seen from here."""
+    """Return when a process of this machine started, in clock ticks since the machine did.
+
+    Return an empty text if there is no such process, and None if it cannot be seen from here.
+    """
     try:
         stat = Path("/proc", str(process), "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         try:
             os.kill(process, 0)
-        except PermissionError:  # another user's, on a system that hides those
+        except PermissionError:  # another user's process, on a system that hides those
             return None
         except (OSError, OverflowError):
             pass
         return ""
-    # Fields behind the name, which stands in brackets and may hold anything: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+    # Fields after the name. The name is in brackets and may hold any character:
+    # https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
     state, *rest = stat.rpartition(")")[2].split()
     return "" if state in "ZX" else rest[18]
 
 
 def _now(path: Path) -> float:
+    """Return the current time by the clock of the file system that ``path`` is on."""
     probe = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     probe.touch()
     try:

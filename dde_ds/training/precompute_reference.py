@@ -1,4 +1,4 @@
-"""A precomputed reference without training: the reference's forward passes of a run, and nothing else."""
+"""Precompute a run's reference errors without training: run the reference's forward passes and nothing else."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from dde_ds.training.step import errors_of
 
 
 def precompute_reference(run: RunConfig) -> None:
-    """Write the errors of every pair that ``run`` will train on and its precomputed reference does not hold yet. Every rank calls this.
+    """Write the reference's errors of every pair that ``run`` will train on and its file lacks. Collective: every rank calls this
+    function.
 
-    It writes as often as the run would save a checkpoint, so it may be killed and started again. The batch's micro-batches are the
-    run's own: another size may round differently.
+    The file is written as often as the run would save a checkpoint. So the process may be killed and started again. The
+    micro-batches have the run's own size, since another size may round differently.
 
     Raises:
-        UserError: no ``reference.precomputed``, an objective without a reference, or a precomputed reference of something else.
+        UserError: ``reference.precomputed`` is not set, the objective has no reference, or the file belongs to another
+            reference, data, seed or sampling.
     """
     silence_libraries()
     shards, _ = open_shards(run)
@@ -49,7 +51,7 @@ def precompute_reference(run: RunConfig) -> None:
             RankSlices(run.batch.pairs, run.batch.micro_batch_size, ranks.rank, ranks.world_size, step, step + 1)
             for step in missing
         ]
-        batches = open_batches(run, shards, objective, [own for each in slices for own in each], device)
+        batches = open_batches(run, shards, objective, [positions for each in slices for positions in each], device)
         model, dtype = frozen_model(reference), models.DTYPES[run.precision]
         for number, batch in enumerate(batches, 1):
             precomputed.add(batch, errors_of(model, objective.schedule, batch, device, dtype))

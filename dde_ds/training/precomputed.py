@@ -1,9 +1,11 @@
-"""The reference's two errors of each pair by position, in a file that later runs read in the place of the reference.
+"""The reference's two errors of each pair, by position, in a file that later runs read instead of running the reference.
 
-A pair's noise and timestep are functions of (seed, position) and the reference never changes: d(ref,w) and d(ref,l) are two floats
-that every run of the same seed, data and reference needs again. The file is one safetensors, whole or absent: ``errors`` (N,2)
-float32, NaN where no run has been yet, and in its metadata what they are the errors of. What only weighs them (the objective's name, β,
-learning rate, batch, number of ranks) may differ between the runs that share it.
+A pair's noise and timestep are functions of (seed, position), and the reference never changes. So d(ref,w) and d(ref,l) are
+two floats that every run with the same seed, data and reference needs again.
+
+The file is one safetensors file, whole or absent. It holds ``errors`` (N,2) float32, NaN at positions that no run has reached.
+Its metadata say what the errors depend on. Settings that only weigh the errors may differ between runs that share the file:
+the objective's name, β, learning rate, batch and number of ranks.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
 from dde_ds.warn import reason
 
-FORMAT = "dde_ds ledger 1"  # the word of earlier versions: their files are read
+FORMAT = "dde_ds ledger 1"  # earlier versions used this name, and their files are still read
 
 
 class PrecomputedReference:
-    """One run's view of the file, the same on all ranks: what it held when the run was started, and what the run adds.
+    """Hold one run's view of the file, the same on all ranks: the errors that the file held at the start, and those that the run
+    adds.
 
-    A run without a file has one too: ``path`` is None, it covers nothing and keeps nothing.
+    A run without a file has this object too. Its ``path`` is None, it covers nothing and keeps nothing.
     """
 
     def __init__(self, path: Path | None, identity: dict, errors: Tensor, pairs: int):
@@ -47,13 +50,19 @@ class PrecomputedReference:
         self._added: list[tuple[Tensor, Tensor]] = []
 
     def covers(self, first_step: int, last_step: int) -> bool:
-        """Whether it holds the pairs of the optimizer steps from ``first_step`` (counted from 0) up to, not including, ``last_step``."""
+        """Return whether the file held every pair of the optimizer steps from ``first_step`` up to, not including, ``last_step``.
+
+        Steps are counted from 0.
+        """
         known = self._known[first_step * self._pairs : last_step * self._pairs]
         return bool(self.path) and len(known) == (last_step - first_step) * self._pairs and bool(known.all())
 
     def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same micro-batches, with ``reference_errors`` (2B,) in those of steps that it covers: the whole step or nothing, so that
-        all ranks run the reference or none does, which under ZeRO-3 they do together."""
+        """Yield the same micro-batches, with ``reference_errors`` (2B,) in those of steps that the file covers.
+
+        A step is filled as a whole or not at all. So either all ranks run the reference or none does, and under ZeRO-3 they
+        must run it together.
+        """
         for batch in batches:
             step = batch.step(self._pairs)
             if self.covers(step, step + 1):
@@ -61,76 +70,82 @@ class PrecomputedReference:
             yield batch
 
     def add(self, batch: Batch, reference_errors: Tensor | None) -> None:
-        """Keep the errors, (2B,), of a micro-batch that the reference has seen, until :meth:`write`. Waits for no device."""
+        """Keep the errors of a micro-batch that the reference has seen, (2B,), until :meth:`write`. Waits for no device."""
         if self.path and batch.reference_errors is None and reference_errors is not None:
             self._added.append((batch.positions, reference_errors.view(2, -1).T))
 
     def write(self, ranks: DistributedEnv) -> None:
-        """Put what was added since the last call into the file. Collective; the first rank writes.
+        """Put the errors that were added since the last call into the file. Collective; the first rank writes.
 
         Raises:
-            RankError: it cannot be written.
-            UserError: the file has become another precomputed reference.
+            RankError: the file cannot be written.
+            UserError: the file now belongs to another reference, data, seed or sampling.
         """
         if not self._added:
             return
         positions, errors = (torch.cat(parts) for parts in zip(*self._added, strict=True))
         self._added = []
-        # float64 holds both exactly.
+        # float64 holds positions and errors exactly.
         rows = gather_rows(torch.cat([positions.to(errors.device, torch.float64)[:, None], errors.double()], 1), ranks).cpu()
         if not ranks.is_main:
             return
-        # Another run may have written meanwhile.
+        # Read the file again, since another run may have written meanwhile.
         assert self.path is not None  # otherwise nothing was added
-        held = read_precomputed(self.path, self._identity)
+        stored = read_precomputed(self.path, self._identity)
         positions = rows[:, 0].long()
-        grown = torch.full((max(len(held), int(positions.max()) + 1), 2), torch.nan)
-        grown[: len(held)] = held
-        grown[positions] = rows[:, 1:].float()
-        _write(self.path, grown, self._identity)
+        merged = torch.full((max(len(stored), int(positions.max()) + 1), 2), torch.nan)
+        merged[: len(stored)] = stored
+        merged[positions] = rows[:, 1:].float()
+        _write(self.path, merged, self._identity)
 
 
 def open_precomputed(
     run: RunConfig, shards: ShardSet | MixedShards, objective: Objective, ranks: DistributedEnv
 ) -> PrecomputedReference:
-    """The run's precomputed reference as the first rank reads it, empty where there is no file yet, or where the run names none. Collective.
+    """Return the run's precomputed reference as the first rank reads it. Collective.
+
+    It is empty if there is no file yet, or if the run names no file.
 
     Raises:
-        UserError: a damaged file, or one of another reference, data, seed or sampling: the message names what differs.
+        UserError: the file is damaged, or belongs to another reference, data, seed or sampling. The message names the
+            difference.
     """
     if not run.reference.precomputed or not objective.needs_reference:
         return PrecomputedReference(None, {}, torch.empty(0, 2), run.batch.pairs)
-    path, found = Path(run.reference.precomputed), None
+    path, result = Path(run.reference.precomputed), None
     if ranks.is_main:
         try:
-            own = identity(run, shards, objective)
+            expected = identity(run, shards, objective)
             if not path.exists():
-                _write(path, torch.empty(0, 2), own)  # a path that cannot be written is found now, not at the first checkpoint
-            found = (own, read_precomputed(path, own), None)
-        except UserError as error:  # told on all ranks: the others would wait for this one
-            found = (None, None, str(error))
-    own, errors, problem = broadcast_object(found, ranks)
+                # An unwritable path is found now, instead of at the first checkpoint.
+                _write(path, torch.empty(0, 2), expected)
+            result = (expected, read_precomputed(path, expected), None)
+        except UserError as error:  # raised on all ranks below: the others would wait for this one
+            result = (None, None, str(error))
+    expected, errors, problem = broadcast_object(result, ranks)
     if problem:
         raise UserError(problem)
-    return PrecomputedReference(path, own, errors, run.batch.pairs)
+    return PrecomputedReference(path, expected, errors, run.batch.pairs)
 
 
 def check_precomputed(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective) -> None:
-    """Raises:
-    UserError: the run has a precomputed reference that :func:`open_precomputed` would refuse. Nothing is written.
+    """Refuse a precomputed reference that :func:`open_precomputed` would refuse. Nothing is written.
+
+    Raises:
+        UserError: the file is damaged, or belongs to another reference, data, seed or sampling.
     """
     if run.reference.precomputed and objective.needs_reference and Path(run.reference.precomputed).exists():
         read_precomputed(Path(run.reference.precomputed), identity(run, shards, objective))
 
 
 def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective) -> dict:
-    """What the errors at a position follow from. As JSON has it."""
+    """Return everything that the errors at a position depend on, as JSON data."""
     probable = objective.timestep_probabilities.nonzero().flatten().tolist()
     return {
         "reference weights": unet_digest(run.model.path, run.model.revision, run.model.variant),
-        "precision": run.precision,  # x_t is rounded to it
+        "precision": run.precision,  # x_t is rounded to this type
         "precision of the reference": run.reference_precision,
-        "model.compile": run.model.compile,  # the same sums, rounded in other places
+        "model.compile": run.model.compile,  # compiled blocks round in other places
         "model.channels_last": run.model.channels_last,
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
@@ -146,10 +161,10 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
 
 
 def read_precomputed(path: Path, expected: dict) -> Tensor:
-    """Errors, (N,2) float32, NaN where there are none yet; (0,2) where there is no file.
+    """Return the errors in a file, (N,2) float32, NaN at positions without errors; (0,2) if there is no file.
 
     Raises:
-        UserError: a damaged precomputed reference, or one that is of something else than ``expected``.
+        UserError: the file is damaged, or its identity is not ``expected``.
     """
     if not path.exists():
         return torch.empty(0, 2)
@@ -159,18 +174,18 @@ def read_precomputed(path: Path, expected: dict) -> Tensor:
             metadata, errors = file.metadata() or {}, file.get_tensor("errors")
         if metadata.get("format") != FORMAT:
             raise UserError(f"reference.precomputed {path}: format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
-        found = parse_json(metadata["identity"])
-        shaped = errors.dtype == torch.float32 and errors.ndim == 2 and errors.shape[1] == 2 and isinstance(found, dict)
+        stored = parse_json(metadata["identity"])
+        shaped = errors.dtype == torch.float32 and errors.ndim == 2 and errors.shape[1] == 2 and isinstance(stored, dict)
         if not shaped or metadata["sha256"] != _digest_of(errors):
             raise ValueError("it is not what was written")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"reference.precomputed {path}: damaged, or no precomputed reference: {' '.join(str(error).split())}; delete it to make it again"
         ) from None
-    for key in expected | found:
-        if found.get(key) != expected.get(key):
+    for key in expected | stored:
+        if stored.get(key) != expected.get(key):
             raise UserError(
-                f"reference.precomputed {path}: was made with {key} {found.get(key)!r}, this run has {expected.get(key)!r}; "
+                f"reference.precomputed {path}: was made with {key} {stored.get(key)!r}, this run has {expected.get(key)!r}; "
                 "its errors are not this run's: name another file"
             )
     return errors

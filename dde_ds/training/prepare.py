@@ -1,4 +1,4 @@
-"""What a run is put together from: objective, engines, shards and folder, each checked against the others."""
+"""Build the parts of a run: objective, engines, shards and folder. Check each against the others."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 
 
 def build_run_objective(run: RunConfig) -> Objective:
+    """Return the run's objective, with the noise schedule of its base."""
     return configured_objective(run.objective, models.load_scheduler_config(run.model.path, run.model.revision))
 
 
 def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
-    """The objective of a run folder with the table of its newest checkpoint, and the rows of its ``correction.jsonl``.
+    """Return the objective of a run folder, with the table of its newest checkpoint, and the rows of its ``correction.jsonl``.
 
     Raises:
-        UserError: no run folder, no checkpoint in it, or a run whose objective has no reference.
+        UserError: the folder holds no run or no checkpoint, or the run's objective has no reference.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
@@ -52,9 +53,12 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
 
 
 def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:
-    """Policy engine and reference. The reference is read when the policy has gone to its GPU, and both in the type that they compute in:
-    of SDXL in bfloat16 a rank holds 5.1 GB in the host's memory meanwhile, beside pages of the file, which a node's ranks share and the
-    system may drop."""
+    """Return the policy's engine and the reference, or None for a run that needs no reference. Collective.
+
+    The reference is read after the policy has gone to its GPU. Both are read in the type that they compute in. For SDXL in
+    bfloat16, a rank holds 5.1 GB in host memory while it reads. To this add pages of the file, which a node's ranks share and
+    the system may drop.
+    """
     policy = models.load_unet(run.model.path, run.model.revision, run.precision, run.model.variant)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
@@ -71,18 +75,24 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
 
 
 def apply_compute_options(run: RunConfig, unet: UNet2DConditionModel) -> None:
-    """What policy and reference must both be, to begin at the same predictions."""
+    """Give a UNet the options that policy and reference must share, so that both begin with the same predictions."""
     if run.model.channels_last:
         use_channels_last(unet)
     if run.model.compile:
         compile_blocks(unet)
-    if "fp32" in (run.precision, run.reference_precision):  # cuDNN's default from Ampere on is TF32: three digits of each factor
+    # From Ampere on, cuDNN's default is TF32, which keeps three digits of each factor.
+    if "fp32" in (run.precision, run.reference_precision):
         torch.backends.cudnn.allow_tf32 = False
 
 
 def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | MixedShards | None]:
-    """Training shards, and held-out ones where the run names any. They and the model must speak of the same latents: found out
-    before any weight is loaded."""
+    """Open the training shards, and the held-out shards if the run names any.
+
+    Shards and model must mean the same latents. This is checked here, before any weight is loaded.
+
+    Raises:
+        UserError: shards that cannot be read, that do not fit the model or the settings, or that are used for both purposes.
+    """
     data = run.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
     training = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples, key=data.key)
@@ -99,6 +109,7 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | Mixe
 
 
 def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
+    """Refuse shards whose latents or embeddings do not fit the run's UNet."""
     config = models.load_unet_config(run.model.path, run.model.revision)
     channels, height, width = shards.latent_shape
     if channels != config["in_channels"]:
@@ -109,10 +120,10 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height % factor or width % factor:
         raise UserError(f"{name}: latents of {height}x{width} do not divide by the UNet's {factor}; shard at another --resolution")
-    own = family_of(run.model.path, run.model.revision).layout.name
-    if own != shards.manifest["settings"]["family"]:
+    family = family_of(run.model.path, run.model.revision).layout.name
+    if family != shards.manifest["settings"]["family"]:
         raise UserError(
-            f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {own!r}"
+            f"{name}: was made for {shards.manifest['settings']['family']!r} models, model.path {run.model.path} is {family!r}"
         )
     width = shards.manifest["prompts"]["tensors"]["prompt_embeds"][-1]
     if width != config["cross_attention_dim"]:  # Stable Diffusion 1 and 2 have the same layout
@@ -123,8 +134,10 @@ def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> Non
 
 
 def open_folder(folder: Path, run: RunConfig) -> None:
-    """Write the configuration into a folder that :func:`~dde_ds.training.folder.claimed` keeps for this run, and remove what an
-    earlier start left behind: a request to stop by a file counts for the run that saw it alone.
+    """Write the configuration into a folder that :func:`~dde_ds.training.folder.claimed` keeps for this run. Remove leftovers of
+    an earlier start.
+
+    A ``STOP`` file is such a leftover, because it counts only for the run that saw it.
 
     Raises:
         UserError: the folder cannot be written.

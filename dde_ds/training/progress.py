@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines in a pipe."""
+"""The progress of a run for a person: a live line on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN_SECONDS = 10.0
 
 
 class ProgressLine:
-    """``visible`` on one rank only. Use as a context manager."""
+    """Show a run's progress, on the one rank that is ``visible``. Use it as a context manager."""
 
     def __init__(self, first_step: int, steps: int, visible: bool):
         self._steps, self._visible = steps, visible
@@ -44,7 +44,7 @@ class ProgressLine:
             self._live.stop()
 
     def update(self, step: int, row: dict[str, float]) -> None:
-        """Show the row of a finished step. In a pipe: the first, the last, and one every ten seconds between."""
+        """Show the row of a finished step. In a pipe, print the first row, the last one, and one every ten seconds between."""
         if not self._visible:
             return
         text = f"loss {row['loss']:.4f}" if "loss" in row else "skipped"
@@ -61,7 +61,7 @@ class ProgressLine:
             self.say(f"step {step}/{self._steps}  eta {left:.0f} s  {text}")
 
     def say(self, message: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         if not self._visible:
             return
         try:
@@ -69,5 +69,5 @@ class ProgressLine:
                 self._live.console.print(verbatim(message))
             else:
                 print(printable(message), flush=True, file=sys.stdout)
-        except OSError as error:  # the log's disk is full, or whoever read it is gone
+        except OSError as error:  # the log's disk is full, or its reader is gone
             warn_once(f"standard output could not be written: {reason(error)}; the run goes on")

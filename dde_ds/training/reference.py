@@ -1,4 +1,4 @@
-"""Where the reference's predictions come from: a function of a micro-batch, chosen once at the start of a run."""
+"""Make the function that predicts for the reference. A run chooses it once, at its start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from dde_ds.models.family import Conditioning
 from dde_ds.models.unet import predict
 
 Reference = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(noisy latents (2B,C,H,W) in the models' type, timesteps (2B,), conditioning on the device) → predictions (2B,C,H,W). Called
-without gradients, before the policy's own pass."""
+"""A function from (noisy latents (2B,C,H,W) in the models' type, timesteps (2B,), conditioning on the device) to predictions
+(2B,C,H,W). It is called without gradients, before the policy's own pass."""
 
 
 def adapters_off(unet: Any) -> Reference:
-    """The policy's own UNet without its LoRA adapters, which is the base that it was made from: one UNet serves as both.
+    """Return the predictions of the policy's own UNet without its LoRA adapters.
 
-    The UNet inside a DeepSpeed engine, not the engine: ZeRO-3 gathers by hooks on the modules.
+    That is the base that the policy was made from, so one UNet serves as policy and reference.
+
+    Args:
+        unet: the UNet inside a DeepSpeed engine, not the engine. ZeRO-3 gathers weights by hooks on the modules.
     """
 
     def predictions(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -32,5 +35,5 @@ def adapters_off(unet: Any) -> Reference:
 
 
 def frozen_model(reference: Any) -> Reference:
-    """A second UNet, or a DeepSpeed engine around one."""
+    """Return the predictions of a second UNet, or of a DeepSpeed engine around it."""
     return lambda noisy, timesteps, conditioning: predict(reference, noisy, timesteps, conditioning)

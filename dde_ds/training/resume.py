@@ -1,4 +1,4 @@
-"""Whether a run starts or goes on, and from what."""
+"""Decide whether a run starts or resumes, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dde_ds.training.folder import require_usable
 
 
 class Origin(NamedTuple):
-    """What a run goes on from. Nothing where it starts."""
+    """The checkpoint that a run continues from. A new run has an empty origin."""
 
     checkpoint: Path | None = None
     state: dict[str, Any] = {}  # noqa: RUF012  never changed
@@ -31,8 +31,9 @@ class Origin(NamedTuple):
 
 
 def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], resume: str | None, say) -> Origin:
-    """The checkpoint to go on from, or none to start. Collective: the first rank's view of the folder counts, since a network
-    file system may show each rank another one.
+    """Return the checkpoint to continue from, or an empty origin for a new run. Collective.
+
+    The first rank's view of the folder counts, since a network file system may show each rank another view.
 
     Args:
         base: as :func:`dde_ds.training.check.base_identity`.
@@ -40,8 +41,8 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict
         say: takes one line for the user.
 
     Raises:
-        UserError: nothing is there to resume; every checkpoint is damaged; one could not be read; or the newest whole one is
-            of another run.
+        UserError: there is no checkpoint to resume; every checkpoint is damaged; one could not be read; or the newest whole
+            one belongs to another run.
     """
     folder = Path(run.output)
     if resume is None:
@@ -62,8 +63,9 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict
 
 
 def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], resume: bool) -> None:
-    """Find out whether the run folder can be started in or, with ``resume``, gone on from, as :func:`choose_checkpoint` would. One process;
-    checkpoints' files are not read through.
+    """Check that a run can start in the run folder or, with ``resume``, continue from it, as :func:`choose_checkpoint` would.
+
+    This is for one process. It does not read the checkpoints' files to their end.
 
     Raises:
         UserError: as :func:`dde_ds.training.folder.require_usable` and :func:`choose_checkpoint`.
@@ -78,23 +80,23 @@ def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str,
 
 
 def require_same_run(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], chosen: Path, state: dict) -> None:
-    """Compare a run with the one that the checkpoint ``chosen`` is of.
+    """Refuse to continue from the checkpoint ``chosen`` if another run has written it.
 
     Args:
         base: as :func:`dde_ds.training.check.base_identity`.
         state: the checkpoint's ``state.json``.
 
     Raises:
-        UserError: they differ; the message says in what.
+        UserError: the runs differ, and the message names the differences; or the checkpoint is past the run's last step.
     """
     if run.steps < state["step"]:
         raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
     before = state["identity"]
     require_same_base(run.model.path, base, chosen, before)
-    # Paths are free where the content is known. Checkpoints of earlier versions know the base by its path alone.
+    # Paths may change if the content is known. Checkpoints of earlier versions know the base by its path alone.
     free = {*base, *(("model.path", "model.revision") if before.get(WEIGHTS) else ())}
-    own = {key: value for key, value in identity(run, shards, base).items() if key not in free}
-    if changed := differences(own, before):
+    current = {key: value for key, value in identity(run, shards, base).items() if key not in free}
+    if changed := differences(current, before):
         raise UserError(
             f"{', '.join(changed)} in {chosen}: a resumed run would not be the same run; set it back, or start another one in a new output "
             "folder, from this one's export/ if its training is to count"
@@ -102,10 +104,14 @@ def require_same_run(run: RunConfig, shards: ShardSet | MixedShards, base: dict[
 
 
 def require_same_base(path: str, base: dict[str, str], chosen: Path, before: dict) -> None:
-    """Compare a base's content with that of the base which the checkpoint ``chosen`` was trained from.
+    """Refuse a base whose content differs from the base that the checkpoint ``chosen`` was trained from.
+
+    Args:
+        base: as :func:`dde_ds.training.check.base_identity`.
+        before: the ``identity`` in the checkpoint's ``state.json``.
 
     Raises:
-        UserError: they differ.
+        UserError: the contents differ.
     """
     for key, what in (
         (WEIGHTS, "UNet has other weights"),
@@ -120,9 +126,9 @@ def require_same_base(path: str, base: dict[str, str], chosen: Path, before: dic
 
 
 def differences(own: dict, found: dict, prefix: str = "") -> list[str]:
-    """Return what differs between two identities, a text for each value: ``objective.beta is 300, was 500``."""
+    """Return the differences between two identities, one text for each value, such as ``objective.beta is 300, was 500``."""
     lines = []
-    for key in {**own, **(found if prefix else {})}:  # a later version may know more than this one
+    for key in {**own, **(found if prefix else {})}:  # a later version may have more keys than this one
         value, other = own.get(key), found.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
             lines += differences(value, other, f"{prefix}{key}.")
@@ -132,15 +138,17 @@ def differences(own: dict, found: dict, prefix: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """A value for a message: numbers as they are written, digests by their beginning."""
+    """Return a value as text for a message: numbers as they are written, and only the beginning of digests."""
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"{value[:8]}…"
     return json.dumps(value, ensure_ascii=False).removesuffix(".0")
 
 
 def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str]) -> dict:
-    """What a run may not change on resume: it would mix two orders, two objectives or two models in one. Ranks, micro-batches and
-    ZeRO stages may change, and so may paths: what lies there is known by its content."""
+    """Return what a run may not change on resume. A change would mix two orders, two objectives or two models in one run.
+
+    Ranks, micro-batches and ZeRO stages may change. Paths may change too, since digests identify the content.
+    """
     return {
         **base,
         "seed": run.seed,
@@ -152,7 +160,7 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str
         "model.path": run.model.path,
         "model.revision": run.model.revision,
         "precision": run.precision,
-        # As JSON has it: tuples are lists there.
+        # Through JSON, which turns tuples into lists.
         "objective": json.loads(json.dumps(asdict(run.objective))),
         "lora": json.loads(json.dumps(run.lora and asdict(run.lora))),
         "ema": run.ema and asdict(run.ema),
@@ -160,14 +168,14 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str
 
 
 class MissingOutputs(NamedTuple):
-    """What was due after a step and is not there: a request to stop cuts it off."""
+    """Outputs that were due after a step and are missing, since a request to stop cut them off."""
 
     evaluation: bool
     samples: bool
 
 
 def missing_outputs(run: RunConfig, step: int) -> MissingOutputs:
-    """Return what ``step`` still owes: its row of evaluation, its sample images."""
+    """Return whether the evaluation row and the sample images of ``step`` are due and missing."""
     evaluation_due, samples_due = (step % every == 0 or step == run.steps for every in (run.evaluation.every, run.samples.every))
     rows = read_rows(Path(run.output) / "metrics.jsonl", is_metrics) if run.evaluation.path and step and evaluation_due else []
     evaluated = not rows or any(row["step"] == step and "eval/loss" in row for row in rows)
@@ -176,12 +184,12 @@ def missing_outputs(run: RunConfig, step: int) -> MissingOutputs:
 
 
 def sample_path(run: RunConfig, step: int) -> Path:
-    """Return the file of the images that are drawn after ``step``."""
+    """Return the path of the images that are drawn after ``step``."""
     return Path(run.output) / "samples" / f"step-{step:08d}.png"
 
 
 def state_at(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], step: int) -> dict:
-    """What a checkpoint says of itself."""
+    """Return what a checkpoint says of itself: step, position, identity, configuration and versions."""
     packages = ("torch", "deepspeed", "diffusers", *(["peft"] if run.lora else []))
     return {
         "step": step,

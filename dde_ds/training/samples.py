@@ -1,4 +1,4 @@
-"""Sample images of a run: the same prompts and noise each time, so that what changes is the model."""
+"""Draw a run's sample images. Prompts and noise are the same each time, so that only the model changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dde_ds.warn import reason, warn_once
 
 
 class Samples:
-    """Draws ``samples.prompts`` when that is due, never where there are none. Collective, since ZeRO-3's forward passes are."""
+    """Draw ``samples.prompts`` when they are due; without prompts they never are. Collective, since ZeRO-3's forward passes are."""
 
     def __init__(self, run: RunConfig, policy: Any, ranks: DistributedEnv, device: torch.device, stop: StopRequest, log: RunLog):
         self._run, self._policy, self._ranks, self._stop, self._log = run, policy, ranks, stop, log
@@ -28,12 +28,16 @@ class Samples:
             self._prompts = PromptSet(model.path, model.revision, run.samples.prompts, device, dtype, model.variant)
 
     def due(self, step: int) -> bool:
+        """Return whether to draw after ``step``."""
         return self._prompts is not None and (step % self._run.samples.every == 0 or step == self._run.steps)
 
     def draw(self, step: int) -> None:
-        """Write ``samples/step-….png``. A request to stop leaves it out; a full disk is a warning."""
+        """Draw the images, write ``samples/step-….png``, and send the images to the trackers. Collective.
+
+        A request to stop leaves all of this out. A file that cannot be written is a warning.
+        """
         options, prompts = self._run.samples, self._prompts
-        assert prompts is not None  # otherwise never due
+        assert prompts is not None  # without prompts, drawing is never due
         images = none_if_stopped(
             lambda: prompts.draw(
                 self._policy.module, options.seed, options.inference_steps, options.guidance_scale, poll=self._stop.poll

@@ -1,6 +1,7 @@
-"""What asks a run to stop from outside its folder: TERM, USR1, Ctrl-C, or a launcher that is gone.
+"""Requests to stop that come from outside the run folder: TERM, USR1, Ctrl-C, or a launcher that is gone.
 
-Nothing heavy is imported here: a launcher listens before it imports what takes seconds, so that nothing that comes then is lost.
+Nothing heavy is imported here. So a launcher can listen before it imports libraries for seconds, and loses no signal
+meanwhile.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ _started_by: list[list[str]] = []
 
 
 def listen() -> dict[signal.Signals, Any]:
-    """Remember from now on what asks to stop, and return the handlers that the signals had before.
+    """Record from now on the signals that ask to stop. Return the handlers that the signals had before.
 
-    Python allows handlers in the main thread alone: in another one none is installed and none returned. Signals that the parent
-    process blocked, so that none would be lost before this call, come in now.
+    Python allows handlers in the main thread only. In another thread none is installed and none returned. The parent process
+    may have blocked signals, so that none is lost before this call. Such signals arrive now.
     """
     if not _started_by:
         _started_by.append(launchers())
@@ -35,42 +36,46 @@ def listen() -> dict[signal.Signals, Any]:
 
 
 def asked() -> bool:
-    """Return whether a signal came, or the launcher went, since this process listens."""
+    """Return whether a signal came, or the launcher went, since this process began to listen."""
     return bool(_came) or (bool(_started_by) and launchers() != _started_by[0])
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[int]]:
-    """Listen within the block, which gets the list of signals that came. Where the process listened before, what came then is in it.
+    """Listen within the block, and yield the list of signals that came. If the process has listened before, earlier signals are
+    in the list.
 
-    Afterwards the handlers are those from before, and what came is forgotten.
+    After the block, the earlier handlers are back and the signals are forgotten.
     """
     before = listen()
     try:
         yield _came
     finally:
         for number, handler in before.items():
-            # None: it was not installed by Python, which cannot put it back.
+            # None: the handler was not installed by Python, and Python cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _came.clear()
         _started_by.clear()
 
 
 def launchers() -> list[str]:
-    """Process ids of what started this rank, where that is a launcher that may go without a word to its ranks, which would train on
-    unwatched: torchrun, or deepspeed's two, the outer of which takes TERM for itself alone. Empty for others: node.py and srun end
-    their ranks, and a shell may leave its processes behind on purpose.
+    """Return the process ids of this rank's launcher, if it is one that may end without a word to its ranks. They would train on
+    unwatched.
+
+    Such launchers are torchrun and deepspeed's two processes, the outer of which takes TERM for itself alone. The list is
+    empty for others. node.py and srun end their ranks, and a shell may leave its processes behind on purpose.
     """
     parent = str(os.getppid())
     command = _process_file(parent, "cmdline")
     if "deepspeed.launcher.launch" in command:
-        # Second field behind the name, which stands in brackets and may hold anything: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+        # The second field after the name, which is in brackets and may hold any character:
+        # https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
         return [parent, *_process_file(parent, "stat").rpartition(")")[2].split()[1:2]]
     return [parent] if "torchrun" in command or "torch.distributed.run" in command else []
 
 
 def _process_file(process: str, name: str) -> str:
-    """Empty where there is none: the process is gone, or the system is not Linux."""
+    """Return the text of a process's file in ``/proc``. Empty if the process is gone, or if the system is not Linux."""
     try:
         return Path("/proc", process, name).read_text(encoding="utf-8", errors="replace")
     except OSError:

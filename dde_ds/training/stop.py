@@ -14,14 +14,16 @@ from dde_ds.training.signals import asked
 
 
 class Interrupted(Exception):
-    """Raised on all ranks together, out of what is no training step, by :meth:`StopRequest.poll`."""
+    """Interrupt work that is no training step. :meth:`StopRequest.poll` raises this on all ranks together."""
 
 
 class StopRequest:
-    """Remembers a request until a point that all ranks reach. Signals count while the process is
-    :func:`~dde_ds.training.signals.listening`, and those from before this object was made.
+    """Remember a request to stop until a point that all ranks reach.
 
-    ``deadline``, if any, is in seconds of ``time.monotonic``.
+    Signals count while the process is :func:`~dde_ds.training.signals.listening`, even those from before this object was made.
+
+    Args:
+        deadline: end of the run's time in seconds of ``time.monotonic``, or None.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, deadline: float | None = None):
@@ -29,17 +31,17 @@ class StopRequest:
         self._agreed = False
 
     def __bool__(self) -> bool:
-        """Whether this rank was asked. Ranks must agree before they act."""
+        """Return whether this rank was asked to stop. Ranks must agree before they act."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         return self._agreed or late or self._file.exists() or asked()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; once it is so it stays so. Collective."""
+        """Return whether any rank was asked to stop. Once true, the answer stays true. Collective."""
         self._agreed = any_rank(bool(self), self._device)
         return self._agreed
 
     def poll(self) -> None:
-        """Collective.
+        """Interrupt all ranks if any of them was asked to stop. Collective.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -49,7 +51,7 @@ class StopRequest:
 
 
 def none_if_stopped(work: Callable[[], Any]) -> Any:
-    """What ``work()`` gives; None where a request to stop cut it short."""
+    """Return ``work()``, or None if a request to stop cut it short."""
     try:
         return work()
     except Interrupted:

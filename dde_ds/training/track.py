@@ -19,12 +19,13 @@ from dde_ds.text import without_passwords
 
 
 def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
-    """Return the started trackers of ``log.trackers``, ``accelerate.tracking.GeneralTracker`` each. Call it on one rank.
+    """Start the trackers of ``log.trackers``, and return them as ``accelerate.tracking.GeneralTracker``. Call this on one rank.
 
-    A resumed run goes on in the same run of TensorBoard, W&B and Trackio; steps after ``resume_step`` are replaced in TensorBoard.
+    A resumed run continues the same run of TensorBoard, W&B and Trackio. In TensorBoard, steps after ``resume_step`` are
+    replaced.
 
     Raises:
-        UserError: a tracker that is unknown, is not installed, or refuses.
+        UserError: a tracker that is unknown, is not installed, or refuses to start.
     """
     require_trackers(run)
     if not run.log.trackers:
@@ -32,16 +33,17 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    sys.argv = [without_passwords(argument) for argument in sys.argv]  # which some send along with the configuration
-    PartialState()  # accelerate's own log lines need it; it takes the process group that is there
+    sys.argv = [without_passwords(argument) for argument in sys.argv]  # some trackers send it with the configuration
+    PartialState()  # accelerate's own log lines need this; it takes the existing process group
     trackers = []
     for name in run.log.trackers:
         kind = LOGGER_TYPE_TO_CLASS[name]
         try:
             tracker = _new(kind, name, run, resume_step)
-            tracker.main_process_only = False  # this rank alone made it
+            tracker.main_process_only = False  # only this rank has the tracker
             tracker.start()
-            if name != "tensorboard":  # it would add a run of its own for them; config.yaml lies beside its files
+            # TensorBoard would add a run of its own for the configuration. There, config.yaml lies beside its files.
+            if name != "tensorboard":
                 tracker.store_init_configuration(run.as_data())
         except Exception as error:  # each tracker has its own kinds of error: no login, no network, no room
             raise UserError(
@@ -52,8 +54,10 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
 
 
 def require_trackers(run: RunConfig) -> None:
-    """Raises:
-    UserError: a tracker of ``log.trackers`` that is unknown or not installed.
+    """Refuse trackers that could not be started.
+
+    Raises:
+        UserError: a tracker of ``log.trackers`` is unknown or not installed.
     """
     if not run.log.trackers:
         return
@@ -70,6 +74,7 @@ def require_trackers(run: RunConfig) -> None:
 
 
 def send_row(trackers: Sequence[Any], step: int, row: dict[str, float]) -> None:
+    """Send a step's row of metrics to the trackers."""
     for tracker in trackers:
         tracker.log(row, step=step)
 
@@ -84,14 +89,14 @@ def send_images(trackers: Sequence[Any], step: int, images: Tensor) -> None:
 
 
 def finish(trackers: Sequence[Any]) -> None:
-    """Send what is still held back, and close."""
+    """Send what the trackers still hold back, and close them."""
     for tracker in trackers:
         tracker.finish()
 
 
 def _new(kind: Any, name: str, run: RunConfig, resume_step: int) -> Any:
     folder = Path(run.output)
-    # One run of the tracker for one run folder, however often it is resumed.
+    # A run folder has one run of the tracker, however often it is resumed.
     identifier = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     if name == "tensorboard":
         return kind("tensorboard", folder, purge_step=resume_step + 1)
