@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class DamagedError(UserError):
-    """Report a checkpoint that is proved to differ from what was written."""
+    """The error for a checkpoint that is proved to differ from what was written."""
 
 
 def save(

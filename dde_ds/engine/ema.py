@@ -19,8 +19,8 @@ def update_ema(policy: Any, decay: float) -> None:
     """Add the policy's weights to the average. Call this once after each step that the optimizer made, and never after a skipped
     step.
 
-    The decay warms up as in diffusers' EMAModel (``training_utils.py``). The first update copies the weights. Update k + 1 (k
-    = 1, 2, …) has decay min(``decay``, (1 + k)/(10 + k)). Without the warm-up, the average would long stay near the first
+    The decay warms up as in diffusers' EMAModel (``training_utils.py``). The first update copies the weights. For k = 1, 2, …,
+    update k + 1 has decay min(``decay``, (1 + k)/(10 + k)). Without the warm-up, the average would long stay near the first
     weights.
     """
     earlier = state.optimizer_steps(policy) - 1

@@ -153,8 +153,8 @@ def _write_folder(
     """Write a folder with the trained UNet and the base's other parts. A LoRA run's adapters go into files beside them, for the
     base model.
 
-    The UNet is stored in ``dtype``, the other parts in float32. So a plain ``from_pretrained(folder)`` works. It would mix
-    types if the text encoders were stored in half precision.
+    The UNet is stored in ``dtype``, the other parts in float32. A plain ``from_pretrained(folder)`` then works. With text
+    encoders stored in half precision, that call would mix types.
     """
     pipeline = _pipeline(trained, dtype, run)
     for name, part in pipeline.components.items():
@@ -180,8 +180,8 @@ def _write_lora(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig, 
 
 
 def _kohya(trained: dict[str, Tensor], dtype: torch.dtype, run: RunConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and metadata of the adapters' file for other programs. α stays float32, since bfloat16 keeps 8 bits of a
-    number."""
+    """Return tensors and metadata of the adapters' file for other programs. α stays float32, since bfloat16 has 8 significant
+    bits."""
     assert run.lora is not None
     try:
         metadata = kohya_metadata(run)

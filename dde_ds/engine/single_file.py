@@ -1,9 +1,11 @@
-"""Rename a diffusers pipeline's weights to the names of the original code. Most programs other than diffusers load such a file.
+"""Rename a diffusers pipeline's weights to the names of the original code. Most programs other than diffusers load this layout
+from one file.
 
-UNet and VAE get the names of CompVis' and Stability's code. Text encoders get those of OpenAI's CLIP or of open_clip.
-diffusers reads this layout (``loaders/single_file_utils.py``) and does not write it; this module goes the way back. The
-original code counts a UNet's layers through all of its blocks. ``input_blocks.N.0`` is a residual layer or a downsampler, and
-``input_blocks.N.1`` is the attention after it.
+UNet and VAE get the names of CompVis' and Stability's code. Text encoders get the names of OpenAI's CLIP or of open_clip.
+diffusers reads this layout (``loaders/single_file_utils.py``) and does not write it. This module goes the way back.
+
+The original code counts a UNet's layers through all of its blocks. ``input_blocks.N.0`` is a residual layer or a downsampler,
+and ``input_blocks.N.1`` is the attention after it.
 
 Some tensors of the original are left out because a pipeline holds no trained weight for them. They are CLIP's position_ids,
 open_clip's logit_scale and the noise schedule's tables. Of Stable Diffusion 2's text encoder, the last layer and the
@@ -114,7 +116,8 @@ def unet_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     renamed = {}
     for name, value in weights.items():
         side, block, kind, layer, rest = (*name.split(".", 4), *[""] * 4)[:5]
-        # Down: an input layer, then `layers` pairs and a downsampler for each block. Up: each block has one pair more.
+        # Down: an input layer, then `layers` pairs (residual layer, attention) and a downsampler for each block. Up: each block has
+        # one pair more.
         if side == "down_blocks":
             place = 1 + int(block) * (layers + 1) + (layers if kind == "downsamplers" else int(layer))
             inner = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]

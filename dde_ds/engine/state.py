@@ -1,9 +1,9 @@
 """A policy's training state, parameter by parameter, whatever ZeRO stage and number of ranks hold it.
 
 DeepSpeed keeps float32 weights and the optimizer's moments in flat partitions. Their cut depends on stage, ranks and
-precision, and DeepSpeed's own checkpoints keep that cut. This module assembles each parameter from the partitions, and takes
-it apart again. It uses DeepSpeed's public tensor access (https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging). So
-a state fits any other cut.
+precision, and DeepSpeed's own checkpoints keep that cut. This module puts each parameter together from the partitions, and
+takes it apart again. A state then fits any other cut. The access is DeepSpeed's public one
+(https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def trained(policy: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def gather(policy: Any, kinds: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (name, tensors) of every trained parameter. Collective: all ranks iterate together.
 
-    The tensors are float32, of the parameter's whole shape, on the device, by kind.
+    ``tensors`` holds one float32 tensor for each kind, of the parameter's whole shape, on the device.
 
     Args:
         kinds: names of the tensors; by default the weights and every moment.
@@ -96,13 +96,12 @@ def begin_restoring(policy: Any, steps: int, kinds: list[str]) -> None:
 
 
 def link_views(policy: Any, again: bool = False) -> None:
-    """Let stages 1 and 2 make their views of each parameter's part of the optimizer's tensors. They do so by themselves at the
-    first step.
+    """Link each parameter to its part of the optimizer's tensors, at stages 1 and 2.
 
-    No public name of DeepSpeed leads there.
+    DeepSpeed does this itself at the first step. No public name leads to its function.
 
     Args:
-        again: make the views anew, for a tensor that was added later.
+        again: link anew, for a tensor that was added later.
     """
     link = getattr(policy.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:

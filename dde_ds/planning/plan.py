@@ -46,7 +46,7 @@ class Workload:
     latent: tuple[int, int, int]
     """Shape of a latent, (C,H,W)."""
     tokens: int
-    """Length of a prompt's embeddings."""
+    """Length of a prompt's embeddings, in tokens."""
     pair_bytes: float
     """Bytes of a pair's latents and prompt in the shards."""
     data_bytes: int | None = None
@@ -55,7 +55,7 @@ class Workload:
     """Pairs in the shards; None if the shards are not made yet."""
 
     adapters: cost.Adapters | None = None
-    """Adapters that are trained instead of the UNet."""
+    """Adapters that are trained instead of the UNet; None if the whole UNet is trained."""
 
     @property
     def sizes(self) -> cost.Sizes:
@@ -152,7 +152,8 @@ def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Dev
 
 
 def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
-    """Return the memory of one rank, with activations. These are those of eager PyTorch, even if the run compiles its blocks.
+    """Return the memory of one rank, with activations. Activations are counted for eager PyTorch, even if the run compiles its
+    blocks.
 
     Args:
         with_reference: False if a complete precomputed reference replaces the reference that the objective needs.
@@ -248,7 +249,7 @@ def checkpoint_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
 
 
 def export_bytes(run: RunConfig, sizes: cost.Sizes) -> int:
-    """Return the bytes of an export: the UNet in float32, which is most of it, or the adapters."""
+    """Return about the bytes of an export: those of its largest part, the UNet in float32, or those of the adapters."""
     return 4 * sum(sizes.trained if run.lora else map(sum, sizes))
 
 

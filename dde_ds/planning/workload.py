@@ -32,7 +32,7 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
     Args:
         shards: the run's shards, or None if they are not made yet. Their latents are then assumed to have the size that the
             model was trained at.
-        known_unet: the result of :func:`dde_ds.models.known.shipped_unet`. With it, nothing is read of the model.
+        known_unet: the result of :func:`dde_ds.models.known.shipped_unet`. If it is given, nothing is read of the model.
 
     Raises:
         UserError: a configuration of the model cannot be read.
@@ -57,8 +57,11 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
 def chosen_checkpointing(
     run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, local_world_size: int, device: torch.device
 ) -> str:
-    """Return the mode of gradient checkpointing: the run's own, or for ``auto`` the mode that fits the memory of the smallest
-    device. Collective."""
+    """Return the mode of gradient checkpointing. Collective.
+
+    It is the run's own mode. For ``auto``, it is the mode that fits the memory of the smallest device, or the last mode if
+    none fits.
+    """
     if run.model.gradient_checkpointing != "auto":
         return run.model.gradient_checkpointing
     if device.type == "cuda":

@@ -68,7 +68,7 @@ def open_batches(
 
     Args:
         slices: positions of each micro-batch, such as :class:`dde_ds.data.reader.RankSlices`.
-        device: only decides whether memory is pinned. The batches are on the CPU.
+        device: for a CUDA device, memory is pinned. The batches themselves are on the CPU.
         totals: counts what was read and replaced.
     """
     draws = PairRng(run.seed, objective.timestep_probabilities, run.objective.shared_noise, run.data.caption_dropout, run.data.flip)

@@ -68,7 +68,7 @@ def base_identity(model: ModelConfig, objective: Objective, weights: bool = True
     These are SHA-256 digests of its UNet, of its VAE and text encoders, and of the objective's noise schedule.
 
     Args:
-        weights: whether to read the weights. They are read once, and their digests are remembered.
+        weights: whether to include the digests of weights. Weights are read once, and their digests are remembered.
     """
     schedule = objective.schedule
     tables = hashlib.sha256(schedule.alphas_cumprod.cpu().numpy().tobytes() + schedule.prediction_type.encode()).hexdigest()
@@ -110,7 +110,7 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
 def _check_encoders(run: RunConfig, shards: Shards, held_out: Shards | None) -> None:
     """Refuse shards whose latents and embeddings mean something else to the base than to the model that encoded them.
 
-    With ``data.allow_other_encoders``, held-out shards must only agree with the training shards.
+    With ``data.allow_other_encoders``, this only compares the held-out shards with the training shards.
     """
     path, revision = run.model.path, run.model.revision
     factor = load_component_config(path, "vae", revision)["scaling_factor"]

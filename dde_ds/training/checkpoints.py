@@ -30,7 +30,8 @@ class Checkpoints:
     def due(self, step: int, guards: Guards) -> bool:
         """Return whether to save after ``step``.
 
-        Before the last step, nothing is saved right after a skipped step: the older checkpoints may be the last good ones.
+        The last step is always saved. Another step is not saved if it was skipped, since the older checkpoints may be the last
+        good ones.
         """
         return step == self._run.steps or (step % self._run.checkpoint.every == 0 and not guards.in_a_row)
 

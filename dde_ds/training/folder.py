@@ -42,6 +42,9 @@ def holds(folder: Path) -> str:
 def require_usable(folder: Path, resume: str | None) -> None:
     """Refuse a folder that a run would overwrite.
 
+    Args:
+        resume: None, ``required`` or ``auto``, as in :func:`dde_ds.training.loop.train`.
+
     Raises:
         UserError: the folder holds other files than a run's, a run although ``resume`` is None, or a finished run without a
             checkpoint.

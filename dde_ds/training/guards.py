@@ -48,7 +48,7 @@ class Guards:
         return loss * torch.where(finite, 1.0, torch.nan)
 
     def passed(self) -> None:
-        """Record that the step was made."""
+        """Record that the step was applied."""
         self._seen.clear()
         self.in_a_row = 0
 

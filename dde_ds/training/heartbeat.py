@@ -18,7 +18,7 @@ class Heartbeat:
     """
 
     def __init__(self, run_folder: Path | None):
-        """Prepare to write in ``run_folder``. On the other ranks it is None, and nothing is written."""
+        """Prepare to write in ``run_folder``. On the other ranks ``run_folder`` is None, and nothing is written."""
         self._file = run_folder / "heartbeat" if run_folder else None
         self._written = -float("inf")
 

@@ -54,7 +54,7 @@ class Lock:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEWED_EVERY):
-            with contextlib.suppress(OSError, ValueError):  # the file system may be away for a while, and the next try succeed
+            with contextlib.suppress(OSError, ValueError):  # the file system may be away; the next try may succeed
                 if not _create(self.path, self.content):  # somebody may have deleted it
                     self._taken = read_regular(self.path) != self.content
                 if self._taken:
@@ -99,7 +99,7 @@ def _acquire(path: Path, what: str, say: Callable[[str], None]) -> bytes:
             continue
         _require_stale(path, seen, what, say)
         # Several processes may find the lock stale. A second lock, named after the stale content, lets only one of them replace it.
-        # None of them can replace the next lock, whose content is another.
+        # The new lock has other content, so the others cannot replace it.
         successor = path.with_name(f"{path.name}.{hashlib.sha256(seen.content).hexdigest()[:16]}")
         _acquire(successor, what, say)
         try:

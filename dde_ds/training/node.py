@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from dde_ds.training.signals import SIGNALS, listening
 
 STOPPED = 75
-# Seconds in which the other ranks may end by themselves after the first has ended, and then may end after TERM.
+# Seconds for the other ranks to end by themselves after the first has ended, and then seconds to end after TERM.
 TOGETHER, DYING = 60.0, 10.0
 PR_SET_PDEATHSIG = 1
 

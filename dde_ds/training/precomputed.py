@@ -58,10 +58,10 @@ class PrecomputedReference:
         return bool(self.path) and len(known) == (last_step - first_step) * self._pairs and bool(known.all())
 
     def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the same micro-batches, with ``reference_errors`` (2B,) in those of steps that the file covers.
+        """Yield the same micro-batches. Those of steps that the file covers get ``reference_errors`` (2B,).
 
-        A step is filled as a whole or not at all. So either all ranks run the reference or none does, and under ZeRO-3 they
-        must run it together.
+        A step is filled as a whole or not at all. So either all ranks run the reference or none does. Under ZeRO-3 they must
+        run it together.
         """
         for batch in batches:
             step = batch.step(self._pairs)

@@ -56,8 +56,8 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     """Return the policy's engine and the reference, or None for a run that needs no reference. Collective.
 
     The reference is read after the policy has gone to its GPU. Both are read in the type that they compute in. For SDXL in
-    bfloat16, a rank holds 5.1 GB in host memory while it reads. To this add pages of the file, which a node's ranks share and
-    the system may drop.
+    bfloat16, a rank holds 5.1 GB in host memory while it reads. It also holds pages of the file, which a node's ranks share
+    and the system may drop.
     """
     policy = models.load_unet(run.model.path, run.model.revision, run.precision, run.model.variant)
     if run.lora:
@@ -91,7 +91,8 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | Mixe
     Shards and model must mean the same latents. This is checked here, before any weight is loaded.
 
     Raises:
-        UserError: shards that cannot be read, that do not fit the model or the settings, or that are used for both purposes.
+        UserError: shards that cannot be read, shards that do not fit the model or the settings, or held-out shards that are
+            training shards.
     """
     data = run.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}

@@ -16,9 +16,9 @@ Reference = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 def adapters_off(unet: Any) -> Reference:
-    """Return the predictions of the policy's own UNet without its LoRA adapters.
+    """Return a function that predicts with the policy's own UNet, without its LoRA adapters.
 
-    That is the base that the policy was made from, so one UNet serves as policy and reference.
+    Without adapters, the UNet is the base that the policy was made from. So one UNet serves as policy and reference.
 
     Args:
         unet: the UNet inside a DeepSpeed engine, not the engine. ZeRO-3 gathers weights by hooks on the modules.
@@ -35,5 +35,5 @@ def adapters_off(unet: Any) -> Reference:
 
 
 def frozen_model(reference: Any) -> Reference:
-    """Return the predictions of a second UNet, or of a DeepSpeed engine around it."""
+    """Return a function that predicts with a second UNet, or with a DeepSpeed engine around it."""
     return lambda noisy, timesteps, conditioning: predict(reference, noisy, timesteps, conditioning)

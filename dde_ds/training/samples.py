@@ -17,7 +17,8 @@ from dde_ds.warn import reason, warn_once
 
 
 class Samples:
-    """Draw ``samples.prompts`` when they are due; without prompts they never are. Collective, since ZeRO-3's forward passes are."""
+    """Draw ``samples.prompts`` when they are due. Without prompts nothing is ever due. Collective, since ZeRO-3's forward passes
+    are."""
 
     def __init__(self, run: RunConfig, policy: Any, ranks: DistributedEnv, device: torch.device, stop: StopRequest, log: RunLog):
         self._run, self._policy, self._ranks, self._stop, self._log = run, policy, ranks, stop, log

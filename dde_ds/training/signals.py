@@ -59,11 +59,11 @@ def listening() -> Iterator[list[int]]:
 
 
 def launchers() -> list[str]:
-    """Return the process ids of this rank's launcher, if it is one that may end without a word to its ranks. They would train on
-    unwatched.
+    """Return the process ids of this rank's launcher, if the launcher may end without a word to its ranks. The ranks would then
+    train on unwatched.
 
-    Such launchers are torchrun and deepspeed's two processes, the outer of which takes TERM for itself alone. The list is
-    empty for others. node.py and srun end their ranks, and a shell may leave its processes behind on purpose.
+    Such launchers are torchrun and deepspeed's two processes. deepspeed's outer process takes TERM for itself alone. The list
+    is empty for other launchers. node.py and srun end their ranks, and a shell may leave its processes behind on purpose.
     """
     parent = str(os.getppid())
     command = _process_file(parent, "cmdline")

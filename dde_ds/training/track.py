@@ -33,7 +33,7 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    sys.argv = [without_passwords(argument) for argument in sys.argv]  # some trackers send it with the configuration
+    sys.argv = [without_passwords(argument) for argument in sys.argv]  # some trackers send these arguments along
     PartialState()  # accelerate's own log lines need this; it takes the existing process group
     trackers = []
     for name in run.log.trackers:
@@ -42,7 +42,7 @@ def open_trackers(run: RunConfig, resume_step: int) -> list[Any]:
             tracker = _new(kind, name, run, resume_step)
             tracker.main_process_only = False  # only this rank has the tracker
             tracker.start()
-            # TensorBoard would add a run of its own for the configuration. There, config.yaml lies beside its files.
+            # TensorBoard would add a run of its own for the configuration. config.yaml lies beside its files anyway.
             if name != "tensorboard":
                 tracker.store_init_configuration(run.as_data())
         except Exception as error:  # each tracker has its own kinds of error: no login, no network, no room
