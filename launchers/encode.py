@@ -1,10 +1,10 @@
-"""tools/shard_pickapic.py on many GPUs: each rank makes its own shards, and none waits for another. The same as ``dde-ds shard``.
+"""Turn preference pairs into shards on many GPUs: ``dde-ds shard`` as one rank, for launchers that start a script.
 
     deepspeed --hostfile hosts launchers/encode.py --input 'pickapic_v2/data/train-*.parquet' \\
         --model stabilityai/stable-diffusion-xl-base-1.0 --output /shared/shards/sdxl
 
-The output must be a folder that every node sees. The rank that ends last writes the manifest. A killed or failed run is started
-again with the same options, at any number of ranks.
+Each rank makes its own shards and waits for no other rank. The output must be a folder that every node sees. The rank that ends
+last writes the manifest. After a kill or a failure, start the run again with the same options, on any number of ranks.
 """
 
 from __future__ import annotations

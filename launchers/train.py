@@ -10,7 +10,7 @@ from __future__ import annotations
 from dde_ds.training.signals import listen
 
 if __name__ == "__main__":
-    listen()  # before anything is imported that takes its time: a request to stop that comes meanwhile counts
+    listen()  # before any slow import, so that a request to stop counts from the start
 
 import sys
 

@@ -1,6 +1,6 @@
-"""``dde-ds``: the whole job from a shell. All that knows of flags lives here; what the commands do lives below.
+"""The command ``dde-ds``: the whole job from a shell. Only this package knows flags; the packages below it do the work.
 
-Nothing is imported before it is needed: ``dde-ds train`` listens to requests to stop before anything that takes its time.
+Each module is imported when it is first needed. So ``dde-ds train`` listens for requests to stop before any slow import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: default: what the process was started with.
+        arguments: the words after ``dde-ds``. None takes those that this process was started with.
     """
     from dde_ds.cli.commands import run
 

@@ -1,4 +1,4 @@
-"""``python -m dde_ds.cli``, and over many ranks ``deepspeed --module dde_ds.cli train …``: the same as ``dde-ds``."""
+"""Run ``dde-ds`` as ``python -m dde_ds.cli`` or, over many ranks, as ``deepspeed --module dde_ds.cli train …``."""
 
 from dde_ds.cli import command
 

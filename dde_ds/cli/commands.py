@@ -27,18 +27,18 @@ COMMANDS = (train, demo, recipe, shard, verify_shards, inspect_shards, validate,
 
 
 def run(arguments: list[str]) -> int:
-    """Parse a command and do it. Returns its exit code."""
+    """Parse and run one command, and return its exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one piece: overrides behind an option are left over.
-    may_be_left = args.command == "train"  # which takes its configuration among them
+    # argparse takes positional arguments from one stretch of words only. Overrides that stand behind an option are left over.
+    may_be_left = args.command == "train"  # for train, the configuration is one of the overrides and has no "="
     if unknown := [
         word for word in rest if not hasattr(args, "overrides") or word.startswith("-") or not ("=" in word or may_be_left)
     ]:
         parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
     if rest:
         args.overrides = [*args.overrides, *rest]
-    # What does not run on several ranks never looks at the launcher's variables, which may be there in part.
+    # A command for one process must not read the launcher's variables, because only some of them may be set.
     how: dict[str, Any] = (
         {"over_ranks": False} | getattr(args, "report", {}) | ({"over_ranks": False} if getattr(args, "alone", False) else {})
     )

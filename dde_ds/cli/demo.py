@@ -1,4 +1,4 @@
-"""``dde-ds demo`` and ``launchers/demo/run.py``."""
+"""``dde-ds demo`` and ``launchers/demo/run.py``: align a small model and measure it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command lines of evaluation: ``launchers/generate.py`` and ``dde-ds evaluate``, ``compare`` and ``report``."""
+"""``dde-ds generate``, ``evaluate``, ``compare`` and ``report``: draw images, score them, compare models and report.
+
+``launchers/generate.py`` calls ``dde-ds generate``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dde_ds.errors import UserError
 from dde_ds.models.family import guidance_defaults
 from dde_ds.text import printable
 
-# Options of how images are drawn, as draw.DrawOptions names them; its defaults stand for what is not given.
+# The options of drawing, by the names of the fields of DrawOptions. An option that is not given takes the field's default.
 DRAWING = ("images_per_prompt", "seed", "scheduler", "steps", "guidance", "resolution", "precision")
 
 GENERATE = """Draw a model's images for evaluation, split over all ranks.
@@ -27,7 +30,10 @@ make what is missing. Exit code 0: all images are there. 1: an error, in one lin
 
 
 def add_commands(commands: Any) -> None:
-    """Add ``evaluate``, ``compare``, ``report`` and ``generate`` to the subcommands; each sets ``act``, which takes the parsed arguments."""
+    """Add ``evaluate``, ``compare``, ``report`` and ``generate`` to the subcommands.
+
+    Each subcommand sets ``act``, a function that takes the parsed arguments.
+    """
     make = commands.add_parser("evaluate", help="draw, score and compare models with a base: is it better, and how sure are we")
     make.add_argument("--base", required=True, metavar="[NAME=]DIR", help="diffusers folder or hub id, or a folder of its images")
     make.add_argument("--model", required=True, action="append", metavar="[NAME=]DIR", help="likewise; may be given several times")
@@ -101,7 +107,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Draw what is not there, score what is not scored, compare. Every rank calls this; the first one writes."""
+    """Draw the images that are missing, score those that have no score, and compare the models.
+
+    Every rank calls this. Rank 0 writes the comparison.
+    """
     from dde_ds.evaluation.comparison import name_sources
     from dde_ds.evaluation.generate_folder import generate_folder, side_of
     from dde_ds.evaluation.inception import InceptionScorer
@@ -120,9 +129,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--{given[0].replace('_', '-')}: --base and --model are folders of images, nothing is drawn; leave it out")
     prompts, repeated = read_prompts(args.prompts, args.limit) if drawn else ([], 0)
     for source in drawn.values():
-        side_of(source, None, options)  # before hours of loading and drawing
+        side_of(source, None, options)  # refuse a bad resolution before hours of loading and drawing
     ranks, device = join()
-    scorers = build_scorers(args.scorers, device)  # before hours of drawing
+    scorers = build_scorers(args.scorers, device)  # refuse a missing scorer before hours of drawing
     folders = {name: Path(source) for name, source in sources.items()}
     for name, source in drawn.items():
         folders[name] = args.out / "images" / name
@@ -165,7 +174,7 @@ def draw_options(args: argparse.Namespace) -> Any:
 
 
 def join() -> tuple[Any, Any]:
-    """Ranks and device: the process group where a launcher made one, otherwise this process alone."""
+    """Return the ranks and this rank's device. Join the process group if a launcher started several ranks."""
     import torch
 
     from dde_ds.distributed.environment import read_environment
@@ -181,7 +190,10 @@ def join() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def progress(what: str, ranks: Any) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the first rank's terminal, which shows that rank's share; nothing in a pipe."""
+    """Yield a function that takes (done, total) and moves a progress bar.
+
+    Only rank 0 shows the bar, and only on a terminal. The bar counts rank 0's own share.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -195,9 +207,9 @@ def progress(what: str, ranks: Any) -> Iterator[Callable[[int, int], None]]:
 def _compare(folders: dict[str, Path], scorers: list[str], digests: dict[str, str] | None, out: Path) -> None:
     from dde_ds.evaluation.comparison import compare_folders, print_table, write_comparison
 
-    found = compare_folders(folders, scorers, digests)
-    write_comparison(found, out)
-    print_table(found)
+    comparison = compare_folders(folders, scorers, digests)
+    write_comparison(comparison, out)
+    print_table(comparison)
     print(f"{out / 'comparison.json'}, {out / 'comparison.md'}")
 
 

@@ -24,7 +24,10 @@ def add_commands(commands: Any) -> None:
 
 
 def explain(args: argparse.Namespace) -> None:
-    """Draw an objective, or what a run made of it, and print where its credit lies."""
+    """Draw which timesteps the objectives teach, and print where their credit lies.
+
+    With ``--run``, draw instead the correction that a run recorded, and print only the path of the picture.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -35,9 +38,9 @@ def explain(args: argparse.Namespace) -> None:
     from dde_ds.report import explain as pictures
 
     if args.run:
-        own = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
-        if own:
-            raise UserError(f"--{own[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
+        unused = [name for name in ("objective", "model", "beta", "margin", "credit_only") if getattr(args, name)]
+        if unused:
+            raise UserError(f"--{unused[0].replace('_', '-')}: a run has its own objective and schedule; leave it out beside --run")
         from dde_ds.training.prepare import load_run_objective
 
         pictures.draw_run(*load_run_objective(args.run), args.output)
@@ -50,16 +53,16 @@ def explain(args: argparse.Namespace) -> None:
     names = args.objective or list(COMPARING)
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
     objectives = [build_objective(name, schedule, beta=beta) for name in names]
-    found = pictures.profiles(objectives, margin)
+    by_name = pictures.profiles(objectives, margin)
     title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {beta:g}, every pair {margin:g} ahead"
     if args.credit_only:
-        pictures.draw_credit(found, args.output, title)
+        pictures.draw_credit(by_name, args.output, title)
     else:
-        pictures.draw_objectives(found, schedule, margin, args.output)
+        pictures.draw_objectives(by_name, schedule, margin, args.output)
     table = Table(title=title)
     for column in ("objective", "peak at t", "middle half of the credit", "saturated timesteps"):
         table.add_column(column)
-    for row in pictures.summary(found):
+    for row in pictures.summary(by_name):
         table.add_row(*row)
     Console().print(table)
     print(args.output)

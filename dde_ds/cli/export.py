@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """A model from a checkpoint, without a GPU."""
+    """Write a model from a checkpoint. This needs no GPU."""
     from dde_ds.engine import checkpoint
     from dde_ds.engine.export import export_checkpoint
     from dde_ds.models.silence import silence_libraries
@@ -57,13 +57,13 @@ def export(args: argparse.Namespace) -> None:
             run = replace(run, model=replace(run.model, path=args.model, revision=args.revision, variant=args.variant))
         known = state["identity"]
         if args.format != "lora" or args.model:  # adapters alone need no base
-            own = base_identity(run.model, build_run_objective(run), WEIGHTS in known and args.format != "kohya")
-            require_same_base(run.model.path, own, chosen[-1], known)
+            identity = base_identity(run.model, build_run_objective(run), WEIGHTS in known and args.format != "kohya")
+            require_same_base(run.model.path, identity, chosen[-1], known)
         if args.model and WEIGHTS not in known:
             print(
                 f"note: this checkpoint is of an earlier version and does not know its base's weights: {args.model} is taken for it"
             )
-        # Of the run folder, where the checkpoint still lies in one.
+        # The metrics lie in the run folder. There are none for a checkpoint that was moved out of it.
         rows = [row for row in read_rows(chosen[-1].parent.parent / "metrics.jsonl", is_metrics) if row["step"] <= state["step"]]
         metrics = last_numbers(rows)
         export_checkpoint(chosen[-1], run, metrics, args.output, args.dtype, args.format, args.raw, args.max_shard_size)

@@ -1,4 +1,4 @@
-"""``dde-ds inspect`` and ``tools/inspect_shards.py``: what shards hold, and a sheet of their pairs."""
+"""``dde-ds inspect`` and ``tools/inspect_shards.py``: print what shards hold, and write a sheet of their pairs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
 
 
 def inspect_shards(args: argparse.Namespace) -> None:
-    """Print a table of the manifest and write the sheet, where one is asked for."""
+    """Print a table of the manifest, and write the sheet if ``--sheet`` is given."""
     from rich.console import Console
 
     from dde_ds.data.shards import ShardSet
@@ -51,7 +51,7 @@ def inspect_shards(args: argparse.Namespace) -> None:
     shards = ShardSet(args.folder, key="folder")
     try:
         table = summary(shards.manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # training does not need what is shown here
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a manifest fit for training may lack these
         raise UserError(f"{args.folder}: manifest.json does not say what is shown here: {type(error).__name__} {error}") from None
     Console().print(table)
     if args.sheet:
@@ -87,7 +87,7 @@ def summary(manifest: dict) -> Table:
 
 
 def decode(shards, count: int, model: str, revision: str | None, device: str) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """(winner, loser, caption) of ``count`` pairs: images (H,W,3) uint8."""
+    """Decode at most ``count`` pairs, evenly taken from all: (winner, loser, caption), with images (H,W,3) uint8."""
     import numpy as np
     import torch
 
@@ -99,13 +99,13 @@ def decode(shards, count: int, model: str, revision: str | None, device: str) ->
     places = [(shard, row) for shard, size in enumerate(shards.counts) for row in range(size)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
     scale, shift = shards.manifest["settings"]["scaling_factor"], getattr(vae.config, "shift_factor", None) or 0.0
-    found = []
+    pairs = []
     for place in chosen:
         with torch.no_grad():
             pixels = vae.decode(shards.read(*place)["latents"].float().to(device) / scale + shift).sample
         images = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        found.append((images[0], images[1], str(shards.describe(*place).get("caption", ""))))
-    return found
+        pairs.append((images[0], images[1], str(shards.describe(*place).get("caption", ""))))
+    return pairs
 
 
 def write_sheet(path: Path, pairs: list[tuple[np.ndarray, np.ndarray, str]]) -> None:

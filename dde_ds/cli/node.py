@@ -1,4 +1,7 @@
-"""The flags of :mod:`dde_ds.training.node`: ``launchers/node.py``, and ``dde-ds train`` where no launcher started it."""
+"""The flags that start the ranks of one node, for ``launchers/node.py`` and for ``dde-ds train`` without a launcher.
+
+:mod:`dde_ds.training.node` starts the ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dde_ds.errors import UserError
 from dde_ds.training.node import Node, run_node, visible_gpus
 from dde_ds.training.signals import listening
 
-# Flag, the variable of Kubeflow Trainer that it defaults to, and what is taken where there is neither.
+# For each option: its variable of Kubeflow Trainer, the default if neither is given, and the help text.
 OPTIONS = {
     "nodes": ("PET_NNODES", "1", "number of nodes"),
     "node_rank": ("PET_NODE_RANK", "0", "which of them this is"),
@@ -36,7 +39,7 @@ def flag(name: str) -> str:
 
 
 def node_of(args: argparse.Namespace) -> Node:
-    """Return the node that the options and variables tell of.
+    """Return the node that the options describe. An option that is not given takes its variable or its default.
 
     Raises:
         UserError: a number out of its range, a malformed host, or an address missing on several nodes.
@@ -46,7 +49,7 @@ def node_of(args: argparse.Namespace) -> Node:
         for name, (variable, default, _) in OPTIONS.items()
     }
     if given["ranks"] in ("auto", "gpu"):
-        several = "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # to count takes seconds
+        several = "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # counting takes seconds: skip it for one GPU
         given["ranks"] = str(visible_gpus() or 1) if several else "1"
     if given["port"] == "auto":
         given["port"] = str(free_port() if given["nodes"] == "1" else DEFAULT_PORT)
@@ -63,8 +66,11 @@ def node_of(args: argparse.Namespace) -> Node:
 
 
 def main(train: Sequence[str], arguments: list[str], description: str | None = None) -> int:
-    """Start the command ``train`` once a rank, with the arguments that are not known here, and return the exit code."""
-    with listening():  # what comes while the arguments are read counts
+    """Start the command ``train`` once for each rank of this node, and return the exit code.
+
+    Arguments that are not options of the node go to ``train``.
+    """
+    with listening():  # a signal that comes while the arguments are read counts too
         try:
             node, rest = read_arguments(arguments, description)
         except UserError as error:
@@ -74,7 +80,7 @@ def main(train: Sequence[str], arguments: list[str], description: str | None = N
 
 
 def read_arguments(arguments: list[str], description: str | None = None) -> tuple[Node, list[str]]:
-    """Return the node, and what is meant for the command that it starts."""
+    """Return the node, and the arguments for the command that the node starts."""
     parser = Parser(description=description)
     add_node_options(parser)
     args, rest = parser.parse_known_args(arguments)

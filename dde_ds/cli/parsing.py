@@ -1,4 +1,4 @@
-"""The argument parser of all commands, and the names of their options in messages."""
+"""The argument parser of all commands, and the replacement of argument names by options in messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dde_ds import __version__
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes options by their whole names alone, and what the deepspeed launcher adds."""
+    """Accept options by their whole names only. Also accept ``--local_rank``, which the deepspeed launcher adds."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -20,16 +20,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def options_of(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the options of a parser by the names of their Python arguments: ``{"max_shard_size": "--max-shard-size", …}``."""
+    """Return a parser's options by the names of their Python arguments: ``{"max_shard_size": "--max-shard-size", …}``."""
     named = [action for action in parser._actions if action.option_strings]
     return {action.dest: max(action.option_strings, key=len) for action in named}
 
 
 def with_options(message: str, options: Mapping[str, str]) -> str:
-    """Name options as they are typed. Functions below the command line name their arguments: they know of no options.
+    """Replace argument names in a message by the options that a user types.
 
-    ``prompts p.txt: no such file`` becomes ``--prompts p.txt: no such file``. An argument is what a message begins with, or a word
-    with an underscore anywhere in it.
+    Functions below the command line know no options, so their messages name arguments. ``prompts p.txt: no such file`` becomes
+    ``--prompts p.txt: no such file``. A word counts as an argument's name if it begins the message, or if it has an underscore.
+    Words that are not in ``options`` stay.
     """
     first = re.match(r"([a-z]\w*)(?: and ([a-z]\w*))?(?=[ :])", message)
     if first and first[1] in options:

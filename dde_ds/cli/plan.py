@@ -1,4 +1,4 @@
-"""``dde-ds plan``: the plan of a run as a table or as JSON."""
+"""``dde-ds plan``: print the plan of a run as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan_run(args: argparse.Namespace) -> None:
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}: must lie in (0, 1]")
     device = chosen_device(args.gpu, args.gpu_memory)
-    # The libraries take seconds to load: not before the arguments are known to be right.
+    # These imports take seconds, so the arguments are checked first.
     from dde_ds.data.mixture import open_sources
     from dde_ds.models.known import shipped_unet
     from dde_ds.models.silence import silence_libraries
@@ -49,7 +49,7 @@ def plan_run(args: argparse.Namespace) -> None:
     unet, shards, data = shipped_unet(run.model.path, run.model.revision), None, run.data
     if shards_are_there(run) and unet is None:
         shards = open_shards(run)[0]
-    elif shards_are_there(run):  # and there is no model to compare them with
+    elif shards_are_there(run):  # the model is not on this machine, so the shards are not compared with it
         shards = open_sources(
             data.weighted_paths, data.cache_dir, data.cache_gb, data.timeout_s, not data.max_bad_samples, data.key
         )
@@ -87,7 +87,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
     flops, memory, traffic = plan["flops"], plan["memory"], plan["traffic"]
     time, data, saved = plan["time"], plan["data"], plan["checkpoints"]
     parts = ("weights", "gradients", "optimizer", "reference", "ema", "communication", "activations")
-    held = " + ".join(f"{part} {_gib(memory[part])}" for part in parts if memory[part])
+    breakdown = " + ".join(f"{part} {_gib(memory[part])}" for part in parts if memory[part])
     modes = ", ".join(f"{mode} {_gib(value)}" for mode, value in memory["activations_by_mode"].items())
     rows = [
         ("model", [
@@ -101,7 +101,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("computing", [f"{flops['forward_latent'] / 1e12:.4g} TFLOP to predict a latent, {flops['pair'] / 1e12:.4g} to train on a pair, "
                        f"{flops['pair_recomputed'] / 1e12:.4g} more by gradient checkpointing"]),
         ("memory of a rank", [
-            f"{_gib(memory['peak'])} GiB = {held}" if memory["communication"] + memory["activations"] >= memory["step"]
+            f"{_gib(memory['peak'])} GiB = {breakdown}" if memory["communication"] + memory["activations"] >= memory["step"]
             else f"{_gib(memory['peak'])} GiB, in the optimizer step",
             f"activations, counted uncompiled, by gradient checkpointing: {modes}",
             *([f"and {_gib(memory['host'])} GiB of the host's"] if memory["host"] else []),
@@ -136,8 +136,8 @@ def _verdict(plan: dict[str, Any]) -> str:
     limit = f"{_gib(memory['device'])} GiB less {_gib(memory['held_back'])} assumed for CUDA, NCCL and gaps"
     if verdict["fits"]:
         return f"fits, with {_gib(verdict['room'])} GiB of room ({limit})"
-    mend = f"this would fit: {' '.join(verdict['change'])}" if verdict["change"] else "more GPUs or a smaller model are needed"
-    return f"does not fit, by {_gib(-verdict['room'])} GiB ({limit}); {mend}"
+    hint = f"this would fit: {' '.join(verdict['change'])}" if verdict["change"] else "more GPUs or a smaller model are needed"
+    return f"does not fit, by {_gib(-verdict['room'])} GiB ({limit}); {hint}"
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""``dde-ds recipe``: the recipes that come with the package."""
+"""``dde-ds recipe``: list the recipes that come with the package, or print one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 
 def show_recipes(args: argparse.Namespace) -> None:
-    """Print the recipe as it stands, or the name and the first line of each."""
+    """Print the named recipe unchanged. Without a name, list all recipes, each with its first line."""
     if args.name:
         print(recipe_file(args.name).read_text(encoding="utf-8"), end="")
         return

@@ -1,4 +1,4 @@
-"""The one place that turns errors into a line and an exit code."""
+"""The one place where an error becomes one line of text and an exit code."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ def report_errors(
     kept: str = "what is whole is kept",
     options: Mapping[str, str] | None = None,
 ) -> int:
-    """Return the exit code of ``act``: bad input ends in one line and 1. Of several ranks that met it, the first one says it.
+    """Call ``act`` and return its exit code. Bad input is reported in one line and gives exit code 1.
+
+    If several ranks meet the same error, rank 0 reports it.
 
     Args:
-        over_ranks: whether ``act`` may run on several ranks. What does not never looks at the launcher's variables, which may be
-            there in part: in a batch script of Slurm, say.
-        of_a_run: ``act`` trains. Any exception then ends in a line, behind its traceback, and this process ends at once: Python's own
-            exit would wait for loader workers.
-        kept: what Ctrl-C leaves, for the line that says so.
-        options: how the arguments of ``act`` are typed, as :func:`dde_ds.cli.parsing.options_of` says.
+        over_ranks: whether ``act`` may run on several ranks. If not, the launcher's variables are not read, because only some of
+            them may be set: in a batch script of Slurm, for example.
+        of_a_run: whether ``act`` trains. Then any other exception is reported too: by its traceback and one line, or by one line alone if
+            another rank was lost. The process ends at once, because Python's own exit would wait for loader workers.
+        kept: the words that say what Ctrl-C leaves behind.
+        options: the options by argument name, from :func:`dde_ds.cli.parsing.options_of`.
     """
     rank = 0
     try:
@@ -44,7 +46,7 @@ def report_errors(
         if not rank:
             print(f"stopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
         return _end(130, of_a_run)
-    except Exception as error:  # whatever a library may raise
+    except Exception as error:  # a library may raise anything
         if not of_a_run:
             raise
         from dde_ds.distributed.group import is_lost_peer
@@ -60,7 +62,7 @@ def report_errors(
 def _leave(error: UserError, rank: int, at_once: bool, options: Mapping[str, str] = MappingProxyType({})) -> int:
     reported = isinstance(error, OtherRankError)
     if rank and not isinstance(error, RankError) and not reported:
-        # Most likely all ranks met it and the first one reports it: the launcher then ends this one while it sleeps, or did before.
+        # Most likely all ranks met this error and rank 0 reports it. The launcher then ends this rank while it sleeps here.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         reported = asked()
@@ -72,7 +74,10 @@ def _leave(error: UserError, rank: int, at_once: bool, options: Mapping[str, str
 
 
 def _end(code: int, at_once: bool) -> int:
-    """Return ``code``, or end this process with it where it must not wait, or has met other ranks: what runs at exit may wait for these."""
+    """Return ``code``, or end this process with it at once.
+
+    The process ends at once if asked to, or if it has joined other ranks: functions that run at exit may wait for those ranks.
+    """
     torch = sys.modules.get("torch")
     if at_once or (torch and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         os._exit(code)

@@ -1,4 +1,4 @@
-"""``dde-ds shard``, ``tools/shard_pickapic.py`` and ``launchers/encode.py``: from preference pairs to shards."""
+"""``dde-ds shard``, ``tools/shard_pickapic.py`` and ``launchers/encode.py``: turn preference pairs into shards."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def add_commands(commands: Any) -> None:
 
 
 def shard(args: argparse.Namespace) -> None:
-    """Shard as the options say, or this rank's part of it."""
+    """Make the shards, or this rank's part of them. With ``--dry-run``, print what a run would keep and take."""
     _check(args)
     ranks = DistributedEnv(0, 1, 0) if args.alone else read_environment()
     try:
@@ -102,7 +102,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.pairs_per_shard > MOST_SAMPLES:
         raise UserError(f"--pairs-per-shard {args.pairs_per_shard}: must be {MOST_SAMPLES} or less")
-    _colour(args.background)  # before anything is read
+    _colour(args.background)  # refuse a bad colour before anything is read
 
 
 def _colour(name: str) -> tuple[int, int, int]:
@@ -112,7 +112,7 @@ def _colour(name: str) -> tuple[int, int, int]:
         colour = ImageColor.getrgb(name)
     except ValueError:
         colour = ()
-    if len(colour) != 3:  # four have a transparency of their own
+    if len(colour) != 3:  # a fourth number is the colour's own transparency
         raise UserError(f"--background {name}: expected a colour's name or #rrggbb")
     return colour
 
@@ -134,7 +134,7 @@ def _recipe(args: argparse.Namespace, resolution: int):
 
 
 def _resolution(args: argparse.Namespace) -> int:
-    """Side in pixels, from the model's configuration alone."""
+    """Return the side of the images in pixels, from ``--resolution`` or the model's configuration. Loads no weights."""
     from dde_ds.models.unet import load_component_config, load_unet_config
 
     factor = 2 ** (len(load_component_config(args.model, "vae", args.revision)["block_out_channels"]) - 1)
@@ -149,14 +149,14 @@ def _dry_run(args: argparse.Namespace) -> None:
     from dde_ds.data.inputs import find_pairs
 
     recipe = _recipe(args, _resolution(args))
-    found = estimate(find_pairs(args.input, args.split, args.root, args.follow_links), recipe, args.revision)
-    _print_rows(found["rows"], found["noted"])
-    print(f"a run would encode {found['pairs']} pairs into {found['shards']} shards, and {found['prompts']} prompts")
+    expected = estimate(find_pairs(args.input, args.split, args.root, args.follow_links), recipe, args.revision)
+    _print_rows(expected["rows"], expected["noted"])
+    print(f"a run would encode {expected['pairs']} pairs into {expected['shards']} shards, and {expected['prompts']} prompts")
     print(
-        f"of {found['sampled']} images looked at, {found['upscaled']:.1%} are smaller than {recipe.resolution} pixels and would be "
-        f"upscaled, {found['unusable']:.1%} could not be used"
+        f"of {expected['sampled']} images looked at, {expected['upscaled']:.1%} are smaller than {recipe.resolution} pixels and would be "
+        f"upscaled, {expected['unusable']:.1%} could not be used"
     )
-    print(f"disk: {found['bytes'] / 1e9:.2f} GB")
+    print(f"disk: {expected['bytes'] / 1e9:.2f} GB")
 
 
 def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> None:
@@ -171,11 +171,11 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     from dde_ds.models.silence import silence_libraries
 
     silence_libraries()
-    warnings.filterwarnings("ignore", module="PIL")  # odd images are counted, not warned of
+    warnings.filterwarnings("ignore", module="PIL")  # the table at the end counts odd images
     recipe = _recipe(args, _resolution(args))
-    source = find_pairs(args.input, args.split, args.root, args.follow_links)  # before minutes of loading
+    source = find_pairs(args.input, args.split, args.root, args.follow_links)  # refuse a bad input before minutes of loading
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    # The fastest algorithm may be another one each time, and round otherwise: a restart must give the same bytes.
+    # A restart must give the same bytes. The fastest algorithm may be a different one each time, and round differently.
     torch.backends.cudnn.deterministic = True
     vae, text = (getattr(torch, name) if name else None for name in (args.vae_dtype, args.text_dtype))
     encoder = Encoder(args.model, args.revision, device, vae, text, args.variant)
@@ -187,7 +187,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
 
         def show(done: int, total: int) -> None:
             nonlocal started, first
-            if first is None:  # what is there already is no work of this run
+            if first is None:  # pairs of earlier runs do not count in the rate
                 started, first = time.perf_counter(), done
             rate = 2 * (done - first) / max(1e-9, time.perf_counter() - started)
             progress.update(bar, completed=done, total=total, rate=rate)

@@ -1,4 +1,7 @@
-"""``dde-ds train`` and ``launchers/train.py``: align a model; ``dde-ds precompute-reference``: the reference's part of it, ahead of time."""
+"""``dde-ds train`` aligns a model; ``dde-ds precompute-reference`` computes the reference's errors for it ahead of time.
+
+``launchers/train.py`` calls ``dde-ds train``.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +57,9 @@ def add_commands(commands: Any) -> None:
 
 
 def run_training(args: argparse.Namespace) -> int:
-    """Train as one rank, or start the ranks of this machine and wait for them. Returns 0, 75 or 1."""
+    """Train as one rank, or start the ranks of this machine and wait for them. Return the exit code: 0, 75 or 1."""
     words, resume = args.overrides, args.resume
-    if resume not in (None, "required", "auto"):  # what stood right behind --resume
+    if resume not in (None, "required", "auto"):  # argparse took the word behind --resume for its value
         words, resume = ([*words, resume] if args.config or words else [resume]), "required"
     config, overrides = (args.config, words) if args.config else (words[0] if words else None, words[1:])
     if config is None:
@@ -77,10 +80,11 @@ def run_training(args: argparse.Namespace) -> int:
 
 
 def leave_if_asked_before_joining() -> None:
-    """Have this process leave with 75, half a minute after it was asked to stop, if it has not met the other ranks by then.
+    """End this process with 75 half a minute after a request to stop, unless it has met the other ranks by then.
 
-    Ranks that have met stop together. But the others may never come, and the call that waits for them hears of no signal: a thread
-    does, to which the system writes through a pipe. Both ends stay open as long as the process.
+    Ranks that have met stop together. But the other ranks may never come, and the call that waits for them does not notice signals.
+    So a thread waits for the signal: Python writes a byte into a pipe when one arrives, and the thread reads it. Both ends of the
+    pipe stay open as long as the process lives.
     """
     heard, told = os.pipe()
     os.set_blocking(told, False)

@@ -25,7 +25,11 @@ def add_commands(commands: Any) -> None:
 
 
 def validate(config: str, overrides: list[str], ranks: int, resume: bool = False) -> None:
-    """Everything that would stop a run in its first minute, found without starting it."""
+    """Find what would stop a run in its first minutes, without starting the run. Print notes and a summary.
+
+    Raises:
+        UserError: the first problem found.
+    """
     run = load_config(config, overrides)
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: must be 1 or more")

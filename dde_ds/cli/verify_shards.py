@@ -1,4 +1,4 @@
-"""``dde-ds verify`` and ``tools/verify_shards.py``: whether shards are whole, and how to make again what is not."""
+"""``dde-ds verify`` and ``tools/verify_shards.py``: check that shards are whole, and say how to make damaged ones again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 
 def verify_shards(args: argparse.Namespace) -> int:
-    """Print what is wrong with a folder of shards. Returns 0 where nothing is, otherwise 1."""
+    """Print what is wrong with a folder of shards. Return 0 if nothing is, otherwise 1."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -58,9 +58,10 @@ def verify_shards(args: argparse.Namespace) -> int:
 
 
 def remake(settings: dict, folder: Path) -> str:
-    """Return the command line that made the shards, as far as the manifest knows it: inputs are there by name only.
+    """Return the command line that made the shards, as far as the manifest records it. Inputs are recorded by name only.
 
-    It is meant to be pasted into a shell, and the manifest may be anybody's: every word is quoted, and none is taken for an option.
+    A user pastes the command into a shell, and anybody may have written the manifest. So every word is quoted, and no name can be
+    taken for an option.
     """
     try:
         names = [str(file["name"]) for file in settings["input"]]
@@ -75,7 +76,7 @@ def remake(settings: dict, folder: Path) -> str:
             "vae-dtype": str(settings["vae_dtype"]).removeprefix("torch."),
             "text-dtype": str(settings["text_dtype"]).removeprefix("torch."),
         }
-        if "background" in settings:  # no earlier version asked for one
+        if "background" in settings:  # manifests of earlier versions have none
             options["background"] = "#" + bytes(list(settings["background"])).hex()
     except (KeyError, TypeError, ValueError, AttributeError):
         return "dde-ds shard …  # the manifest does not say with which options"

@@ -1,4 +1,4 @@
-"""The demo: from image pairs to an aligned model and a measured win rate. The same as ``dde-ds demo``.
+"""Run the demo, from image pairs to an aligned model and a measured win rate: the same as ``dde-ds demo``.
 
 python launchers/demo/run.py [--output demo_run] [--zero 3] [-- key.sub=value …]
 """

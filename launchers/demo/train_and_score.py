@@ -56,7 +56,7 @@ def main() -> int:
         ranks, device = start()
         plan, folder = json.loads(args.plan.read_text(encoding="utf-8")), args.plan.parent
         missing = [job for job in plan["jobs"] if not result_file(folder, job["name"]).exists()]
-        barrier(ranks, device)  # nobody writes a result before all have looked
+        barrier(ranks, device)  # no rank writes a result before all ranks have looked for results
         bench = Bench(folder, plan["settings"], ranks, device)
         for number, job in enumerate(missing, 1):
             if ranks.is_main:
@@ -74,7 +74,7 @@ def result_file(folder: Path, name: str) -> Path:
 
 
 class Bench:
-    """What all jobs share, read once a launch: the judge, and each rank's captions with their embeddings."""
+    """Hold what all jobs share: the judge, and this rank's captions with their embeddings. Each is read once in a launch."""
 
     def __init__(self, folder: Path, settings: dict, ranks: DistributedEnv, device: torch.device):
         self.ranks, self.device, self._settings = ranks, device, settings
@@ -87,14 +87,14 @@ class Bench:
         self._held_out = HeldOut(shards, schedule, settings["captions"], rank=ranks.rank, world=ranks.world_size)
 
     def score(self, unet: torch.nn.Module, which: str) -> dict:
-        """The numbers of one model; the same on all ranks. Collective."""
+        """Draw and score the images of one model. Return its numbers, the same on all ranks. Collective."""
         settings = self._settings
         if which not in self._captions:
             self._load(which)
         drawn = self._captions[which].draw(unet, settings["images"], settings["inference_steps"], settings["guidance_scale"])
         rows = torch.cat([drawn.logits[..., None], drawn.spread[..., None], drawn.features], 2)
         rows = self._gather(rows.flatten(1), len(self._preferred[which])).unflatten(1, rows.shape[1:])
-        found = {
+        numbers = {
             "logits": rows[..., 0].tolist(),
             "spread": rows[..., 1].tolist(),
             "frechet_distance": frechet_distance(rows[..., 2:].flatten(0, 1), self.judge.features(self._preferred[which])),
@@ -102,44 +102,47 @@ class Bench:
         if which == "held_out":
             unet.to(self.device)
             errors = self._gather(self._held_out.errors(unet).T, self._held_out.pairs).T
-            found |= {"chosen": errors[0].tolist(), "rejected": errors[1].tolist()}
-        return found
+            numbers |= {"chosen": errors[0].tolist(), "rejected": errors[1].tolist()}
+        return numbers
 
     def _load(self, which: str) -> None:
         limit = self._settings["captions" if which == "held_out" else "tuning_captions"]
         captions = pq.read_table(PAIRS[which], columns=["caption"])["caption"].to_pylist()
-        # Evenly over the file, which is in Unicode's order: faces first, flags last.
+        # Take the captions evenly from the file, which is in Unicode's order: faces first, flags last.
         chosen = torch.linspace(0, len(captions) - 1, min(limit, len(captions))).round().long()
         self._preferred[which] = read_vendors(PAIRS[which])[0][chosen]
-        own = [captions[chosen[i]] for i in self._own(len(chosen))]
-        self._captions[which] = CaptionSet(BASE, own, self.judge, self.device)
+        share = [captions[chosen[i]] for i in self._own(len(chosen))]
+        self._captions[which] = CaptionSet(BASE, share, self.judge, self.device)
 
     def _own(self, count: int) -> list[int]:
-        """This rank's share of ``count`` things, as :class:`HeldOut` has it: as many on each rank, the last ones perhaps repeated."""
+        """Return the indices of this rank's share of ``count`` items, divided as :class:`HeldOut` divides its pairs.
+
+        Every rank has the same number of items, so an item may be in two shares.
+        """
         rank, world = self.ranks.rank, self.ranks.world_size
         return [i % count for i in range(rank, rank + world * -(-count // world), world)]
 
     def _gather(self, rows: Tensor, count: int) -> Tensor:
-        """Rows of all ranks in the order of the things, from each rank's rows of its own."""
+        """Gather the rows of all ranks, in the order of the ``count`` items, on the CPU. Collective."""
         together = gather_rows(rows.to(self.device).contiguous(), self.ranks).cpu()
         return together.unflatten(0, (self.ranks.world_size, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
-    """Train and score one job and write its result. Collective."""
+    """Train and score one job, and write its result. Return DONE or STOPPED. Collective."""
     spent = [_spent()]
     weights, run_folder, resumed = BASE, None, False
     if job["overrides"] is not None:
         run_folder = folder / "runs" / job["name"]
-        resumed = run_folder.exists()  # what an earlier launch spent on it is not in cpu_s
+        resumed = run_folder.exists()  # if so, cpu_s lacks the time of an earlier launch
         run = load_config(TRAIN, [*job["overrides"], *_overrides(job, settings, folder, run_folder)])
-        # A finished run whose result was taken away has neither export nor checkpoints left: it is trained once more.
+        # A finished and scored run has neither export nor checkpoints left. If its result was deleted, it is trained once more.
         if bench.ranks.is_main and (run_folder / "DONE").exists() and not (run_folder / "export").exists():
             discard(run_folder)
         barrier(bench.ranks, bench.device)
         if not (run_folder / "export").exists() and train(run, "auto") == STOPPED:
             return STOPPED
-        gc.collect()  # engines are in cycles, and the next run makes new ones
+        gc.collect()  # engines are in reference cycles: free them before the next run makes new ones
         weights = str(run_folder / "export")
     spent.append(_spent())
     result = {"job": job, "settings": settings, **bench.score(load_unet(weights), job["captions"])}
@@ -151,7 +154,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
         target = result_file(folder, job["name"])
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps(result).encode())
-        if run_folder is not None:  # a hundred megabytes a run; metrics.jsonl stays
+        if run_folder is not None:  # these take a hundred megabytes a run; metrics.jsonl stays
             discard(run_folder / "checkpoints")
             discard(run_folder / "export")
     barrier(bench.ranks, bench.device)
@@ -159,7 +162,7 @@ def do(job: dict, settings: dict, folder: Path, bench: Bench) -> int:
 
 
 def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> list[str]:
-    """What all runs share, and the places on this machine."""
+    """Return the overrides that all runs share, and the paths on this machine."""
     steps, pairs = settings["steps"], settings["pairs"]
     overrides = [
         f"output={run_folder}",
@@ -179,12 +182,12 @@ def _overrides(job: dict, settings: dict, folder: Path, run_folder: Path) -> lis
 
 
 def micro_batch(pairs: int) -> int:
-    """Of ``pairs`` (even) a step, as many at a time as divide one rank's share and each of two ranks' shares: at most 8."""
+    """Return the largest micro-batch up to 8 that divides ``pairs`` (even) a step on one rank or on two."""
     return next(size for size in range(8, 0, -1) if pairs // 2 % size == 0)
 
 
 def _spent() -> tuple[float, float]:
-    """Seconds of this rank: of its processor, and of the clock."""
+    """Return this rank's processor time so far, and the clock's time, in seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, time.perf_counter()
 
