@@ -1,7 +1,7 @@
-"""``dde-ds doctor``: what would fail an hour into a large run, found in its first minute.
+"""``dde-ds doctor``: find before a large run what would fail an hour into it.
 
-Every rank looks at its own machine, then the first one prints a line for each check. Started by the launcher of the run, with as many
-ranks, it sees what the run will see; by itself it checks one machine.
+Every rank checks its own machine, and rank 0 prints one line for each check. Under the launcher of the run and with as many ranks,
+the doctor sees what the run will see. Without a launcher, it checks one machine.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from dde_ds.text import printable, without_passwords
 from dde_ds.warn import reason
 
 PACKAGES = ("dde_ds", "torch", "deepspeed", "diffusers", "transformers", "safetensors")
-# Containers come with 64 MB of shared memory: too little for NCCL and the loader's workers.
+# Containers come with 64 MB of shared memory, which is too little for NCCL and the loader's workers.
 SHARED_MEMORY = 512 * 2**20
 OPEN_FILES = 1024
 CLOCK_SECONDS = 2.0
-# A file that one node wrote may show late on another: attributes are cached, by NFS for some seconds.
+# A file that one node wrote may show late on another node, because NFS caches attributes for some seconds.
 SHOWS_SECONDS = 10.0
 TRAFFIC_BYTES = 64 * 2**20
-# Checks that must find the same on every rank, and what to do where they do not.
+# Checks that must find the same on every rank, and what to do if they do not.
 ALIKE = {"versions": "install the same everywhere", "shards": "every node must read the same shards"}
 
 
 class Failed(Exception):
-    """A check found something; the message says what, and how to mend it."""
+    """A check has failed. The message says what is wrong, and how to mend it."""
 
 
 def diagnose(run: RunConfig | None, timeout_minutes: float) -> int:
-    """Print one line a check. Every rank calls this. Returns 0, or 1 where a check failed, on all ranks.
+    """Print one line for each check. Every rank calls this. Return 0, or 1 if a check failed, the same on all ranks.
 
     Raises:
-        UserError: the ranks did not meet: nothing else can be checked then.
+        UserError: the ranks did not meet, so nothing else can be checked.
     """
     ranks, device = start(timeout_minutes)
     checks: list[tuple[str, Callable[[], str]]] = [
@@ -71,7 +71,7 @@ def diagnose(run: RunConfig | None, timeout_minutes: float) -> int:
     healthy = _report(ranks, "ranks", _try(lambda: _ranks(ranks, device)))
     for name, check in checks:
         healthy &= _report(ranks, name, _try(check))
-    # These talk to the other ranks, so they end in the same number of collectives whatever they find.
+    # These checks talk to the other ranks, so each makes the same number of collectives whatever it finds.
     healthy &= _report(ranks, "clocks", _clocks())
     healthy &= _report(ranks, "traffic", _traffic(device))
     if run:
@@ -89,41 +89,44 @@ def _try(check: Callable[[], str]) -> tuple[bool, str]:
 
 
 def _gather(value) -> list:
-    """The value of every rank, in their order. Collective."""
+    """Return the values of all ranks, in the order of the ranks. Collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def _report(ranks: DistributedEnv, name: str, finding: tuple[bool, str]) -> bool:
-    """One line for all ranks: what they have in common, or who differs. Collective; True where no rank failed."""
-    found = _gather((*finding, socket.gethostname(), ranks.rank))
-    failed = [entry for entry in found if not entry[0]]
+    """Print one line for all ranks: what they have findings in common, or which hosts differ. Collective.
+
+    Return True if no rank failed.
+    """
+    findings = _gather((*finding, socket.gethostname(), ranks.rank))
+    failed = [entry for entry in findings if not entry[0]]
     if failed:
         by_text: dict[str, list[tuple]] = {}
         for entry in failed:
             by_text.setdefault(entry[1], []).append(entry)
         where = {text: ", ".join(sorted({f"{entry[2]}" for entry in entries})) for text, entries in by_text.items()}
-        text = "; ".join(f"{text} (on {hosts})" if len(found) > 1 else text for text, hosts in where.items())
+        text = "; ".join(f"{text} (on {hosts})" if len(findings) > 1 else text for text, hosts in where.items())
     else:
-        counts = Counter(entry[1] for entry in found)
+        counts = Counter(entry[1] for entry in findings)
         text = "; ".join(text if len(counts) == 1 else f"{text} ({count} ranks)" for text, count in counts.most_common(4))
         if name in ALIKE and len(counts) > 1:
-            failed, text = found, f"ranks differ: {text}; {ALIKE[name]}"
+            failed, text = findings, f"ranks differ: {text}; {ALIKE[name]}"
     if ranks.is_main:
         print(f"{'FAIL' if failed else 'ok  '}  {name:17} {printable(without_passwords(text))}", flush=True)
     return not failed
 
 
 def _versions() -> str:
-    found = [f"Python {platform.python_version()}"]
+    versions = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
-            found.append(f"{package} {metadata.version(package)}")
+            versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            if package != "dde_ds":  # run from its folder
+            if package != "dde_ds":  # dde_ds may run from its folder without being installed
                 raise Failed(f"{package} is not installed: pip install -e .") from None
-    return ", ".join(found)
+    return ", ".join(versions)
 
 
 def _accelerator(device: torch.device, run: RunConfig | None) -> str:
@@ -173,7 +176,7 @@ def _network_device(device: torch.device) -> str:
     # NCCL's syntax: prefixes, "=" for exact names, "^" for all others.
     names = [name for name in chosen.lstrip("^=").split(",") if name]
     exact = variable.startswith("GLOO") or chosen.startswith(("=", "^="))
-    lost = [name for name in names if not (name in known if exact else any(own.startswith(name) for own in known))]
+    lost = [name for name in names if not (name in known if exact else any(interface.startswith(name) for interface in known))]
     if lost and not chosen.startswith("^"):
         raise Failed(f"{variable}={chosen!r} names no device of this host; it has {', '.join(known)}")
     others = [name for name in known if name != "lo"]
@@ -190,12 +193,12 @@ def _clocks() -> tuple[bool, str]:
 
 
 def _traffic(device: torch.device) -> tuple[bool, str]:
-    """Bus bandwidth of one all-reduce as training does it, for information."""
+    """Measure the bus bandwidth of one all-reduce, for information. Fail only if its sum is wrong."""
     world = dist.get_world_size()
     if world == 1:
         return True, "one rank: none"
     values = torch.ones(TRAFFIC_BYTES // 4, device=device)
-    dist.all_reduce(values)  # connections are made at the first
+    dist.all_reduce(values)  # the first all-reduce makes the connections
     values.fill_(1.0)
     dist.barrier()
     started = time.perf_counter()
@@ -209,20 +212,20 @@ def _traffic(device: torch.device) -> tuple[bool, str]:
 
 
 def _shards(run: RunConfig) -> str:
-    """What every node must read alike, held-out pairs too: opened as the run would open them."""
+    """Open shards and held-out pairs as the run would, and describe them. Every node must read the same."""
     data = run.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "timeout": data.timeout_s}
     shards = open_sources(data.weighted_paths, **remote, strict=not data.max_bad_samples, key=data.key)
-    found = f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
+    text = f"{data.name}: {sum(shards.counts)} pairs, digest {shards.digest[:8]}"
     if not run.evaluation.path:
-        return found
+        return text
     held_out = open_sources([(run.evaluation.path, 1.0)], **remote, key="evaluation.path")
-    return f"{found}; {run.evaluation.path}: {sum(held_out.counts)} pairs, digest {held_out.digest[:8]}"
+    return f"{text}; {run.evaluation.path}: {sum(held_out.counts)} pairs, digest {held_out.digest[:8]}"
 
 
 def _precomputed(run: RunConfig, ranks: DistributedEnv) -> str:
-    """The folder of ``reference.precomputed``, which the first rank alone reads and writes."""
-    assert run.reference.precomputed is not None  # asked for only then
+    """Check the folder of ``reference.precomputed``. Only rank 0 reads and writes there."""
+    assert run.reference.precomputed is not None  # this is called only then
     folder = Path(run.reference.precomputed).absolute().parent
     if ranks.is_main:
         try:
@@ -233,7 +236,7 @@ def _precomputed(run: RunConfig, ranks: DistributedEnv) -> str:
 
 
 def _free_disk(run: RunConfig) -> str:
-    """Against what :mod:`dde_ds.planning.plan` says that the run will keep."""
+    """Compare the free disk with what the run will keep, as :mod:`dde_ds.planning.plan` counts it."""
     sizes = parameter_sizes(
         load_unet_config(run.model.path, run.model.revision), Adapters(run.lora.rank, run.lora.targets) if run.lora else None
     )
@@ -253,8 +256,10 @@ def _existing(path: Path) -> Path:
 
 
 def _shared_folder(output: Path, ranks: DistributedEnv) -> tuple[bool, str]:
-    """Whether every rank can write into one folder, as each writes its part of a checkpoint, and the first one sees it all. The folder
-    and its parents are left as they were found."""
+    """Check that every rank can write into one folder and that rank 0 sees all the files, as a checkpoint needs it.
+
+    The folder and its parents are left as they were.
+    """
     token, folder = _gather(secrets.token_hex(8))[0], _existing(output)
     probes = [folder / f".dde_ds-doctor-{token}-{rank}" for rank in range(ranks.world_size)]
     problem = ""
@@ -276,7 +281,7 @@ def _shared_folder(output: Path, ranks: DistributedEnv) -> tuple[bool, str]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    """Written beside it, synced and renamed, as a part of a checkpoint is."""
+    """Write a file as a part of a checkpoint is written: under another name, synced, then renamed."""
     staged = path.with_suffix(".staged")
     try:
         with staged.open("w") as file:
@@ -289,7 +294,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _not_shown(paths: list[Path], text: str) -> list[Path]:
-    """Those that do not come to hold ``text``, of files that other nodes wrote."""
+    """Wait for files that other nodes wrote. Return those that do not hold ``text`` in the end."""
     deadline = time.monotonic() + SHOWS_SECONDS
     while (lost := [path for path in paths if not _holds(path, text)]) and time.monotonic() < deadline:
         time.sleep(0.2)

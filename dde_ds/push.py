@@ -1,4 +1,7 @@
-"""``dde-ds push``: an export to a repository of the Hugging Face hub, with a complete model card. Nothing goes there unless it is called."""
+"""``dde-ds push``: upload an export to a repository of the Hugging Face hub, with a complete model card.
+
+Nothing is uploaded unless this is called.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 CARD_BYTES = 2**20
 PICTURES = "samples"
-"""The folder of the repository that the card's pictures go to."""
+"""The repository's folder for the pictures of the card."""
 PNG = b"\x89PNG\r\n\x1a\n"
-# What a person can do about the hub's answers.
+# What a user can do about the hub's answers, by status code.
 MENDS = {
     401: "the token was not accepted: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token needs write access to the repositories of this owner",
@@ -52,18 +55,19 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Upload an export and its card. The export stays as it is: the card is completed in a copy.
+    """Upload an export and its model card. The export stays as it is, because the card is completed in a copy.
 
     Args:
         folder: an export, or a run folder with one.
-        repo: ``OWNER/NAME``, made where it is not there. Files that are there and not in the export stay.
-        comparison: of ``dde-ds evaluate``: all of its results for the export go into the card.
+        repo: ``OWNER/NAME``, made if it is not there. Files of the repository that are not in the export stay.
+        comparison: a comparison of ``dde-ds evaluate``. All of its results for the export go into the card.
         model: the export's name in the comparison.
-        pictures: prompts whose drawings are shown, chosen at random; without a comparison the run's own drawings are.
+        pictures: how many prompts of the comparison are shown, chosen at random; 0 shows none. Without a comparison, the card
+            shows drawings that the run made.
         private: refuse a repository that others can see.
 
     Raises:
-        UserError: no export there, an option that cannot be, no token, a hub that is not reached or refuses.
+        UserError: there is no export or no token, an option is impossible, or the hub is not reached or refuses.
     """
     if not re.fullmatch("[^/]+/[^/]+", repo):
         raise UserError(f"repository {repo}: expected OWNER/NAME")
@@ -98,10 +102,10 @@ def push(
 
 
 def find_export(folder: Path) -> Path:
-    """Return the folder itself or, of a run folder, its ``export/``.
+    """Return the folder itself, or the ``export/`` of a run folder.
 
     Raises:
-        UserError: neither holds a pipeline or adapters.
+        UserError: neither folder holds a pipeline or adapters.
     """
     from dde_ds.engine.export import LORA_FILE
 
@@ -117,9 +121,9 @@ def list_files(export: Path) -> dict[str, Path]:
     """Return the export's files by their names in the repository, without the card and without hidden ones.
 
     Raises:
-        UserError: something that is no regular file. A link might lead to what nobody wants to publish.
+        UserError: the export holds something that is no regular file. A link might lead to a file that nobody wants to publish.
     """
-    found, hidden = {}, 0
+    files, hidden = {}, 0
     for path in sorted(export.rglob("*")):
         name = path.relative_to(export)
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -127,14 +131,14 @@ def list_files(export: Path) -> dict[str, Path]:
         if path.is_file() and any(part.startswith(".") for part in name.parts):
             hidden += 1
         elif path.is_file() and str(name) != CARD:
-            found[name.as_posix()] = path
+            files[name.as_posix()] = path
     if hidden:
         print(f"{export}: {hidden} files whose names begin with a dot are left out", file=sys.stderr)
-    return found
+    return files
 
 
 def printable_lines(text: str) -> str:
-    """Return several lines with what could control a terminal escaped."""
+    """Return several lines in which everything that could control a terminal is escaped."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -171,7 +175,7 @@ def _complete(
     tags: Sequence[str],
     is_whole: bool,
 ) -> None:
-    """Fill in the card's head. What the export's own card says stays where nothing else was given."""
+    """Fill in the head of the card. A value of the export's own card stays unless another one is given."""
     data = card.data
     data["license"] = license or data.get("license")
     if not data["license"]:
@@ -193,7 +197,7 @@ def _complete(
 
 
 def _add_comparison(card: ModelCard, export: Path, repo: str, source: Path, asked: str | None, pictures: int) -> dict[str, Path]:
-    """Write a comparison's results into the card's head and text. Return its pictures by their names in the repository."""
+    """Write a comparison's results into the head and the text of the card. Return the pictures by their names in the repository."""
     from dde_ds.evaluation.comparison import COLUMNS, SET_COLUMNS, cells, read_comparison, set_cells, title
 
     data = read_comparison(source)
@@ -214,8 +218,8 @@ def _add_comparison(card: ModelCard, export: Path, repo: str, source: Path, aske
     ]
     rows = [cells(row) for row in data["results"] if row["model"] == model]
     sets = [set_cells(row) for row in data["sets"] if row["model"] in (base, model)]
-    for columns, found in ((COLUMNS, rows), (SET_COLUMNS, sets)):
-        lines += ["", *_table(columns, found)] if found else []
+    for columns, table_rows in ((COLUMNS, rows), (SET_COLUMNS, sets)):
+        lines += ["", *_table(columns, table_rows)] if table_rows else []
     lines += ["", *(f"- {_plain(note)}" for note in data["notes"])]
     shown = {}
     if pictures:
@@ -226,8 +230,11 @@ def _add_comparison(card: ModelCard, export: Path, repo: str, source: Path, aske
 
 
 def eval_results(data: dict[str, Any], model: str) -> Iterator[EvalResult]:
-    """Yield all results of a model in a comparison's data, in the hub's format: for each scorer how often the model beats the base,
-    and its mean score; then scores of whole sets of images."""
+    """Yield all results of a model in a comparison's data, in the hub's format.
+
+    For each scorer, there are two results: how often the model beats the base, and the model's mean score. The scores of whole sets
+    of images follow.
+    """
     from huggingface_hub import EvalResult
 
     from dde_ds.evaluation.comparison import title
@@ -273,7 +280,10 @@ def eval_results(data: dict[str, Any], model: str) -> Iterator[EvalResult]:
 
 
 def _require_same_weights(export: Path, source: Path, model: str, settings: dict[str, Any]) -> None:
-    """Refuse results of another model. Adapters alone are not checked: the images were drawn by the pipeline that has them merged."""
+    """Refuse the results of another model.
+
+    Adapters alone are not checked, because the images were drawn by a pipeline into which the adapters are merged.
+    """
     if not (export / "model_index.json").is_file():
         return
     from dde_ds.evaluation.generate import load_pipeline
@@ -306,16 +316,19 @@ def _side_by_side(data: dict[str, Any], folder: Path, model: str, count: int) ->
 
 
 def _add_drawings(card: ModelCard, export: Path, folder: Path) -> dict[str, Path]:
-    """Show the first and the last drawing of the run that the export lies in, where it has any, and return them likewise."""
+    """Show the first and the last drawing of the export's run in the card, if there are any.
+
+    Return the pictures by their names in the repository.
+    """
     from dde_ds.config import load_config
 
     run = folder if export != folder else export.resolve().parent
-    found = sorted(path for path in (run / "samples").glob("step-*.png") if re.fullmatch("step-[0-9]{8,}", path.stem))
-    if not found:
+    paths = sorted(path for path in (run / "samples").glob("step-*.png") if re.fullmatch("step-[0-9]{8,}", path.stem))
+    if not paths:
         return {}
-    shown = {f"{PICTURES}/{path.name}": _require_png(path) for path in dict.fromkeys((found[0], found[-1]))}
+    shown = {f"{PICTURES}/{path.name}": _require_png(path) for path in dict.fromkeys((paths[0], paths[-1]))}
     lines = ["", "## Samples", "", "Drawn during training, from the same noise each time."]
-    with contextlib.suppress(UserError):  # the pictures speak without the words
+    with contextlib.suppress(UserError):  # without a readable configuration, the prompts are left out
         if prompts := load_config(run / "config.yaml").samples.prompts:
             lines[-1] += f" From left to right: {_plain('; '.join(prompts))}."
     for name in shown:
@@ -352,11 +365,15 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool =
 
 
 def _upload(card: ModelCard, files: dict[str, Path], repo: str, private: bool, branch: str | None, message: str) -> str:
-    """Return the commit's address."""
+    """Upload the files and the card. Return the address of the commit.
+
+    Raises:
+        UserError: there is no token, the repository is public but must be private, or the upload failed.
+    """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    logging.set_verbosity_error()  # its warnings of a second try hold signed addresses
+    logging.set_verbosity_error()  # its warnings of retries hold signed addresses
     if not sys.stderr.isatty():
         disable_progress_bars()
     token = None
@@ -373,7 +390,7 @@ def _upload(card: ModelCard, files: dict[str, Path], repo: str, private: bool, b
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True)
         with tempfile.TemporaryDirectory() as staging:
-            # Links: an export of some gigabytes is not copied for a card.
+            # Use links, so that an export of some gigabytes is not copied for the sake of a card.
             for name, path in files.items():
                 place = Path(staging, name)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -382,13 +399,13 @@ def _upload(card: ModelCard, files: dict[str, Path], repo: str, private: bool, b
             return api.upload_folder(repo_id=repo, folder_path=staging, revision=branch, commit_message=message).commit_url
     except UserError:
         raise
-    except Exception as error:  # whatever the library, its transfer threads and what the server answers may raise
+    except Exception as error:  # the library, its transfer threads and the server's answers may raise anything
         text = _told(error).replace(token, "***") if token else _told(error)
         raise UserError(f"push {repo}: {text}") from None
 
 
 def _told(error: BaseException) -> str:
-    """Return what went wrong and what to do about it: as the server says it, otherwise as the innermost cause does."""
+    """Return what went wrong, in the words of the server or else of the innermost cause, and what to do about it."""
     from huggingface_hub.errors import HfHubHTTPError
 
     causes = [error]

@@ -31,8 +31,8 @@ def report_errors(
     Args:
         over_ranks: whether ``act`` may run on several ranks. If not, the launcher's variables are not read, because only some of
             them may be set: in a batch script of Slurm, for example.
-        of_a_run: whether ``act`` trains. Then any other exception is reported too: by its traceback and one line, or by one line alone if
-            another rank was lost. The process ends at once, because Python's own exit would wait for loader workers.
+        of_a_run: whether ``act`` trains. Then any other exception is reported too, by its traceback and one line; a lost rank is
+            reported without a traceback. The process ends at once, because Python's own exit would wait for loader workers.
         kept: the words that say what Ctrl-C leaves behind.
         options: the options by argument name, from :func:`dde_ds.cli.parsing.options_of`.
     """

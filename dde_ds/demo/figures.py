@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""Draw the demo's two pictures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ COLUMNS, ROWS = 12, 2
 
 
 def comparison(captions: list[str], drawn: dict[str, Tensor], real: Tensor, path: Path) -> None:
-    """Base, aligned and real preferred image of the first captions of the file: not a selection.
+    """Draw the images of the base and the aligned model beside the real preferred ones, for the first captions of the file.
 
-    ``drawn``: (captions, images a caption, 3,H,W) uint8 by model; ``real``: (captions,3,H,W) in [-1,1].
+    The captions are not a selection.
+
+    Args:
+        drawn: images by model, each (captions, images a caption, 3,H,W) uint8.
+        real: the real preferred images, (captions,3,H,W) in [-1,1].
     """
     sources = {"base": drawn["base"][:, 0], "aligned": drawn["aligned"][:, 0], "real": ((real + 1) * 127.5).byte()}
     figure, axes = plt.subplots(ROWS * len(sources), COLUMNS, figsize=(COLUMNS, ROWS * len(sources) * 1.06), dpi=100)
@@ -39,7 +43,7 @@ def comparison(captions: list[str], drawn: dict[str, Tensor], real: Tensor, path
 
 
 def curves(rows: list[dict], path: Path) -> None:
-    """Loss, accuracy, rewards and the errors' drift over the run."""
+    """Draw loss, accuracy, rewards and the drift of the errors over the run."""
     rows = [row for row in rows if "loss" in row]
     steps = [row["step"] for row in rows]
     panels = {
@@ -49,7 +53,7 @@ def curves(rows: list[dict], path: Path) -> None:
         "error drift: policy - reference": {"drift/chosen": "chosen", "drift/rejected": "rejected"},
         "errors": {"error/policy_chosen": "policy, chosen", "error/policy_rejected": "policy, rejected"},
     }
-    # An objective without reference has no rewards and no drift; where there is drift, it says more than the errors.
+    # An objective without a reference has no rewards and no drift. Where there is a drift, it says more than the errors.
     panels = {title: lines for title, lines in panels.items() if all(key in rows[0] for key in lines)}
     if len(panels) > 2:
         del panels["errors"]

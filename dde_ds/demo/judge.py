@@ -1,4 +1,4 @@
-"""The demo's judge: a small classifier Noto / Twemoji, trained on real images and never on the policy's."""
+"""The demo's judge: a small classifier of Noto and Twemoji images, trained on real images and never on the policy's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Judge(nn.Module):
-    """Images (N,3,64,64) in [-1,1] to logits (N,): positive means Noto, the preferred vendor."""
+    """Map images (N,3,64,64) in [-1,1] to logits (N,). A positive logit means Noto, the preferred vendor."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -27,7 +27,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(channels, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N,64): what the Fréchet distance is measured in."""
+        """Return the features in which the Fréchet distance is measured, (N,64)."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Judge(nn.Module):
 
 
 def read_vendors(parquet: Path) -> tuple[Tensor, Tensor]:
-    """(preferred, other) images of a parquet's pairs, each (N,3,64,64) in [-1,1]."""
+    """Read the preferred and the other images of a parquet file's pairs, each (N,3,64,64) in [-1,1]."""
     sides: tuple[list, list] = ([], [])
     for row in pq.read_table(parquet, columns=["jpg_0", "jpg_1", "label_0"]).to_pylist():
         images = (row["jpg_0"], row["jpg_1"]) if row["label_0"] == 1 else (row["jpg_1"], row["jpg_0"])
@@ -69,7 +69,10 @@ def accuracy(judge: Judge, preferred: Tensor, other: Tensor) -> float:
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift and a little noise, so that the judge looks at the drawing and not at the traces of a file or a decoder."""
+    """Mirror and shift the images, and add a little noise.
+
+    So the judge looks at the drawing, not at the traces of a file format or a decoder.
+    """
     if torch.rand((), generator=generator) < 0.5:
         images = images.flip(3)
     images = images.roll(torch.randint(-3, 4, (2,), generator=generator).tolist(), dims=(2, 3))

@@ -1,4 +1,4 @@
-"""What both the demo and the comparison of objectives do: make the shards, and start real ranks."""
+"""The steps that the demo and the comparison of objectives share: make the shards, and start real ranks."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def shard(parquet: Path, model: str, folder: Path) -> None:
 
 
 def rank_count() -> int:
-    """A rank a GPU, at most two; or two ranks that share the CPU's cores."""
+    """Return the number of ranks: one for each GPU but at most two, or two that share the CPU's cores."""
     return min(2, torch.cuda.device_count()) or 2
 
 
 def launch(*command: str | Path) -> int:
-    """Run a script and its arguments, or ``--module`` and a module, on :func:`rank_count` ranks through the real launcher.
+    """Run a script and its arguments, or ``--module`` and a module, on :func:`rank_count` ranks.
 
-    Returns its exit code.
+    The deepspeed launcher starts them. Return its exit code.
     """
     ranks = rank_count()
     environment = dict(os.environ)
     if not torch.cuda.device_count():
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    # The launcher that was installed beside this Python, whatever the PATH says.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # Take the launcher that is installed beside this Python, whatever PATH says.
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), "--quiet"]
     return subprocess.run([*launcher, *command], env=environment).returncode
 

@@ -1,4 +1,4 @@
-"""The demo: from image pairs to an aligned model and a measured win rate, by the commands that a large run uses."""
+"""Run the demo, from image pairs to an aligned model and a measured win rate, by the commands that a large run uses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dde_ds.training.heldout import error_drift
 
 
 def run_demo(output: Path, zero: str, images: int, captions: int | None, judge_steps: int, overrides: Sequence[str]) -> None:
-    """Shard the training pairs, align the base model, draw and judge both, and print what came out.
+    """Shard the training pairs, align the base model, draw and judge both models, and print the result.
 
     Args:
         zero: DeepSpeed's ZeRO stage of the policy, ``2`` or ``3``.
-        images: how many a held-out caption.
-        captions: only the first so many of the held-out ones.
-        overrides: of the demo's ``train.yaml``.
+        images: images for each held-out caption.
+        captions: take only this many held-out captions, the first ones. None takes all.
+        overrides: ``key.sub=value``, to replace values of the demo's ``train.yaml``.
     """
     silence_libraries()
     overrides = [
@@ -50,7 +50,11 @@ def run_demo(output: Path, zero: str, images: int, captions: int | None, judge_s
 
 
 def align(run: RunConfig, overrides: list[str]) -> None:
-    """Train through the real launcher: a rank a GPU, or two ranks that share the CPU's cores."""
+    """Train through the real launcher, unless the run is done: a rank for each GPU, or two ranks that share the CPU's cores.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or the training failed.
+    """
     run_folder = Path(run.output)
     if (run_folder / "DONE").exists():
         if (run_folder / "config.yaml").read_text(encoding="utf-8") != run.to_yaml():
@@ -64,7 +68,7 @@ def align(run: RunConfig, overrides: list[str]) -> None:
 
 
 def evaluate(run: RunConfig, output: Path, images_per_caption: int, limit: int | None, judge_steps: int) -> dict:
-    """Score both models on the held-out captions and write the pictures."""
+    """Score both models on the held-out captions, write the pictures, and return the numbers."""
     import pyarrow.parquet as pq
 
     say("judge")

@@ -1,4 +1,4 @@
-"""Pictures of captions by any UNet, as the judge sees them."""
+"""Draw pictures of captions with any UNet, and judge them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from dde_ds.evaluation.generate import PromptSet
 
 
 def latent_spread(latents: Tensor) -> float:
-    """Return the mean over samples of a latent's own standard deviation, (N,C,H,W): it grows when a model overshoots its images."""
+    """Return the mean, over samples, of the standard deviation within a sample's latents (N,C,H,W).
+
+    This spread grows when a model overshoots its images.
+    """
     return float(latents.flatten(1).std(1).mean())
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """N captions, K pictures each."""
+    """Hold the pictures of N captions, K for each, with the judge's numbers."""
 
     pixels: Tensor
     """(N,K,3,H,W) uint8."""
     logits: Tensor
-    """(N,K): the judge's, positive for the preferred style."""
+    """(N,K): the judge's logits, positive for the preferred style."""
     features: Tensor
-    """(N,K,64): what the Fréchet distance is measured in."""
+    """(N,K,64): the features in which the Fréchet distance is measured."""
     spread: Tensor
     """(N,K): standard deviation within each picture's latents."""
 
 
 class CaptionSet:
-    """Captions that are embedded once, to be drawn by several UNets from equal noise."""
+    """Hold captions that are embedded once, so that several UNets can draw them from equal noise."""
 
     def __init__(self, model: str, captions: Sequence[str], judge: Judge, device: torch.device):
         self.prompts = PromptSet(model, None, captions, device, torch.float32)
@@ -41,7 +44,7 @@ class CaptionSet:
 
     @torch.no_grad()
     def draw(self, unet: Any, images: int, inference_steps: int, guidance_scale: float, seed: int = 0) -> Drawn:
-        """``images`` pictures a caption, each a function of (weights, seed, caption, picture number)."""
+        """Draw ``images`` pictures for each caption, each a function of (weights, seed, caption, picture number)."""
         unet.to(self._device).eval()
         pixels = torch.stack(
             [self.prompts.draw(unet, seed, inference_steps, guidance_scale, index=number) for number in range(images)], 1

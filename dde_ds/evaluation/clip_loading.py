@@ -1,4 +1,4 @@
-"""CLIP models from local folders or the hub, as safetensors or ``weights_only``: nothing that is loaded here can run code."""
+"""Load CLIP models from local folders or the hub, as safetensors or by ``weights_only``, so that no file can run code."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ CONFIG = ("config.json",)
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", *TOKENIZER)
-# Raise it when a formula or a preprocessing of a scorer changes: cached scores of before are then not taken.
+# Raise this number when a formula or a preprocessing of a scorer changes. Then older cached scores are not used.
 FORMULA = 1
 
 
 def resolve(source: str, patterns: Sequence[str], key: str) -> Path:
-    """A local folder or file as it is, or the files of a hub id (``owner/name[@revision]``) that match ``patterns``.
+    """Return the path of a local folder or file, or of the downloaded files of a hub id that match ``patterns``.
+
+    Args:
+        source: a local path, or a hub id ``owner/name[@revision]``.
+        key: names the option in error messages.
 
     Raises:
-        UserError: neither; ``key`` names the option in its message.
+        UserError: the source is neither, or cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -47,24 +51,28 @@ def resolve(source: str, patterns: Sequence[str], key: str) -> Path:
 
 
 def files_digest(folder: Path, patterns: Sequence[str]) -> str:
-    """SHA-256 over the names and contents of the files that are there, whatever else lies beside them."""
+    """Return the SHA-256 of the names and contents of the files that match. Other files beside them do not count."""
     files = [folder] if folder.is_file() else sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
 
 
 def scorer_digest(*parts: str) -> str:
-    """Of a scorer's name and its files' digests, and of :data:`FORMULA`."""
+    """Return the digest of :data:`FORMULA` and of ``parts``: a scorer's name and the digests of its files."""
     return hashlib.sha256(json.dumps([FORMULA, *parts]).encode()).hexdigest()
 
 
 def require(folder: Path, patterns: Sequence[str], key: str, mend: str) -> None:
-    """Raises: UserError where no file matches any of ``patterns``."""
+    """Refuse a folder in which no file matches any of ``patterns``.
+
+    Raises:
+        UserError: no file matches. ``mend`` ends the message and says what to do.
+    """
     if not any(any(folder.glob(pattern)) for pattern in patterns):
         raise UserError(f"{key} {folder}: holds no {' or '.join(patterns)}; {mend}")
 
 
 def load_clip(folder: Path, key: str) -> Any:
-    """A transformers ``CLIPModel`` in float32."""
+    """Load a transformers ``CLIPModel`` in float32."""
     from transformers import CLIPModel
 
     try:
@@ -74,7 +82,10 @@ def load_clip(folder: Path, key: str) -> Any:
 
 
 def load_processors(folder: Path, key: str) -> tuple[Any, Any]:
-    """Tokenizer and image processor. The latter by PIL, as the scores were published; torchvision's would differ a little."""
+    """Load the tokenizer and the image processor.
+
+    The image processor uses PIL, as for the published scores. The one that uses torchvision would differ a little.
+    """
     from transformers import CLIPTokenizer
 
     try:
@@ -84,10 +95,10 @@ def load_processors(folder: Path, key: str) -> tuple[Any, Any]:
 
 
 def load_image_processor(folder: Path, key: str) -> Any:
-    """CLIP's, by PIL."""
+    """Load CLIP's image processor, the one that uses PIL."""
     import transformers
 
-    # Where there are two, the name without a suffix is torchvision's.
+    # Where transformers has two, the name without a suffix is the one that uses torchvision.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     try:
         return kind.from_pretrained(folder)
@@ -96,12 +107,12 @@ def load_image_processor(folder: Path, key: str) -> Any:
 
 
 def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
-    """LAION's aesthetic predictor: a transformers ``CLIPVisionModelWithProjection``, and the linear layers behind its embedding.
+    """Load LAION's aesthetic predictor: a transformers ``CLIPVisionModelWithProjection``, and the linear layers on its embedding.
 
-    ``predictor`` is the one layer of version 1; ``layers`` are the five of version 2, whose dropouts between them do nothing here.
+    Version 1 has one layer, ``predictor``. Version 2 has five, ``layers``; the dropouts between them do nothing here.
 
     Raises:
-        UserError: weights of something else; of version 2 with ReLUs as well, whose numbers between the layers are others.
+        UserError: the weights are of another model. Version 2 with ReLUs is another model too: its layers have other numbers.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -110,16 +121,16 @@ def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
     for name in [name for name in weights if name.startswith(("layers.", "predictor."))]:
         layer, _, kind = name.rpartition(".")
         heads.setdefault(layer, {})[kind] = weights.pop(name)
-    weights.pop("vision_model.embeddings.position_ids", None)  # of older transformers; a range, no weight
+    weights.pop("vision_model.embeddings.position_ids", None)  # older transformers saved this range, which is no weight
     if list(heads) not in (["predictor"], [f"layers.{number}" for number in (0, 2, 4, 6, 7)]):
         raise UserError(f"{key} {folder}: is no linear aesthetic predictor: its head is {', '.join(heads) or 'not there'}")
     try:
         model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder)).eval()
         model.load_state_dict(weights)
         layers = []
-        for own in heads.values():
-            layers.append(torch.nn.Linear(*own["weight"].T.shape))
-            layers[-1].load_state_dict(own)
+        for tensors in heads.values():
+            layers.append(torch.nn.Linear(*tensors["weight"].T.shape))
+            layers[-1].load_state_dict(tensors)
     except (RuntimeError, KeyError, OSError) as error:
         raise UserError(
             f"{key} {folder}: does not hold the weights of its config.json: {' '.join(str(error).split())[:300]}"
@@ -128,12 +139,13 @@ def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
 
 
 def load_open_clip(weights: Path, config_folder: Path, key: str) -> Any:
-    """A transformers ``CLIPModel`` of ``config_folder``'s architecture with the weights of an open_clip checkpoint.
+    """Load an open_clip checkpoint into a transformers ``CLIPModel``. The architecture is that of ``config_folder``.
 
-    The same network under other names: a test compares the two numerically. It spares open_clip, timm and torchvision.
+    Both libraries have the same network under different names; a test compares the two numerically. So open_clip, timm and
+    torchvision are not needed.
 
     Raises:
-        UserError: a file that is no plain table of tensors, or weights of another architecture.
+        UserError: the file is no plain table of tensors, or its weights are of another architecture.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -157,12 +169,12 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{key} {path}: not readable as safetensors: {error}") from None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"{key} {path}: not loadable as plain weights: {str(error).splitlines()[0]}; it is not loaded in any other way"
         ) from None
-    return found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
+    return weights["state_dict"] if isinstance(weights, dict) and "state_dict" in weights else weights
 
 
 PLACES = {
@@ -192,14 +204,14 @@ IN_BLOCK = {
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names → transformers'. Projections are stored transposed there, and q, k, v as one matrix."""
-    found = {}
+    """Rename open_clip's weights as transformers does. open_clip stores projections transposed, and q, k, v as one matrix."""
+    renamed = {}
     for name, tensor in weights.items():
-        name = name.removeprefix("module.")  # of a model saved inside DistributedDataParallel
+        name = name.removeprefix("module.")  # the prefix of a model that was saved inside DistributedDataParallel
         if name == "attn_mask":
             continue
         if name in PLACES:
-            found[PLACES[name]] = tensor.T if name in ("text_projection", "visual.proj") else tensor
+            renamed[PLACES[name]] = tensor.T if name in ("text_projection", "visual.proj") else tensor
             continue
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -208,9 +220,9 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attn.in_proj_" in target:
             block, kind = target.split(".attn.in_proj_")
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{block}.self_attn.{part}_proj.{kind}"] = piece
+                renamed[f"{block}.self_attn.{part}_proj.{kind}"] = piece
             continue
         for old, new in IN_BLOCK.items():
             target = target.replace(old, new)
-        found[target] = tensor
-    return found
+        renamed[target] = tensor
+    return renamed

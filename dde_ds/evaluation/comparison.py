@@ -1,4 +1,4 @@
-"""N models against one base on the same prompts and noise: the numbers, as a table, as JSON and as Markdown."""
+"""Compare N models with one base on the same prompts and noise, and write the numbers as a table, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dde_ds.warn import reason
 
 FORMAT = "dde_ds comparison 2"
 MOST_BYTES = 512 * 2**20
-"""Of a ``comparison.json``. A score takes some 20 bytes: 30,000 prompts of 8 images by 5 scorers and 10 models fit."""
+"""The largest ``comparison.json`` that is read. A score takes some 20 bytes: 30,000 prompts of 8 images by 5 scorers and 10 models fit."""
 SHAPE = {
     "base": str,
     "folders": (str,),
@@ -45,12 +45,12 @@ SHAPE = {
     "prompts": [str],
     "scores": (([[NUMBER]],),),
 }
-"""Of ``comparison.json``, for :func:`dde_ds.evaluation.shape.require_shape`."""
-# What must agree for two images to be a pair; what else differs (steps, guidance, …) is said beside the numbers.
+"""The shape of ``comparison.json``, for :func:`dde_ds.evaluation.shape.require_shape`."""
+# Two images are a pair only if these settings agree. If other settings differ (steps, guidance, …), a note says so.
 PAIRED = ("images_per_prompt", "seed", "resolution")
-# Fewer prompts than this, and the intervals are too wide for the differences that alignment makes.
+# With fewer prompts than this, the intervals are too wide for the differences that alignment makes.
 ENOUGH_PROMPTS = 500
-# Inception Score rises with the number of images, until there are some thousands of each part; its authors took 5,000.
+# The Inception Score rises with the number of images, until each part holds some thousands. Its authors took 5,000.
 ENOUGH_IMAGES = 5000
 
 
@@ -68,53 +68,55 @@ class Row:
 class Comparison:
     base: str
     folders: dict[str, Path]
-    """By name, the base first."""
+    """The folders by model name, the base first."""
     prompts: list[str]
     settings: dict[str, dict]
-    """Of the images, by name."""
+    """The settings of the images, by model name."""
     scorers: dict[str, str]
-    """Digest by name."""
+    """The scorers' digests, by scorer name."""
     scores: dict[str, dict[str, Tensor]]
-    """By name and scorer, (prompts, images a prompt) float64."""
+    """The scores by model name and scorer name, each (prompts, images a prompt) float64."""
     rows: list[Row]
     sets: list[dict[str, Any]]
-    """Scores of whole sets, one row a folder: ``scorer``, ``model``, ``mean``, ``deviation``, ``splits``, ``count``."""
+    """The scores of whole sets, one row for each folder: ``scorer``, ``model``, ``mean``, ``deviation``, ``splits``, ``count``."""
 
     @property
     def models(self) -> list[str]:
         return [name for name in self.folders if name != self.base]
 
     def notes(self) -> list[str]:
-        """What a reader of the numbers must know."""
-        found = []
+        """Return the notes that a reader of the numbers needs."""
+        notes = []
         if len(self.prompts) < ENOUGH_PROMPTS:
-            found.append(
+            notes.append(
                 f"{len(self.prompts)} prompts: fewer than {ENOUGH_PROMPTS}, so small differences cannot be told from chance"
             )
         for name in self.models:
             keys = ("scheduler", "steps", "guidance", "precision", "family")
             base, other = self.settings[self.base], self.settings[name]
             if differing := [f"{key} {base.get(key)} and {other.get(key)}" for key in keys if base.get(key) != other.get(key)]:
-                found.append(f"{self.base} and {name} were drawn with different settings: {'; '.join(differing)}")
+                notes.append(f"{self.base} and {name} were drawn with different settings: {'; '.join(differing)}")
             if base.get("weights") == other.get("weights"):
-                found.append(f"{self.base} and {name} are the same weights")
+                notes.append(f"{self.base} and {name} are the same weights")
         if any(row["count"] < ENOUGH_IMAGES for row in self.sets):
-            found.append(
+            notes.append(
                 f"the Inception Score of fewer than {ENOUGH_IMAGES} images is too low, by as much for all of one size: "
                 "compare it with nothing but the other rows"
             )
         if len(self.rows) > 1:
-            found.append(f"{len(self.rows)} comparisons are made here, each at 95 %: about one in twenty misses by chance")
-        return found
+            notes.append(f"{len(self.rows)} comparisons are made here, each at 95 %: about one in twenty misses by chance")
+        return notes
 
 
 def name_sources(sources: Sequence[str]) -> dict[str, str]:
-    """Names of ``NAME=DIR`` or plain sources, in order: the shortest end of the path that tells them apart.
+    """Return the paths of sources, ``NAME=DIR`` or ``DIR``, by name and in order.
+
+    A source without a name is named by the end of its path: the shortest end that makes all names different.
 
     Raises:
-        UserError: the same name or the same source twice.
+        UserError: a name or folder is empty, a name cannot be a folder's name, or two sources have the same name or folder.
     """
-    # A path that exists is that path, whatever is in its name.
+    # A path that exists is taken as it is, even if it holds an equals sign.
     given = [(source, "", "") if Path(source).exists() else source.partition("=") for source in sources]
     paths = [path if equals else name for name, equals, path in given]
     chosen = [name if equals else None for name, equals, _ in given]
@@ -122,7 +124,10 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
         raise UserError(f"base and model: {sources} holds an empty name or folder; expected DIR or NAME=DIR")
     parts = [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        names = [name or "-".join(part for part in own[-length:] if part != "/") for name, own in zip(chosen, parts, strict=True)]
+        names = [
+            name or "-".join(part for part in components[-length:] if part != "/")
+            for name, components in zip(chosen, parts, strict=True)
+        ]
         if len(set(names)) == len(names):
             if bad := [name for name in names if "/" in name or name in (".", "..")]:
                 raise UserError(f"base and model: {bad[0]!r} is no name; write NAME=DIR")
@@ -131,14 +136,15 @@ def name_sources(sources: Sequence[str]) -> dict[str, str]:
 
 
 def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests: Mapping[str, str] | None = None) -> Comparison:
-    """Compare folders of scored images; the first is the base.
+    """Compare folders of scored images. The first folder is the base.
 
     Args:
-        scorers: names; ``name@digest`` picks one of several versions whose scores are cached.
-        digests: of the scorers, by name; None takes the one version that all folders have scores of.
+        folders: by model name.
+        scorers: names of scorers. ``name@digest`` picks one version where the scores of several are cached.
+        digests: the scorers' digests, by name. None takes the one version of which all folders have scores.
 
     Raises:
-        UserError: images or scores that are missing, or folders that are not of the same prompts and noise.
+        UserError: images or scores are missing, or the folders are not of the same prompts and noise.
     """
     pictures = {name: open_pictures(folder) for name, folder in folders.items()}
     base = next(iter(pictures))
@@ -169,12 +175,16 @@ def compare_folders(folders: Mapping[str, Path], scorers: Sequence[str], digests
 
 
 def write_comparison(found: Comparison, out: Path) -> None:
-    """``comparison.json``, from which a report is made, and ``comparison.md``."""
+    """Write ``comparison.json``, from which reports are made, and ``comparison.md`` into the folder ``out``.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out {out}: not writable: {reason(error).lower()}") from None
-    # Relative, so that a folder that is moved as a whole stays whole.
+    # Relative paths, so that the folder can be moved as a whole.
     places = {name: os.path.relpath(folder.resolve(), out.resolve()) for name, folder in found.folders.items()}
     data = {
         "format": FORMAT,
@@ -186,7 +196,9 @@ def write_comparison(found: Comparison, out: Path) -> None:
         "results": [asdict(row) for row in found.rows],
         "sets": found.sets,
         "prompts": found.prompts,
-        "scores": {name: {scorer: values.tolist() for scorer, values in own.items()} for name, own in found.scores.items()},
+        "scores": {
+            name: {scorer: values.tolist() for scorer, values in by_scorer.items()} for name, by_scorer in found.scores.items()
+        },
     }
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items())
     write_atomically(out / "comparison.json", f"{{\n{lines}\n}}\n".encode())
@@ -194,10 +206,10 @@ def write_comparison(found: Comparison, out: Path) -> None:
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
-    """``comparison.json`` of a folder, or the file itself.
+    """Read a ``comparison.json``, given the file or its folder.
 
     Raises:
-        UserError: not there, not one of ours, or not as it was written: the message names the place.
+        UserError: the file is not there, is no comparison, or is damaged. The message names the damaged place.
     """
     path = path / "comparison.json" if path.is_dir() else path
     try:
@@ -216,7 +228,11 @@ def read_comparison(path: Path) -> dict[str, Any]:
 
 
 def _require_whole(data: dict[str, Any]) -> None:
-    """Raises ValueError where the parts of a ``comparison.json`` do not fit each other."""
+    """Refuse a ``comparison.json`` if its parts do not fit each other.
+
+    Raises:
+        ValueError: two parts do not fit. The message names them.
+    """
     require_shape(data, SHAPE)
     names, scorers = data["folders"].keys(), {row["scorer"] for row in data["results"]}
     for key in ("settings", "scores"):
@@ -224,15 +240,15 @@ def _require_whole(data: dict[str, Any]) -> None:
             raise ValueError(f"{key} is of {', '.join(data[key]) or 'nothing'}, folders is of {', '.join(names) or 'nothing'}")
     if data["base"] not in names:
         raise ValueError(f"base is {data['base']!r}, which is none of folders")
-    if strange := {row["model"] for row in [*data["results"], *data["sets"]]} - names:
-        raise ValueError(f"results or sets name the model {min(strange)!r}, which is none of folders")
+    if unexpected := {row["model"] for row in [*data["results"], *data["sets"]]} - names:
+        raise ValueError(f"results or sets name the model {min(unexpected)!r}, which is none of folders")
     shape = (len(data["prompts"]), data["settings"][data["base"]]["images_per_prompt"])
     if not all(shape):
         raise ValueError("it has no prompts, or no images of them")
-    for name, own in data["scores"].items():
-        if missing := scorers - own.keys():
+    for name, by_scorer in data["scores"].items():
+        if missing := scorers - by_scorer.keys():
             raise ValueError(f"scores has no {min(missing)} of {name}")
-        for scorer, values in own.items():
+        for scorer, values in by_scorer.items():
             if len(values) != shape[0] or any(len(row) != shape[1] for row in values):
                 raise ValueError(f"scores by {scorer} of {name} are not {shape[1]} of each of {shape[0]} prompts")
 
@@ -241,7 +257,7 @@ COLUMNS = ("scorer", "model", "base", "mean", "difference, 95 %", "beats the bas
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of results as text, under :data:`COLUMNS`."""
+    """Return a row of results as text, a cell for each of :data:`COLUMNS`."""
     difference, beats = row["difference"], row["beats"]
     return (
         row["scorer"],
@@ -259,7 +275,7 @@ SET_COLUMNS = ("scorer", "model", "mean ± deviation of the parts", "parts", "im
 
 
 def set_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of whole sets' scores as text, under :data:`SET_COLUMNS`."""
+    """Return a row of whole sets' scores as text, a cell for each of :data:`SET_COLUMNS`."""
     return row["scorer"], row["model"], f"{row['mean']:.3f} ± {row['deviation']:.3f}", str(row["splits"]), str(row["count"])
 
 
@@ -297,16 +313,16 @@ def print_table(found: Comparison) -> None:
 
 
 def _tables(found: Comparison) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """(columns, rows) of what was scored in pairs and as whole sets; without an empty one."""
+    """Return (columns, rows) of two tables: the paired scores, and the scores of whole sets. An empty table is left out."""
     both = [(COLUMNS, [cells(asdict(row)) for row in found.rows]), (SET_COLUMNS, [set_cells(row) for row in found.sets])]
     return [(columns, rows) for columns, rows in both if rows]
 
 
 def _set_row(name: str, pictures: ImageFolder, digest: str) -> dict[str, Any]:
-    found = load_set_score(pictures, INCEPTION, digest)
-    if found is None:
+    score = load_set_score(pictures, INCEPTION, digest)
+    if score is None:
         raise UserError(f"{pictures.folder}: these images have no {INCEPTION} score; score with dde-ds evaluate")
-    kept = {key: found[key] for key in ("mean", "deviation", "splits", "count")}
+    kept = {key: score[key] for key in ("mean", "deviation", "splits", "count")}
     return {"scorer": INCEPTION, "model": name, **kept}
 
 

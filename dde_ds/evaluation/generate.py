@@ -1,4 +1,4 @@
-"""Images from a pipeline, each a pure function of (model, seed, prompt, image index)."""
+"""Draw images with a pipeline. Each image is a pure function of (model, seed, prompt, image index)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from dde_ds.models.family import TEXT_PARTS, encode_prompts
 
 
 def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> Tensor:
-    """x_T of one image, (C,H,W) float32: the same for every model, batch and rank, so that models are compared on equal noise."""
+    """Return the initial noise x_T of one image, (C,H,W) float32.
+
+    The noise is the same for every model, batch and rank, so that models are compared on equal noise.
+    """
     key = int.from_bytes(hashlib.sha256(f"{seed}\n{index}\n{prompt}".encode()).digest()[:16], "little")
     random = np.random.Generator(np.random.Philox(key=key))
     return torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32))
 
 
 class PromptSet:
-    """Prompts of a diffusers pipeline, embedded once, to be drawn by any UNet of its kind.
+    """Hold prompts that a diffusers pipeline has embedded once, so that any UNet of its kind can draw them.
 
-    Keeps the VAE and a DDIM sampler; the text encoders are let go after the embedding.
+    The VAE and a DDIM sampler are kept. The text encoders are released after embedding.
     """
 
     def __init__(
@@ -62,10 +65,10 @@ class PromptSet:
         index: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
-        """One image a prompt, (N,3,H,W) uint8 on the CPU.
+        """Draw one image for each prompt, (N,3,H,W) uint8 on the CPU.
 
-        Under ZeRO-3 every forward is a collective: all ranks must call this together, with the same arguments. ``poll`` is called
-        after each denoising step; what it raises ends the drawing.
+        Under ZeRO-3 every forward pass is a collective, so all ranks must call this together, with the same arguments. ``poll`` is
+        called after each denoising step. An exception that ``poll`` raises ends the drawing.
         """
 
         def after_step(pipeline, step, timestep, tensors) -> dict:
@@ -97,29 +100,32 @@ class PromptSet:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, batch: int = 64) -> Tensor:
-        """Scaled mean latents (N,C,h,w), float32 on the CPU, of images (N,3,H,W) in [-1,1]."""
+        """Encode images (N,3,H,W) in [-1,1] into scaled mean latents, (N,C,h,w) float32 on the CPU."""
         vae = self._pipeline.vae
         means = [vae.encode(chunk.to(self._device)).latent_dist.mean.cpu() for chunk in pixels.split(batch)]
         return torch.cat(means) * vae.config.scaling_factor
 
 
 def save_row(images: Tensor, path: Path) -> None:
-    """Images (N,3,H,W) uint8 side by side in one PNG."""
+    """Write images (N,3,H,W) uint8 side by side into one PNG."""
     data = io.BytesIO()
     Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()).save(data, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data.getvalue())  # what a full disk cut short would be held for drawn
+    write_atomically(path, data.getvalue())  # a file that a full disk cut short would pass for a drawn one
 
 
 def load_pipeline(model: str, revision: str | None = None, variant: str | None = None, **replaced: Any) -> Any:
-    """:func:`dde_ds.models.parts.load_pipeline` without progress bars, its VAE decoding one image at a time."""
+    """Load a pipeline by :func:`dde_ds.models.parts.load_pipeline`, without progress bars. Its VAE decodes one image at a time."""
     pipeline = parts.load_pipeline(model, revision, variant, **replaced)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.enable_slicing()  # at 1024 pixels a batch would take the memory of the policy
+    pipeline.vae.enable_slicing()  # at 1024 pixels, decoding a batch would take memory that the policy needs
     return pipeline
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (N,3,H,W) uint8 on the CPU of scaled latents. By hand: the VAE stays in float32, where half-precision ones overflow."""
+    """Decode scaled latents into images, (N,3,H,W) uint8 on the CPU.
+
+    This does not use the pipeline's own decoding: here the VAE stays in float32, because VAEs in half precision overflow.
+    """
     decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

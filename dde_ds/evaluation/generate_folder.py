@@ -1,8 +1,8 @@
 """Fill a folder with a pipeline's images, over any number of ranks, resumable image by image.
 
-What is exact: the prompts' embeddings (made one by one), the initial noise (a function of seed, prompt and image index) and
-the VAE's decoding (one by one) do not depend on ranks or batches. The UNet's kernels may round differently for another batch
-size, so an image is the same bit for bit at the same batch composition, and within rounding at any other.
+Three things depend on neither ranks nor batches. The prompts are embedded one by one. The initial noise is a function of seed,
+prompt and image index. The VAE decodes the images one by one. But the UNet's kernels may round differently for another batch
+size. So an image is the same bit for bit in a batch of the same images, and the same within rounding in any other batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dde_ds.models.encode import cut_captions
 from dde_ds.models.family import TRAINED_AND_DRAWN, encode_prompts, tokenizers_of
 from dde_ds.models.unet import DTYPES, load_component_config, load_unet_config
 
-# Samplers without a draw of their own: with them an image is a function of its initial noise.
+# Samplers that draw no random numbers, so that an image is a function of its initial noise.
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -38,18 +38,18 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """How images are made. The defaults are those of the Diffusion-DPO family of papers."""
+    """Hold the options of drawing. The defaults are those of the Diffusion-DPO family of papers."""
 
     images_per_prompt: int = 8
     seed: int = 0
     scheduler: str = "ddim"
     steps: int = 50
     guidance: float | None = None
-    """None: the family's own."""
+    """The scale of guidance. None takes the model family's own."""
     resolution: int | None = None
-    """Side in pixels; None: the model's own."""
+    """The side in pixels. None takes the model's own."""
     precision: str | None = None
-    """Of the UNet; None: fp16 on a GPU, fp32 on the CPU. VAE and text encoders stay in float32."""
+    """The UNet's precision. None takes fp16 on a GPU and fp32 on the CPU. VAE and text encoders stay in float32."""
 
     def __post_init__(self):
         for name, low in (("images_per_prompt", 1), ("steps", 1), ("seed", 0)):
@@ -74,15 +74,16 @@ def generate_folder(
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageFolder:
-    """Make every image of the folder that is not there and whole. Every rank calls this.
+    """Make every image of the folder that is missing or damaged. Every rank calls this.
 
     Args:
-        model: diffusers folder or hub id; ``revision`` its branch, tag or commit.
-        batch: images drawn at a time; as many as fit.
-        on_progress: called with this rank's images done and all of them.
+        model: diffusers folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        batch: images drawn at a time. Take as many as fit into memory.
+        on_progress: called with the number of this rank's images that are done, and the number of all its images.
 
     Raises:
-        UserError: a model that cannot be loaded, a resolution that it cannot draw, a folder begun with other settings.
+        UserError: the model cannot be loaded or cannot draw the resolution, or the folder was begun with other settings.
     """
     if batch < 1:
         raise UserError(f"batch {batch}: must be 1 or more")
@@ -113,10 +114,10 @@ def generate_folder(
             f"{cut} of {len(prompts)} prompts have more tokens than the text encoder takes: their ends are cut off",
             file=sys.stderr,
         )
-    # Nobody writes before the folder is known to be ours.
+    # No rank writes before the folder is known to belong to these settings.
     pictures = replace(pictures, settings=first_does(lambda: claim(pictures).settings))
 
-    # Each rank has its share whatever is there already: what one finds must not depend on what another has just made.
+    # Share out all images, also those that are there: otherwise a share would depend on what another rank has just made.
     share = list(pictures.items())[ranks.rank :: ranks.world_size]
     missing = [item for item in share if not pictures.is_whole(*item)]
     on_progress(len(share) - len(missing), len(share))
@@ -131,7 +132,7 @@ def generate_folder(
         for item, image in zip(chunk, images, strict=True):
             pictures.save(*item, image.permute(1, 2, 0).numpy())
         on_progress(len(share) - len(missing) + low + len(chunk), len(share))
-    barrier(ranks, device)  # whoever goes on finds all images
+    barrier(ranks, device)  # from here on, every rank finds all images
     return pictures
 
 
@@ -139,7 +140,7 @@ def side_of(model: str, revision: str | None, options: DrawOptions) -> int:
     """Return the side of the images in pixels. Loads no weights.
 
     Raises:
-        UserError: one that the model cannot draw.
+        UserError: the model cannot draw images of this side.
     """
     unet, vae = load_unet_config(model, revision), load_component_config(model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -151,7 +152,7 @@ def side_of(model: str, revision: str | None, options: DrawOptions) -> int:
 
 
 def weights_digest(pipeline: Any) -> str:
-    """SHA-256 over all weights: another model under the same path must not be taken for this one."""
+    """Return the SHA-256 of all weights, so that another model under the same path is not taken for this one."""
     digest = hashlib.sha256()
     for name in TRAINED_AND_DRAWN:
         part = getattr(pipeline, name, None)
@@ -165,7 +166,7 @@ def weights_digest(pipeline: Any) -> str:
 def _draw(
     pipeline: Any, pictures: ImageFolder, items: Sequence[tuple[int, int]], side: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(N,3,H,W) uint8 on the CPU; ``side`` in latents."""
+    """Draw the images of ``items``, (N,3,H,W) uint8 on the CPU. ``side`` is that of the latents."""
     wanted = dict.fromkeys(item[0] for item in items)
     embedded = {prompt: encode_prompts(pipeline, pictures.prompts[prompt], device, negative=True) for prompt in wanted}
     conditions = {key: torch.cat([embedded[prompt][key] for prompt, _ in items]).to(dtype) for key in next(iter(embedded.values()))}

@@ -1,8 +1,8 @@
-"""Inception Score (arXiv 1606.03498): exp(E KL(p(y|x) || p(y))) over a whole set of images, y the classes of InceptionV3.
+"""The Inception Score (arXiv 1606.03498) of a whole set of images: exp(E KL(p(y|x) || p(y))), where y is InceptionV3's class.
 
-The network is that of the original code, a TensorFlow graph of 2015 with 1008 outputs, from the weights that torch-fidelity and
-pytorch-fid converted: another InceptionV3 gives other scores. Both packages import torchvision, which nothing else here needs, so the
-forward pass is written down once more; a test holds it to torch-fidelity's numbers.
+The network is that of the original code, a TensorFlow graph of 2015 with 1008 outputs. Another InceptionV3 gives other scores. The
+weights are those that torch-fidelity and pytorch-fid converted. Both packages import torchvision, which nothing else here needs. So
+the forward pass is written once more here, and a test compares it with torch-fidelity's numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPLITS = 10
 
 
 class InceptionScorer:
-    """Of a set, not of an image: it has no pairs, no prompts and no beat ratio."""
+    """Compute the features for the score of a set. A set's score has no pairs, no prompts and no win rate."""
 
     name = NAME
 
@@ -42,7 +42,7 @@ class InceptionScorer:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N,1008) float32 on the CPU: logits without the bias, as the original code has them."""
+        """Return the logits of N images, (N,1008) float32 on the CPU. They lack the bias, as in the original code."""
         if self._weights is None:
             self._weights = self._load()
         pixels = torch.cat([_resized(image) for image in images]).to(self._device)
@@ -50,7 +50,7 @@ class InceptionScorer:
 
     def _load(self) -> dict[str, Tensor]:
         weights = files.read_weights(self._file, self._key)
-        try:  # names and shapes alone, so that what a GPU says later is not taken for the file's fault
+        try:  # checks names and shapes alone, so that a later error of the GPU is not blamed on the file
             _inception(torch.empty(1, 3, SIDE, SIDE, device="meta"), {name: value.to("meta") for name, value in weights.items()})
         except (KeyError, RuntimeError) as error:
             raise UserError(
@@ -60,22 +60,25 @@ class InceptionScorer:
 
 
 def inception_score(features: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """Mean and standard deviation over ``splits`` parts of the set, of logits (N,classes).
+    """Return the mean and standard deviation of the score over ``splits`` parts of the set. ``features`` are logits (N,classes).
 
-    Shuffled as torch-fidelity does, with its seed: neighbours show the same prompt.
+    Neighbours show the same prompt, so the set is shuffled before it is split. The shuffle and its seed are torch-fidelity's.
     """
     order = torch.from_numpy(np.random.RandomState(2020).permutation(len(features)))
     logs = features[order].double().log_softmax(1)
     scores = []
     for part in range(splits):
-        own = logs[part * len(logs) // splits : (part + 1) * len(logs) // splits]
-        divergence = own.exp() * (own - own.exp().mean(0, keepdim=True).log())
+        part_logs = logs[part * len(logs) // splits : (part + 1) * len(logs) // splits]
+        divergence = part_logs.exp() * (part_logs - part_logs.exp().mean(0, keepdim=True).log())
         scores.append(divergence.sum(1).mean().exp())
     return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))
 
 
 def _resized(image: Image.Image) -> Tensor:
-    """(1,3,299,299) float32 in 0 … 255, bilinear as TensorFlow 1 did it: pixel i of n comes from i·(old/n), without antialiasing."""
+    """Resize an image to (1,3,299,299) float32 in 0 … 255, bilinearly and as TensorFlow 1 did.
+
+    Pixel i of n is taken from the place i·(old/n), without antialiasing.
+    """
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).copy()).permute(2, 0, 1)
     for dim in (1, 2):
         size = pixels.shape[dim]
@@ -88,7 +91,7 @@ def _resized(image: Image.Image) -> Tensor:
 
 
 def _inception(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Logits (N,1008) without the bias, of (N,3,299,299) in [-1,1]. Layers have the names that the weights have."""
+    """Return the logits (N,1008), without the bias, of images (N,3,299,299) in [-1,1]. Layers are named as in ``weights``."""
 
     def unit(x: Tensor, name: str, stride: int = 1, padded: bool = True) -> Tensor:
         kernel = weights[f"{name}.conv.weight"]
@@ -127,9 +130,9 @@ def _inception(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     for block in ("Mixed_7b", "Mixed_7c"):
         parts = [unit(x, f"{block}.branch1x1")]
         for branch, before, last in (("branch3x3", 1, "2"), ("branch3x3dbl", 2, "3")):
-            own = chain(x, *numbered(f"{block}.{branch}", before))
-            parts += [unit(own, f"{block}.{branch}_{last}{side}") for side in "ab"]
-        # The graph pools by the maximum here, in its last block alone.
+            stem = chain(x, *numbered(f"{block}.{branch}", before))
+            parts += [unit(stem, f"{block}.{branch}_{last}{side}") for side in "ab"]
+        # In its last block alone, the graph pools by the maximum here.
         last = unit(F.max_pool2d(x, 3, 1, 1), f"{block}.branch_pool") if block == "Mixed_7c" else pooled(x, f"{block}.branch_pool")
         x = torch.cat([*parts, last], 1)
     return x.mean((2, 3)) @ weights["fc.weight"].T

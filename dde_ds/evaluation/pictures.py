@@ -1,4 +1,4 @@
-"""A folder of generated images: what it was made with, and which of its images are there and whole.
+"""A folder of generated images: the settings of its images, and which images are there and whole.
 
 folder/
   manifest.json          settings, their digest, and the prompts; written first, never changed
@@ -27,7 +27,7 @@ from dde_ds.warn import reason
 FORMAT = "dde_ds images 1"
 SHAPE = {"digest": str, "prompts": [str], "settings": {"images_per_prompt": COUNT, "seed": object, "model": object}}
 MOST_BYTES = 512 * 2**20
-"""Of a ``manifest.json``: some millions of prompts."""
+"""The largest ``manifest.json`` that is read. It holds some millions of prompts."""
 MOST_IMAGES = 10**8
 
 
@@ -50,25 +50,25 @@ class ImageFolder:
         return self.folder / "images" / f"{prompt:05d}-{index:02d}.png"
 
     def items(self) -> Iterator[tuple[int, int]]:
-        """(prompt, image index) of every image that belongs here."""
+        """Return (prompt, image index) of every image that belongs into this folder."""
         return ((prompt, index) for prompt in range(len(self.prompts)) for index in range(self.per_prompt))
 
     def is_whole(self, prompt: int, index: int) -> bool:
-        """Whether the image is there, undamaged (the checksums of its chunks), and made with these settings."""
+        """Tell whether the image is there, is undamaged by the checksums of its chunks, and was made with these settings."""
         try:
             with open_regular(self.path(prompt, index)) as file, Image.open(file, formats=["PNG"]) as image:
                 text = dict(image.info)
                 image.verify()
-        except Exception:  # whatever Pillow meets in a damaged image
+        except Exception:  # Pillow may raise anything on a damaged image
             return False
         expected = self._text(prompt, index)
         return all(text.get(key) == value for key, value in expected.items())
 
     def save(self, prompt: int, index: int, pixels) -> None:
-        """``pixels``: (H,W,3) uint8 array."""
+        """Write an image with its text chunks. ``pixels`` is an (H,W,3) uint8 array."""
         chunks = PngImagePlugin.PngInfo()
         for key, value in self._text(prompt, index).items():
-            chunks.add_text(key, value)  # tEXt, or iTXt where Latin-1 does not do
+            chunks.add_text(key, value)  # a tEXt chunk, or an iTXt chunk where Latin-1 is not enough
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
         write_atomically(self.path(prompt, index), file.getvalue())
@@ -88,13 +88,15 @@ def settings_digest(settings: Mapping, prompts: list[str]) -> str:
 
 
 def claim(pictures: ImageFolder) -> ImageFolder:
-    """Mark the folder as belonging to these settings, or find that it does. The model is known by its weights: it may lie elsewhere now.
+    """Mark the folder as belonging to these settings, or confirm that it belongs to them.
+
+    A model is recognised by its weights, so its path and revision may have changed since the folder was begun.
 
     Returns:
-        The pictures with the settings that the folder was begun with.
+        The folder with the settings that it was begun with.
 
     Raises:
-        UserError: the folder was begun with other settings or prompts, or holds something else.
+        UserError: the folder was begun with other settings or prompts, holds something else, or is not writable.
     """
     path = pictures.folder / "manifest.json"
     if path.is_file():
@@ -111,7 +113,7 @@ def claim(pictures: ImageFolder) -> ImageFolder:
                 f"out {pictures.folder}: was begun with other settings ({differing[0]}); choose another folder or delete this one"
             )
         return before
-    # Before anything is made: what cannot be written must leave nothing that a second run would stumble over.
+    # Encode the manifest before anything is made: a failure must leave nothing that a second run would stumble over.
     manifest = {"format": FORMAT, "settings": pictures.settings, "digest": pictures.digest, "prompts": pictures.prompts}
     data = json.dumps(manifest, ensure_ascii=False, indent=1).encode()
     if not _is_unclaimed(pictures.folder):
@@ -125,18 +127,18 @@ def claim(pictures: ImageFolder) -> ImageFolder:
 
 
 def _is_unclaimed(folder: Path) -> bool:
-    """Whether a folder holds nothing, or no more than a run leaves that ended before it wrote its manifest."""
+    """Tell whether a folder is empty, or holds only what a run leaves if it ends before it writes its manifest."""
     if not folder.exists():
         return True
-    found = [entry for entry in folder.iterdir() if not (entry.name.startswith(".manifest.json.") and entry.suffix == ".partial")]
-    return not found or (found == [folder / "images"] and found[0].is_dir() and not any(found[0].iterdir()))
+    entries = [entry for entry in folder.iterdir() if not (entry.name.startswith(".manifest.json.") and entry.suffix == ".partial")]
+    return not entries or (entries == [folder / "images"] and entries[0].is_dir() and not any(entries[0].iterdir()))
 
 
 def open_pictures(folder: str | Path) -> ImageFolder:
-    """A folder that :func:`claim` made.
+    """Read a folder of images that :func:`claim` has marked.
 
     Raises:
-        UserError: no manifest there, or one that cannot be read.
+        UserError: the manifest is missing, cannot be read, or was changed.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -165,8 +167,10 @@ def open_pictures(folder: str | Path) -> ImageFolder:
 
 
 def require_whole(pictures: ImageFolder) -> None:
-    """Raises:
-    UserError: images are missing or damaged; the message names the first of them and how many there are.
+    """Refuse a folder that is not whole.
+
+    Raises:
+        UserError: images are missing or damaged. The message names the first of them and says how many there are.
     """
     missing = [pictures.path(*item).name for item in pictures.items() if not pictures.is_whole(*item)]
     if missing:

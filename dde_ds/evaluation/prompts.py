@@ -1,4 +1,4 @@
-"""Prompts from a text file, JSON lines, or parquet in Pick-a-Pic's columns."""
+"""Read prompts from a text file, from JSON lines, or from parquet in Pick-a-Pic's columns."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from dde_ds.errors import UserError
 from dde_ds.untrusted import parse_json, read_regular
 from dde_ds.warn import reason
 
-# The name of the prompt's column, in this order, in a parquet file and in JSON lines.
+# Names of the prompt's column in a parquet file, or of its key in JSON lines. The first name that is there is taken.
 COLUMNS = ("caption", "prompt", "text")
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str], int]:
-    """Distinct prompts of a file in the order in which they first come, and how many repetitions were left out.
+    """Return the distinct prompts of a file in the order of their first places, and the number of repetitions left out.
 
     A repeated prompt would give the same images again, since an image is a function of (seed, prompt, image index).
 
     Args:
         path: ``.txt``: one prompt a line, blank lines skipped. ``.jsonl``: one object (or string) a line. ``.parquet``: Pick-a-Pic.
-        limit: keep only the first so many distinct prompts.
+        limit: keep only this many distinct prompts, the first ones.
 
     Raises:
-        UserError: a missing or unreadable file, no such column, an empty prompt, half a surrogate pair, no prompt at all.
+        UserError: the file is missing, unreadable or without such a column; a prompt is empty or holds half a surrogate pair; or
+            there is no prompt at all.
     """
     path = Path(path)
     readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -35,18 +36,18 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str],
         raise UserError(f"limit {limit}: must be 1 or more")
     if not path.is_file():
         raise UserError(f"prompts {path}: no such file")
-    found: dict[str, None] = {}
+    prompts: dict[str, None] = {}
     repeated = 0
     for place, prompt in readers[path.suffix](path):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"prompts {path}, {place}: the prompt is {prompt!r}, expected text")
-        if prompt in found:
+        if prompt in prompts:
             repeated += 1
-        elif limit is None or len(found) < limit:
-            found[prompt] = None
-    if not found:
+        elif limit is None or len(prompts) < limit:
+            prompts[prompt] = None
+    if not prompts:
         raise UserError(f"prompts {path}: holds no prompt")
-    return list(found), repeated
+    return list(prompts), repeated
 
 
 def _text(path: Path) -> Iterator[tuple[str, str]]:
@@ -80,7 +81,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise UserError(f"prompts {path}: pyarrow is not installed, which reads parquet: pip install -e '.[shard]'") from None
     try:
-        file = pq.ParquetFile(path.absolute())  # pyarrow takes `~/` for a home and `v2:final/` for a URL, whatever lies there
+        file = pq.ParquetFile(path.absolute())  # pyarrow would take `~/` for a home and `v2:final/` for a URL
         names = file.schema_arrow.names
         column = next((name for name in COLUMNS if name in names), None)
         if column is None:
@@ -96,7 +97,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        # Not splitlines(): a prompt may hold a form feed or U+2028, which are no line ends of these formats.
+        # Not splitlines(): a prompt may hold a form feed or U+2028, and neither ends a line in these formats.
         return read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise UserError(f"prompts {path}: not readable: {reason(error).lower()}") from None

@@ -1,11 +1,11 @@
-"""Scorers: how well an image fits its prompt, or how much people would like it.
+"""Scorers of images: how well an image fits its prompt, or how much people would like it.
 
-clip       100 max(cos, 0) of CLIP's embeddings of image and prompt (arXiv 2104.08718, by 100 in the place of 2.5)
-pickscore  exp(logit scale) · cos, of a CLIP that was tuned on Pick-a-Pic (arXiv 2305.01569)
-hps_v2     100 cos, of a CLIP that was tuned on HPD v2 (arXiv 2306.09341), in the unit of its benchmark's tables
-hps_v2.1   the same with the weights of 2024: another scale, not to be mixed
-aesthetic  LAION's predictor: a head on CLIP's embedding of the image, tuned on people's marks from 1 to 10; the prompt does not count
-inception  Inception Score, of the whole set of images and not of one (:mod:`.inception`)
+clip       100 max(cos, 0) of CLIP's embeddings of image and prompt (arXiv 2104.08718, times 100 instead of 2.5)
+pickscore  exp(logit scale) · cos of a CLIP that was tuned on Pick-a-Pic (arXiv 2305.01569)
+hps_v2     100 cos of a CLIP that was tuned on HPD v2 (arXiv 2306.09341), in the unit of the tables of its benchmark
+hps_v2.1   the same with the weights of 2024; it has another scale, so do not compare it with hps_v2
+aesthetic  LAION's predictor: a head on CLIP's embedding of the image, tuned on people's marks from 1 to 10; it ignores the prompt
+inception  the Inception Score of the whole set of images, not of one image (:mod:`.inception`)
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from dde_ds.evaluation.inception import InceptionScorer
 class Scorer(Protocol):
     name: str
     digest: str
-    """SHA-256 of weights, processors and formula: scores of another digest are other scores."""
+    """SHA-256 of weights, processors and formula. Scores with different digests cannot be compared."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(N,) float64 on the CPU, for N images and the prompt of each; higher is better. Loads the model at the first call."""
+        """Score N images, each with its prompt: (N,) float64 on the CPU; higher is better. The first call loads the model."""
         ...
 
 
@@ -42,9 +42,9 @@ class Scorer(Protocol):
 class Kind:
     model: str
     processor: str | None
-    """None: the model's own."""
+    """The folder or hub id of the processor. None takes the model's own."""
     weights: str | None = None
-    """Name of the weights file, where they are open_clip's; the architecture's config.json then comes with the processor."""
+    """The name of the weights file, for weights of open_clip. Then the processor comes with the architecture's config.json."""
 
 
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -58,25 +58,27 @@ KINDS = {
 
 
 def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer | InceptionScorer]:
-    """Scorers of ``NAME[=MODEL[,PROCESSOR]]``, their files found and digested, their models not loaded yet.
+    """Return the scorers of specifications ``NAME[=MODEL[,PROCESSOR]]``.
+
+    This finds and digests the scorers' files, but does not load their models yet.
 
     Raises:
-        UserError: an unknown or repeated name, or files that are not there.
+        UserError: a name is unknown or given twice, or files are missing.
     """
-    found: dict[str, Scorer | InceptionScorer] = {}
+    scorers: dict[str, Scorer | InceptionScorer] = {}
     for specification in specifications:
         name, _, sources = specification.partition("=")
         if name not in (*KINDS, INCEPTION):
             raise UserError(f"scorers {name!r}{nearest(name, (*KINDS, INCEPTION))}")
-        if name in found:
+        if name in scorers:
             raise UserError(f"scorers: {name} is given twice")
         if name == INCEPTION:
-            found[name] = InceptionScorer(sources or None, device)
+            scorers[name] = InceptionScorer(sources or None, device)
             continue
         model, _, processor = (sources, "", "") if Path(sources).expanduser().exists() else sources.partition(",")
         kind = OpenClipScorer if KINDS[name].weights else AestheticScorer if name == "aesthetic" else ClipScorer
-        found[name] = kind(name, model or None, processor or None, device)
-    return list(found.values())
+        scorers[name] = kind(name, model or None, processor or None, device)
+    return list(scorers.values())
 
 
 class ClipScorer:
@@ -89,8 +91,8 @@ class ClipScorer:
             raise UserError(f"{self._key} {self._folder}: is a file, expected the folder of a transformers CLIP model")
         files.require(self._folder, ("model*.safetensors",), self._key, "save the model with save_pretrained")
         self._processor = self._folder
-        own = (self._folder / "preprocessor_config.json").is_file()
-        if source := processor or (None if own else kind.processor):
+        has_processor = (self._folder / "preprocessor_config.json").is_file()
+        if source := processor or (None if has_processor else kind.processor):
             self._processor = files.resolve(source, files.PROCESSOR, self._key)
         files.require(self._processor, files.PROCESSOR[:2], self._key, "name its processor: NAME=MODEL,PROCESSOR")
         weights = files.files_digest(self._folder, files.CONFIG + files.WEIGHTS)
@@ -129,7 +131,7 @@ class OpenClipScorer:
 
     def __init__(self, name: str, model: str | None, processor: str | None, device: torch.device):
         kind, self.name, self._key, self._device = KINDS[name], name, f"scorers {name}", device
-        assert kind.weights and kind.processor  # open_clip's weights come without
+        assert kind.weights and kind.processor  # open_clip's weights come without a processor
         source = files.resolve(model or kind.model, (kind.weights,), self._key)
         self._weights = source if source.is_file() else source / kind.weights
         if not self._weights.is_file():
@@ -150,15 +152,16 @@ class OpenClipScorer:
         model, tokenizer = self._loaded
         side = model.config.vision_config.image_size
         pixels = torch.stack([hps_pixels(image, side) for image in images])
-        # open_clip's tokenizer takes HTML entities for what they stand for, twice over.
+        # open_clip's tokenizer replaces HTML entities by their characters, twice.
         texts = [html.unescape(html.unescape(prompt)) for prompt in prompts]
         return 100 * _cosine(model, tokenizer, pixels.to(self._device), texts)
 
 
 def hps_pixels(image: Image.Image, side: int) -> Tensor:
-    """(3,side,side) float32 as HPS v2 sees an image: longest side scaled to ``side``, padded with black in the middle.
+    """Return an image as HPS v2 sees it, (3,side,side) float32.
 
-    Scaled as a tensor, bicubic with antialiasing, as its package does with torchvision 0.17 and newer.
+    The longest side is scaled to ``side``, and the image is centred on black. It is scaled as a tensor, bicubic and with
+    antialiasing, as the package of HPS v2 does with torchvision 0.17 and newer.
     """
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).copy()).permute(2, 0, 1) / 255
     height, width = pixels.shape[1:]
@@ -177,7 +180,7 @@ CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _cosine(model: Any, tokenizer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(N,) float64 on the CPU. Every distinct prompt is embedded once."""
+    """Return the cosines of images and their prompts, (N,) float64 on the CPU. Each distinct prompt is embedded once."""
     distinct = list(dict.fromkeys(prompts))
     length = model.config.text_config.max_position_embeddings
     tokens = tokenizer(distinct, padding=True, truncation=True, max_length=length, return_tensors="pt").to(pixels.device)
@@ -188,5 +191,5 @@ def _cosine(model: Any, tokenizer: Any, pixels: Tensor, prompts: Sequence[str]) 
 
 
 def _features(output: Any) -> Tensor:
-    """Projected embeddings in float64: a tensor in older transformers 5, a field of an output object in newer."""
+    """Return the projected embeddings in float64. Early releases of transformers 5 give a tensor, later ones an output object."""
     return (output if isinstance(output, Tensor) else output.pooler_output).double()

@@ -1,9 +1,9 @@
-"""Scores of a folder of images, cached beside them: by the digest of the image's file and of the scorer.
+"""Score a folder of images, and cache the scores beside them, by the digests of the image's file and of the scorer.
 
     folder/scores/pickscore-0123456789ab/00000.jsonl     one file a rank: {"image": sha256, "score": 21.3} a line
 
-The prompt stands in the image's own text chunks, so the file's digest covers it too. What is scored as a set has one file,
-scores/inception-0123456789ab.json, with a digest of all images.
+The prompt stands in the image's own text chunks, so the digest of the file covers the prompt too. The score of a whole set has one
+file, scores/inception-0123456789ab.json, with a digest of all images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DIGITS = 12
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Convolutions without TF32, which cuDNN takes by default from Ampere on and which keeps three digits of each factor."""
+    """Switch TF32 off for convolutions. From Ampere on, cuDNN uses TF32 by default, which keeps only three digits of each factor."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -53,18 +53,20 @@ def score_folder(
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Score every image that has none by this scorer yet. Every rank calls this.
+    """Score every image that has no score by this scorer yet. Every rank calls this.
 
     Raises:
-        RankError: an image that cannot be read, a score that is not a finite number.
+        RankError: an image cannot be read, or a score is not a finite number.
     """
     folder = cache_folder(pictures, scorer.name, scorer.digest)
     known = read_cache(folder)
-    barrier(ranks, device)  # all have read before one writes
+    barrier(ranks, device)  # all ranks read the cache before any rank writes
     share = list(pictures.items())[ranks.rank :: ranks.world_size]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{ranks.rank:05d}.jsonl"
-    write_atomically(path, b"".join(_row(image, score) for image, score in _read_rows(path)))  # without a torn last line
+    write_atomically(
+        path, b"".join(_row(image, score) for image, score in _read_rows(path))
+    )  # drops a last line that was cut short
     with path.open("ab") as cache:
         waiting: list[tuple[str, str, Image.Image]] = []
         for number, (prompt, index) in enumerate(share, 1):
@@ -85,10 +87,10 @@ def score_folder(
 
 
 def load_scores(pictures: ImageFolder, name: str, digest: str) -> Tensor:
-    """Cached scores, (prompts, images a prompt) float64.
+    """Return the cached scores, (prompts, images a prompt) float64.
 
     Raises:
-        UserError: images without a score; the message names the first of them.
+        UserError: images have no score. The message names the first of them.
     """
     known = read_cache(cache_folder(pictures, name, digest))
     scores = [known.get(sha256_of(pictures.path(*item))) for item in pictures.items()]
@@ -110,11 +112,11 @@ def score_set(
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Score the images as a whole, where that has not been done. Every rank calls this; each sees its share of them.
+    """Score the images as a whole, unless these images have such a score already. Every rank calls this and reads its share.
 
     Raises:
-        RankError: an image that cannot be read.
-        UserError: fewer images than the score has parts.
+        RankError: an image cannot be read.
+        UserError: there are fewer images than the score has parts.
     """
     paths = [pictures.path(*item) for item in pictures.items()]
     if len(paths) < SPLITS:
@@ -122,12 +124,12 @@ def score_set(
     known = load_set_score(pictures, scorer.name, scorer.digest) if ranks.is_main else None
     if broadcast_object(known, ranks):
         return
-    own = equal_share(paths, ranks.rank, ranks.world_size)
+    share = equal_share(paths, ranks.rank, ranks.world_size)
     features = []
-    for low in range(0, len(own), batch):
-        chunk = own[low : low + batch]
+    for low in range(0, len(share), batch):
+        chunk = share[low : low + batch]
         features.append(scorer.features([_decode(_read(path), path) for path in chunk]))
-        on_progress(low + len(chunk), len(own))
+        on_progress(low + len(chunk), len(share))
     rows = gather_rows(torch.cat(features).to(device), ranks)[: len(paths)].cpu()
     if ranks.is_main:
         mean, deviation = inception_score(rows)
@@ -139,13 +141,20 @@ def score_set(
 
 
 def equal_share(items: Sequence, rank: int, world: int) -> list:
-    """As many items on every rank, as gathering them needs: put together in the ranks' order they are all items, then the last again."""
+    """Return this rank's share of the items. All shares have the same length, because gathering needs that.
+
+    Joined in the order of the ranks, the shares are all items, followed by repetitions of the last item.
+    """
     share = -(-len(items) // world)
     return [items[min(number, len(items) - 1)] for number in range(rank * share, (rank + 1) * share)]
 
 
 def load_set_score(pictures: ImageFolder, name: str, digest: str) -> dict | None:
-    """``count``, ``splits``, ``mean`` and ``deviation`` of these very images, or None where they have not been scored."""
+    """Return ``count``, ``splits``, ``mean`` and ``deviation`` of exactly these images, or None if they have no such score.
+
+    Raises:
+        UserError: the file of the score is damaged.
+    """
     path = cache_folder(pictures, name, digest).with_suffix(".json")
     try:
         row = read_json(path)
@@ -162,10 +171,10 @@ def _set_digest(pictures: ImageFolder) -> str:
 
 
 def cached_digests(pictures: ImageFolder, name: str) -> set[str]:
-    """Short digests of the scorers of this name whose scores are cached."""
+    """Return the short digests of the versions of this scorer whose scores are cached."""
     digits = "?" * DIGITS
-    found = [path for ending in ("", ".json") for path in (pictures.folder / "scores").glob(f"{name}-{digits}{ending}")]
-    return {path.name.removesuffix(".json").removeprefix(f"{name}-") for path in found}
+    paths = [path for ending in ("", ".json") for path in (pictures.folder / "scores").glob(f"{name}-{digits}{ending}")]
+    return {path.name.removesuffix(".json").removeprefix(f"{name}-") for path in paths}
 
 
 def cache_folder(pictures: ImageFolder, name: str, digest: str) -> Path:
@@ -173,12 +182,12 @@ def cache_folder(pictures: ImageFolder, name: str, digest: str) -> Path:
 
 
 def read_cache(folder: Path) -> dict[str, float]:
-    """Scores by the SHA-256 of the image's file, as all ranks of all runs wrote them."""
+    """Return the scores that all ranks of all runs wrote, by the SHA-256 of the image's file."""
     return {image: score for path in sorted(folder.glob("*.jsonl")) for image, score in _read_rows(path)}
 
 
 def _read_rows(path: Path) -> list[tuple[str, float]]:
-    """A last line that a kill cut short is left out: its image is scored again."""
+    """Read a file of the cache. A last line that a kill cut short is left out, so that its image is scored again."""
     if not path.is_file():
         return []
     rows = []
@@ -209,5 +218,5 @@ def _read(path: Path) -> bytes:
 def _decode(data: bytes, path: Path) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
-    except Exception as error:  # whatever Pillow meets in a damaged image
+    except Exception as error:  # Pillow may raise anything on a damaged image
         raise RankError(f"{path}: damaged: {error}; generate again into the same folder") from None

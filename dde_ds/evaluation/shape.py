@@ -1,24 +1,30 @@
-"""Whether JSON that others may have written has the shape that its reader expects, so that the reader need not ask at every step."""
+"""Check that JSON which anybody may have written has the shape that its reader expects.
+
+After this check, the reader need not check at every step.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 NUMBER = "a finite number"
-"""Below 1e100 in size, so that sums and distances are finite too."""
+"""A number below 1e100 in size, so that sums and distances are finite too."""
 COUNT = "a whole number from 0"
-"""Below 2^53, so that a float holds it."""
+"""A count below 2^53, so that a float holds it exactly."""
 
 
 def require_shape(value: Any, shape: Any, where: str = "") -> None:
-    """Refuse a value of another shape.
+    """Refuse a value that does not have the shape.
 
     Args:
-        shape: ``str``, :data:`NUMBER` or :data:`COUNT`; ``object`` for anything; ``[shape]`` for a list of any length; ``(shape,)`` for an object of any keys whose
-            values have the shape; or an object of the keys that must be there, beside which there may be others.
+        shape: one of these. ``str``, :data:`NUMBER` and :data:`COUNT` are for single values, and ``object`` is for any value.
+            ``[shape]`` is for a list of any length. ``(shape,)`` is for an object with any keys, if all its values have the shape.
+            ``{key: shape, …}`` is for an object that must have these keys and may have others.
+        where: the place of the value, for the message.
 
     Raises:
-        ValueError: one line that names the place, such as ``results[0].beats.rate``, and what stands there.
+        ValueError: the value has another shape. The message is one line: the place, such as ``results[0].beats.rate``, and the
+            value there.
     """
     if isinstance(shape, dict):
         _require(isinstance(value, dict), value, "an object", where)

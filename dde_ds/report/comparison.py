@@ -1,4 +1,4 @@
-"""What a report says of a comparison: scores with intervals, and images side by side that nobody picked."""
+"""The report's part on a comparison: scores with intervals, and images side by side, none of them picked by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ SIDE = 384
 
 
 def comparison_sections(data: dict[str, Any], folder: Path, pictures: int) -> list[tuple[str, str]]:
-    """(heading, HTML) of ``comparison.json``'s data; ``folder`` is what its paths are relative to."""
+    """Return the sections on a comparison, each (heading, HTML).
+
+    Args:
+        data: the content of ``comparison.json``.
+        folder: the folder that the paths in ``data`` are relative to.
+        pictures: images in each group of a model; 0 shows none.
+    """
     sections = [("Scores", _scores(data))]
     if pictures and data["results"]:
         sections += [(f"{name} beside {data['base']}", _side_by_side(data, folder, name, pictures)) for name in _models(data)]
@@ -34,10 +40,10 @@ def _scores(data: dict[str, Any]) -> str:
     charts = []
     for scorer in dict.fromkeys(row["scorer"] for row in data["results"]):
         rows = [row for row in data["results"] if row["scorer"] == scorer]
-        found = [(row["model"], *(row["difference"][key] for key in ("low", "mean", "high"))) for row in rows]
-        charts.append(intervals(f"{scorer}: difference to {data['base']}, 95 %", found, 0.0, "higher is better"))
-        found = [(row["model"], *(100 * row["beats"][key] for key in ("low", "rate", "high"))) for row in rows]
-        charts.append(intervals(f"{scorer}: beats {data['base']}, 95 %", found, 50.0, "per cent of images, ties half"))
+        estimates = [(row["model"], *(row["difference"][key] for key in ("low", "mean", "high"))) for row in rows]
+        charts.append(intervals(f"{scorer}: difference to {data['base']}, 95 %", estimates, 0.0, "higher is better"))
+        estimates = [(row["model"], *(100 * row["beats"][key] for key in ("low", "rate", "high"))) for row in rows]
+        charts.append(intervals(f"{scorer}: beats {data['base']}, 95 %", estimates, 50.0, "per cent of images, ties half"))
     tables = [(COLUMNS, [cells(row) for row in data["results"]]), (SET_COLUMNS, [set_cells(row) for row in data["sets"]])]
     notes = "".join(f"<li>{escape(note)}</li>" for note in data["notes"])
     return (
@@ -63,9 +69,14 @@ def _side_by_side(data: dict[str, Any], folder: Path, model: str, count: int) ->
 
 
 def choose(gain: Tensor, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
-    """(prompt, image) of the largest gains, of the largest losses, and at random, of gains (prompts, images a prompt).
+    """Choose up to ``count`` images each by the largest gains, by the largest losses, and at random.
 
-    At most one image a prompt in each group. The random ones are drawn from all, with a fixed seed, so that they are not a choice.
+    Args:
+        gain: (prompts, images a prompt).
+
+    Returns:
+        Three lists of (prompt, image), each with at most one image of a prompt. The random images are drawn from all images with a
+        fixed seed, so that nobody chooses them.
     """
     best = sorted(range(len(gain)), key=lambda prompt: -float(gain[prompt].max()))[:count]
     worst = sorted(range(len(gain)), key=lambda prompt: float(gain[prompt].min()))[:count]
@@ -95,7 +106,7 @@ def _pair(data: dict[str, Any], folder: Path, model: str, prompt: int, index: in
 
 
 def _settings(data: dict[str, Any]) -> str:
-    keys = list(dict.fromkeys(key for own in data["settings"].values() for key in own))
-    rows = [(key, *(str(own.get(key, ""))[:64] for own in data["settings"].values())) for key in keys]
+    keys = list(dict.fromkeys(key for settings in data["settings"].values() for key in settings))
+    rows = [(key, *(str(settings.get(key, ""))[:64] for settings in data["settings"].values())) for key in keys]
     digests = table(("scorer", "digest of its weights, processor and formula"), list(data["scorers"].items()))
     return table(("", *data["settings"]), rows) + digests

@@ -1,4 +1,4 @@
-"""The shell of a report: one HTML document, and the pieces that its sections are put together from."""
+"""The frame of a report: one HTML document, and the parts that its sections are made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dde_ds.untrusted import open_regular
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """The whole document of (heading, HTML) sections. Its policy forbids the browser to load anything at all."""
+    """Return the whole document, made of (heading, HTML) sections. Its policy forbids the browser to load anything at all."""
     links = "".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(sections))
     body = "".join(f'<section id="s{n}"><h2>{escape(heading)}</h2>{html}</section>' for n, (heading, html) in enumerate(sections))
     return (
@@ -59,15 +59,17 @@ details{margin-top:12px}summary{cursor:pointer}.note{color:var(--soft)}footer{ma
 
 
 def data_uri(path: Path, side: int) -> tuple[str, bool]:
-    """An image as JPEG of at most ``side`` pixels, inline; and whether it is so small that its pixels are better seen.
+    """Return a PNG file as an inline image of at most ``side`` pixels a side, and whether the file's image is small.
+
+    An image is small below 128 pixels. It stays a PNG, so that its pixels can be shown sharply; larger images become JPEGs.
 
     Raises:
-        OSError: it is not there, or no PNG.
+        OSError: the file is not there, or is no readable PNG.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as opened:
             image = opened.convert("RGB")
-    except Exception as error:  # whatever Pillow meets in a damaged or enormous image; a path that is none
+    except Exception as error:  # Pillow may raise anything on a damaged or enormous image; so may a bad path
         raise OSError(f"{path}: no readable image: {error}") from None
     small = max(image.size) < 128
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What a report says of a run folder: its curves, its credit and correction, its drawings, its settings."""
+"""The report's part on a run folder: its curves, its credit and correction, its drawings and its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dde_ds.report.svg import Line, heatmap, line_chart
 from dde_ds.rows import is_correction, is_metrics, read_rows
 from dde_ds.text import without_passwords
 
-# One chart each, of the keys that a run has; whatever stands in no group gets a chart of its own.
+# Each group is one chart of those of its keys that a run has. A key in no group gets a chart of its own.
 GROUPS = (
     ("Loss", ("loss",)),
     ("Accuracy: share of pairs with z > 0, those with z = 0 as one half", ("rewards/accuracies",)),
@@ -43,13 +43,13 @@ SHOWN_ROWS, SHOWN_DRAWINGS = 6, 4
 
 
 def run_sections(folder: Path) -> list[tuple[str, str]]:
-    """(heading, HTML) of everything that the folder holds; what is missing is left out.
+    """Return the sections on everything that the folder holds, each (heading, HTML). Missing parts are left out.
 
     Raises:
-        UserError: a file that is there and cannot be read.
+        UserError: a file is there but cannot be read.
     """
     rows = read_rows(folder / "metrics.jsonl", is_metrics)
-    run, config_text, trouble = _read_config(folder / "config.yaml")
+    run, config_text, problem = _read_config(folder / "config.yaml")
     sections = [("The run", _summary(folder, run, rows))]
     if rows:
         sections.append(("Training curves", _curves(rows)))
@@ -61,7 +61,7 @@ def run_sections(folder: Path) -> list[tuple[str, str]]:
     if drawings := _drawings(folder, run):
         sections.append(("Drawings", drawings))
     if config_text:
-        said = f'<p class="note">{escape(trouble)}</p>' if trouble else ""
+        said = f'<p class="note">{escape(problem)}</p>' if problem else ""
         sections.append(
             (
                 "Settings",
@@ -100,9 +100,9 @@ def _curves(rows: list[dict]) -> str:
     left = {key for key in keys if key not in CLOCKS and not key.startswith(buckets)}
     charts = []
     for title, wanted in GROUPS:
-        found = [key for key in wanted if key in left]
-        left -= set(found)
-        charts.append(line_chart(title, [_line(rows, key) for key in found], "step"))
+        present = [key for key in wanted if key in left]
+        left -= set(present)
+        charts.append(line_chart(title, [_line(rows, key) for key in present], "step"))
     charts += [line_chart(key, [_line(rows, key)], "step") for key in keys if key in left]
     return f'<div class="grid">{"".join(charts)}</div>'
 
@@ -120,7 +120,7 @@ def _maps(rows: list[dict]) -> str:
 
 
 def _credit(folder: Path, run: RunConfig | None) -> str:
-    """The objective's credit profile beside that of Diffusion-DPO, from the noise schedule that the run trained with."""
+    """Chart the objective's credit profile beside that of Diffusion-DPO, from the run's noise schedule."""
     if run is None:
         return ""
     source = next((path for path in (folder / "export", Path(run.model.path)) if (path / "scheduler").is_dir()), None)
@@ -131,16 +131,20 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
     from dde_ds.report.explain import profiles
 
     try:
-        own = configured_objective(run.objective, load_scheduler_config(str(source)))
+        run_objective = configured_objective(run.objective, load_scheduler_config(str(source)))
     except UserError as error:
         return f'<p class="note">No credit profile: {escape(str(error))}</p>'
-    if not own.needs_reference:
+    if not run_objective.needs_reference:
         return ""
-    others = [] if own.name == "uniform" else [build_objective("uniform", own.schedule, beta=run.objective.beta)]
-    timesteps = list(range(own.schedule.num_train_timesteps))
-    # How often a timestep is drawn is part of what a run teaches it.
+    others = (
+        [] if run_objective.name == "uniform" else [build_objective("uniform", run_objective.schedule, beta=run.objective.beta)]
+    )
+    timesteps = list(range(run_objective.schedule.num_train_timesteps))
+    # A run also teaches a timestep more if it draws the timestep more often.
     lines = []
-    for objective, (name, profile) in zip([own, *others], profiles([own, *others], MARGIN).items(), strict=True):
+    for objective, (name, profile) in zip(
+        [run_objective, *others], profiles([run_objective, *others], MARGIN).items(), strict=True
+    ):
         credit = profile.credit * objective.timestep_probabilities
         lines.append(Line(name, timesteps, (credit / credit.max()).tolist()))
     return line_chart(
@@ -149,7 +153,7 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
 
 
 def _correction(history: list[dict]) -> tuple[str, str]:
-    """The chart, and the last row in numbers."""
+    """Return the chart of the correction, and the last row in numbers."""
     if not history:
         return "", ""
     shown = _spread(history, SHOWN_ROWS)
@@ -162,11 +166,11 @@ def _correction(history: list[dict]) -> tuple[str, str]:
 
 
 def _drawings(folder: Path, run: RunConfig | None) -> str:
-    found = sorted((folder / "samples").glob("step-*.png"))
-    if not found:
+    paths = sorted((folder / "samples").glob("step-*.png"))
+    if not paths:
         return ""
     figures = []
-    for path in _spread(found, SHOWN_DRAWINGS):
+    for path in _spread(paths, SHOWN_DRAWINGS):
         try:
             uri, small = data_uri(path, 1200)
         except OSError:
@@ -184,7 +188,7 @@ def _drawings(folder: Path, run: RunConfig | None) -> str:
 
 
 def _line(rows: list[dict], key: str) -> Line:
-    """Of the rows that have the key: some numbers are measured every few steps only."""
+    """Return the line through the rows that have the key. Some numbers are measured only every few steps."""
     having = [row for row in rows if key in row]
     return Line(key, [row["step"] for row in having], [_finite(row[key]) for row in having])
 
@@ -198,14 +202,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _spread(items: list, count: int) -> list:
-    """At most ``count`` of them, evenly, the first and the last among them."""
+    """Return at most ``count`` items, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _read_config(path: Path) -> tuple[RunConfig | None, str, str]:
-    """The configuration, its text, and what is wrong where another version's cannot be read."""
+    """Return the configuration, its text, and the problem if this version cannot read it; otherwise the problem is empty."""
     if not path.is_file():
         return None, "", ""
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn here: they scale with the page, need no script, and their text stays text."""
+"""Draw charts as inline SVG. They scale with the page, need no script, and keep their text as text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 34
 # Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800")
-# What is larger cannot be drawn: the distance of two such numbers is infinite.
+# Larger numbers cannot be drawn, because the distance of two of them may be infinite.
 LARGEST = 1e300
 SMALLEST = 1e-280
-# Points of a line; a longer one is thinned out to the extremes of equal stretches, so that no peak is lost.
+# The most points of a line. A longer line is thinned out to the extremes of equal stretches, so that no peak is lost.
 POINTS = 400
 
 
@@ -24,11 +24,11 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    """A value that is not finite, or larger than :data:`LARGEST`, is a gap."""
+    """The values. One that is not finite, or is larger than :data:`LARGEST`, is a gap."""
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
-    """A figure with its legend; the empty string where there is no finite value."""
+    """Return a figure with its legend, or the empty string if no value can be drawn."""
     lines = [line for line in lines if any(map(_drawable, line.y))]
     if not lines:
         return ""
@@ -58,9 +58,10 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
 
 
 def heatmap(title: str, rows: Sequence[tuple[str, Sequence[float]]], x: Sequence[float], centre: float, x_label: str) -> str:
-    """Values by row and column, blue above ``centre`` and orange below, the last of each row in figures.
+    """Return a figure of values by row and column, or the empty string if no value is finite.
 
-    Any number of rows. Columns are averaged down to 60.
+    Values above ``centre`` are blue, values below are orange. The last value of each row is also given in figures. There may be any
+    number of rows; more than 60 columns are averaged down to 60.
     """
     columns = min(60, len(x))
     bounds = [len(x) * i // columns for i in range(columns + 1)]
@@ -99,9 +100,10 @@ def heatmap(title: str, rows: Sequence[tuple[str, Sequence[float]]], x: Sequence
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], zero: float, x_label: str) -> str:
-    """Estimates with intervals: (label, low, estimate, high) each, and a stroke at ``zero``, where there is no difference.
+    """Return a figure of estimates with their intervals, or the empty string if there are no rows.
 
-    Names and figures stand above their line, over the whole width: beside it, a phone would leave no room for either.
+    Each row is (label, low, estimate, high). A stroke marks ``zero``, where there is no difference. Names and figures stand above
+    their lines and may take the whole width, because a phone has no room for them beside the lines.
     """
     if not rows:
         return ""
@@ -158,7 +160,7 @@ def _axes(place, left: float, right: float, low: float, high: float, x_label: st
 
 
 def _pieces(line: Line) -> list[list[tuple[float, float]]]:
-    """The stretches between gaps, thinned out."""
+    """Return the stretches of a line between its gaps, each thinned out."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(line.x, line.y, strict=True):
         if _drawable(y):
@@ -182,14 +184,14 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _range(values: Sequence[float], pad: float = 0.05) -> tuple[float, float]:
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
-    if high - low <= max(1e-12 * size, SMALLEST):  # no ticks would fit between them
+    if high - low <= max(1e-12 * size, SMALLEST):  # the two are too close for ticks between them
         space = 0.1 * size if size > SMALLEST else 1.0
         return low - space, high + space
     return low - pad * (high - low), high + pad * (high - low)
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between the two, 1, 2 or 5 times a power of ten apart."""
+    """Return about so many round numbers between the two. They are 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -198,7 +200,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _drawable(value: float) -> bool:
-    return abs(value) <= LARGEST  # NaN is not
+    return abs(value) <= LARGEST  # false for NaN
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run folder, from a comparison, or from both: no network, no script."""
+"""Write one self-contained HTML page on a run folder, on a comparison, or on both. It needs no network and no script."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from dde_ds.warn import reason
 
 
 def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 6) -> Path:
-    """Write the page and give back its path; by default ``report.html`` in the first source's folder.
+    """Write the page and return its path.
 
     Args:
         sources: run folders, folders of comparisons, or their ``comparison.json``.
-        pictures: how many of the largest gains, of the largest losses, and at random are shown of each model.
+        output: the path of the page. None takes ``report.html`` in the folder of the first source.
+        pictures: how many images of each model are shown: so many of the largest gains, of the largest losses, and at random.
 
     Raises:
-        UserError: a source that is neither.
+        UserError: a source is neither a run nor a comparison, a source cannot be read, or the page cannot be written.
     """
     sections, titles = [], []
     for source in sources:
         try:
-            title, found = _of_source(source, pictures)
+            title, source_sections = _of_source(source, pictures)
         except OSError as error:
             raise UserError(f"report {source}: {' '.join(str(error).split())}") from None
         titles.append(title)
-        sections += found
+        sections += source_sections
     first = sources[0] if sources[0].is_dir() else sources[0].parent
     output = output or first / "report.html"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Folders may have names that are no text.
+        # The name of a folder may hold bytes that are no text.
         write_atomically(output, page(" and ".join(dict.fromkeys(titles)), sections).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"output {output}: not writable: {reason(error).lower()}") from None
@@ -44,7 +45,12 @@ def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 
 
 
 def _of_source(source: Path, pictures: int) -> tuple[str, list[tuple[str, str]]]:
-    """Title and sections of one source. Raises as :func:`report`, and OSError."""
+    """Return the title and the sections of one source.
+
+    Raises:
+        UserError: the source is missing, damaged, or neither a run nor a comparison.
+        OSError: a file of the source cannot be read.
+    """
     is_run = any((source / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
     is_comparison = source.name == "comparison.json" or (source / "comparison.json").is_file()
     if not source.exists():
