@@ -27,7 +27,10 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Under xdist: the tests of a file on one worker, since they share what it launched, and all that make hosts on one."""
+    """Under xdist, keep the tests of a file on one worker, because they share its launches.
+
+    Keep all tests that make hosts on one worker too.
+    """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             group = "hosts" if item.get_closest_marker("launch") else item.path.stem + item.path.parent.name
@@ -54,7 +57,7 @@ def parquet(tmp_path_factory) -> Path:
 
 
 def first_pairs(path: Path) -> Path:
-    """Twenty real pairs in Pick-a-Pic's columns."""
+    """Write twenty real pairs in Pick-a-Pic's columns, and return the file's path."""
     pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(0, 20), path)
     return path
 

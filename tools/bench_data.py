@@ -43,8 +43,8 @@ BATCH = 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    own = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=own)  # pyright: ignore[reportArgumentType]  # any callable does
+    subparser = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=subparser)  # pyright: ignore[reportArgumentType]  # any callable does
     read = commands.add_parser("read", help="pairs/s and MB/s of SDXL's shapes: sequential and shuffled, cold and warm")
     read.add_argument("--pairs", type=int, default=2000)
     read.add_argument("--repeats", type=int, default=15, help="epochs of each reader in each row")
@@ -91,14 +91,14 @@ def bench_read(args: argparse.Namespace, temporary: Path) -> str:
     for order, workers, cold in itertools.product(("sequential", "shuffled"), (0, 2), (True, False)):
         rates: dict[Callable, list[float]] = {ours: [], stock: []}
         for turn in range(args.repeats):
-            # In turns, and who comes first in turns too: other work on the machine slows neighbours alike.
+            # The readers take turns, also at coming first, because other work on the machine slows neighbours alike.
             for reader in (ours, stock) if turn % 2 else (stock, ours):
                 (drop_pages if cold else warm_pages)(folder)
                 rates[reader].append(measure(lambda reader=reader, w=workers, o=order: reader(folder, w, o == "shuffled")))
-        own, theirs = (statistics.median(found) for found in rates.values())
+        our_rate, stock_rate = (statistics.median(measured) for measured in rates.values())
         ratios = sorted(a / b for a, b in zip(*rates.values(), strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        cells = (f"{own:.0f}", f"{own * megabytes:.0f}", f"{theirs:.0f}", f"{theirs * megabytes:.0f}")
+        cells = (f"{our_rate:.0f}", f"{our_rate * megabytes:.0f}", f"{stock_rate:.0f}", f"{stock_rate * megabytes:.0f}")
         rows.append(
             (
                 order,
@@ -129,14 +129,14 @@ def bench_read(args: argparse.Namespace, temporary: Path) -> str:
 
 
 def measure(batches: Callable[[], Iterator[int]]) -> float:
-    """Pairs a second of a whole epoch, from nothing: starting the workers and filling a shuffle buffer are part of it."""
+    """Return the pairs a second of a whole epoch. The time includes starting the workers and filling a shuffle buffer."""
     started = time.perf_counter()
     pairs = sum(batches())
     return pairs / (time.perf_counter() - started)
 
 
 def ours(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
-    """Pairs of each micro-batch. Checksums, shapes and finite values are checked; noise is drawn and prompts are read as in training."""
+    """Yield the number of pairs of each micro-batch of our reader, which checks checksums, shapes and finite values."""
     shards = ShardSet(folder)
     order = Order(shards.counts, 0, 8) if shuffled else Sequential(shards.counts)
     dataset = Latents(shards, order, PairRng(0, torch.ones(1000)))
@@ -146,7 +146,7 @@ def ours(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
 
 
 class Sequential(Order):
-    """As the shards lie, epoch after epoch."""
+    """Take the pairs in the order of the shards, epoch after epoch."""
 
     def __init__(self, counts):
         super().__init__(counts, 0, 1)
@@ -161,14 +161,17 @@ class Sequential(Order):
 
 
 class Latents(PairDataset):
-    """What stock webdataset reads from the same tars: latents, time ids and the prompt's number; no embeddings, no noise."""
+    """Read what stock webdataset reads from the same tars: latents, time ids and the prompt's number, without embeddings or noise."""
 
     def pair(self, position: int) -> dict[str, torch.Tensor]:
         return self.shards.read(*self.order.locate(position))
 
 
 def stock(folder: Path, workers: int, shuffled: bool) -> Iterator[int]:
-    """webdataset's fastest safe way: raw bytes, safetensors decoded by hand, its own shuffle of shards and of a buffer of 8 shards' size."""
+    """Yield the number of pairs of each batch of stock webdataset, used in its fastest safe way.
+
+    It reads raw bytes, and safetensors are decoded by hand. It shuffles by itself: the shards, and a buffer of 8 shards' size.
+    """
     from webdataset.compat import WebDataset, WebLoader
 
     urls = [str(path) for path in sorted(folder.glob("[0-9]*.tar"))]
@@ -187,7 +190,7 @@ def _decode(sample: dict) -> dict:
 
 
 def _stack(samples: list[dict]) -> dict:
-    # webdataset adds each sample's key to what map() gives back.
+    # webdataset adds each sample's key to the result of map().
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if not key.startswith("__")}
 
 
@@ -207,7 +210,7 @@ def warm_pages(folder: Path) -> None:
 
 
 def write_synthetic(folder: Path, pairs: int, per_shard: int) -> None:
-    """Shards of SDXL's shapes through the real writer, noise for latents."""
+    """Write shards of SDXL's shapes with the real writer. The latents are noise."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     shape = SDXL["latents"]
@@ -245,7 +248,7 @@ def manifest(rows: list[dict], files: list[dict], distinct: int) -> dict:
 
 
 def bench_resume(args: argparse.Namespace, folder: Path) -> str:
-    """A million samples of which one shard is there: opening, and finding positions anywhere."""
+    """Time opening a manifest of a million samples, and finding positions anywhere. The shards themselves are not there."""
     row = {"samples": 1000, "bytes": 266_000_000, "sha256": "0" * 64, "index": {"bytes": 50_000, "sha256": "0" * 64}}
     shards = [{"name": f"{number:05d}", **row} for number in range(args.samples // 1000)]
     distinct = 59 * PROMPTS_PER_FILE
@@ -276,7 +279,7 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> str:
     pairs = len(rows)
 
     def plain() -> None:
-        """What a script of thirty lines does: decode, encode and text-encode pair batches in turn, keep all in a list."""
+        """Do what a script of thirty lines does: decode and encode batches of pairs in turn, and keep everything in a list."""
         from dde_ds.models.encode import prepare_image
 
         kept, stream = [], source.read(rows)
@@ -302,7 +305,7 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> str:
 
 
 def bench_memory(args: argparse.Namespace, folder: Path) -> str:
-    """Parquet files of 300 kB images, read from end to end; and only the pairs of the last shard."""
+    """Measure the reading of parquet files of 300 kB images: all pairs, and only the last 100."""
     image, rows = 300_000, []
     for group, batch in itertools.product((100, 1000), (1024, 8)):
         path = folder / f"{group}.parquet"
@@ -333,7 +336,7 @@ def write_parquet(path: Path, rows: int, group: int, batch: int, image: int) -> 
 
 
 def peak_of_reading(source, wanted: np.ndarray) -> tuple[float, float]:
-    """Bytes of memory on top of what the process had, and pairs a second."""
+    """Read the wanted pairs. Return the most bytes of memory beyond what the process had, and the pairs a second."""
     before, peak, started = resident(), 0, time.perf_counter()
     for number, _ in enumerate(source.read(wanted)):
         if number % 16 == 0:
@@ -342,7 +345,10 @@ def peak_of_reading(source, wanted: np.ndarray) -> tuple[float, float]:
 
 
 def in_a_process(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-    """Numbers measured in a process of their own: what an allocator keeps from the last measurement is none of this one's."""
+    """Return two numbers that ``work`` measures in a process of its own.
+
+    So memory that an allocator kept from an earlier measurement does not count.
+    """
     reading, writing = os.pipe()
     if not os.fork():
         os.write(writing, " ".join(map(str, work())).encode())
@@ -355,7 +361,7 @@ def in_a_process(work: Callable[[], tuple[float, float]]) -> tuple[float, float]
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

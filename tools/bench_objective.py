@@ -37,9 +37,9 @@ from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
 BETA = 2000.0
-# Bytes of inputs that no GPU's cache holds (50 MB on Hopper), and how many copies of small ones are made for it at the most.
+# Bytes of inputs that fit into no GPU's cache (50 MB on Hopper). Small inputs are copied until they reach it, up to so many times.
 UNCACHED, MOST_COPIES = 256e6, 64
-# Of two gradients: by the type of the predictions, in which a last bit may differ, and in parts of the largest.
+# How far two gradients may differ, in parts of a value, by the type of the predictions: its last bit may differ.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-3}
 LEAST_SECONDS = 1.0
 
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
-    """The candidates' table."""
+    """Time the candidates, and return their table."""
     bandwidth = copy_bandwidth(device)
     candidates: dict[str, Callable] = {"fused": fused, "eager": eager}
     if not args.no_compile:
@@ -83,7 +83,7 @@ def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
         compare(candidates, inputs[0])
         moved = moved_bytes(*inputs[0][:3])
         floor = moved / bandwidth
-        turning = itertools.cycle(inputs)  # one for all, so that none finds in a cache what another has just read
+        turning = itertools.cycle(inputs)  # one cycle for all, so that no candidate finds in a cache what another has just read
         calls = {name: (lambda run=run, turning=turning: run(*next(turning))) for name, run in candidates.items()}
         turns = take_turns(calls, args.repeats, device, least_seconds=LEAST_SECONDS, warm_seconds=LEAST_SECONDS / 2)
         times = {name: statistics.median(values) for name, values in turns.items()}
@@ -111,7 +111,7 @@ def losses(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
 
 
 def made_up(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device: str):
-    """Predictions of policy and reference, noise, gain and correction of a micro-batch."""
+    """Make up a micro-batch: predictions of policy and reference, noise, gain and correction."""
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.randn(pairs, *shape, device=device, generator=generator)
     reference = (noise.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * pairs, *shape, device=device, generator=generator)).to(dtype)
@@ -121,7 +121,7 @@ def made_up(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device:
 
 
 def uncached(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
-    """Inputs, on a GPU so many copies of them that its cache does not hold them all."""
+    """Make up inputs. On a GPU, make so many copies of them that its cache does not hold them all."""
     first = made_up(shape, pairs, dtype, device)
     size = sum(tensor.nbytes for tensor in first)
     copies = min(MOST_COPIES, int(UNCACHED // size) + 1) if device == "cuda" else 1
@@ -130,13 +130,13 @@ def uncached(shape: tuple[int, int, int], pairs: int, dtype: torch.dtype, device
 
 def fused(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correction: Tensor) -> Tensor:
     error, reference_error = noise_errors(policy, reference, NoiseTarget(noise))
-    assert reference_error is not None  # of the reference that was given
+    assert reference_error is not None  # since a reference was given
     loss = logistic_loss(-(BETA / 2) * (gain * margin(error, reference_error) + correction)).mean()
     return torch.autograd.grad(loss, policy)[0]
 
 
 def eager(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correction: Tensor) -> Tensor:
-    """As trainers of this family write it: one float32 difference, square and mean per model."""
+    """Compute the gradient as trainers of this family write it: one float32 difference, square and mean for each model."""
     target = noise.repeat(2, 1, 1, 1)
     winner, loser = (policy.float() - target.float()).pow(2).mean(dim=[1, 2, 3]).chunk(2)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def eager(policy: Tensor, reference: Tensor, noise: Tensor, gain: Tensor, correc
 
 
 def compare(candidates: dict[str, Callable], inputs: tuple[Tensor, ...]) -> None:
-    """All compute the same gradient, or their times say nothing."""
+    """Refuse candidates that do not compute the same gradient, because then their times say nothing."""
     expected = eager(*inputs)
     tolerance = TOLERANCE[expected.dtype]
     for name, run in candidates.items():
@@ -161,24 +161,28 @@ def compare(candidates: dict[str, Callable], inputs: tuple[Tensor, ...]) -> None
 
 
 def moved_bytes(policy: Tensor, reference: Tensor, noise: Tensor) -> int:
-    """Forward reads both predictions and the noise; backward reads the policy's and the noise again and writes the gradient."""
+    """Return the bytes that must move.
+
+    The forward pass reads both predictions and the noise. The backward pass reads the policy's prediction and the noise again, and
+    writes the gradient.
+    """
     return policy.nbytes + reference.nbytes + noise.nbytes + 2 * policy.nbytes + noise.nbytes
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Return the bytes a second, read and written, of a copy that is too large for any cache."""
     source = torch.empty(2**28 if device == "cuda" else 2**26, device=device).fill_(1.0)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure(lambda: target.copy_(source), 10, device)
 
 
 def measure(run: Callable, repeats: int, device: str) -> float:
-    """Median seconds of a call in a loop of its own."""
+    """Return the median seconds of a call, in a loop of its own."""
     return statistics.median(take_turns({"": run}, repeats, device, 0.3 * LEAST_SECONDS, 0.1 * LEAST_SECONDS)[""])
 
 
 def peak_bytes(run: Callable, device: str) -> int:
-    """Memory that a call takes at its highest, beyond what was there."""
+    """Return the most bytes of memory that a call takes, beyond those allocated before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -191,14 +195,16 @@ def peak_bytes(run: Callable, device: str) -> int:
     now = highest = 0
     for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]  # it has run
         if event.name() == "[memory]":
-            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's stub has not all of it
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # PyTorch's stub is not complete
             highest = max(highest, now)
     return highest
 
 
 def device_seconds(run: Callable, device: str, calls: int = 20) -> float:
-    """Seconds that a call keeps the device busy, without the time in which it waits for the host: the sum over its kernels, on a CPU
-    over its operators."""
+    """Return the seconds that a call keeps the device busy, without the time in which the device waits for the host.
+
+    This is the sum over the call's kernels, or on a CPU over its operators.
+    """
     on_gpu = device == "cuda"
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     run()
@@ -207,12 +213,12 @@ def device_seconds(run: Callable, device: str, calls: int = 20) -> float:
         for _ in range(calls):
             run()
         wait()
-    own, kind = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
-    return sum(getattr(event, own) for event in profiler.key_averages() if event.device_type == kind) * 1e-6 / calls
+    attribute, kind = ("self_device_time_total", DeviceType.CUDA) if on_gpu else ("self_cpu_time_total", DeviceType.CPU)
+    return sum(getattr(event, attribute) for event in profiler.key_averages() if event.device_type == kind) * 1e-6 / calls
 
 
 def whole_calls(args: argparse.Namespace, dtype: torch.dtype, device: str) -> str:
-    """The table of the objective as a training loop calls it."""
+    """Time the objective as a training loop calls it, and return the table."""
     rows = []
     for (model, shape), pairs in itertools.product(SHAPES.items(), (1, 32)):
         objective = new_objective().to(device)
@@ -232,7 +238,7 @@ def whole_calls(args: argparse.Namespace, dtype: torch.dtype, device: str) -> st
 
 
 def commit_on_two_ranks(repeats: int) -> tuple[float, int]:
-    """Median seconds of ``commit()`` on rank 0 of two on this machine, and the bytes that it all-reduces."""
+    """Return the median seconds of ``commit()`` on rank 0 of two on this machine, and the bytes that it all-reduces."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_one_rank, (folder, 20 * repeats), nprocs=2)
         seconds, size = (Path(folder) / "result").read_text().split()
@@ -243,7 +249,9 @@ def _one_rank(rank: int, folder: str, commits: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     objective = new_objective()
-    times = take_turns({"": objective.commit}, commits, "cpu")[""]  # without a least time, which the ranks might not reach together
+    times = take_turns({"": objective.commit}, commits, "cpu")[
+        ""
+    ]  # no least time, because the ranks might not reach it in the same turn
     if rank == 0:
         (Path(folder) / "result").write_text(f"{statistics.median(times)} {objective.table._pending.nbytes}")
     end_process(0)

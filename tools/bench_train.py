@@ -67,7 +67,7 @@ PAIRS_HELD = 64
 
 
 class MadeUpShards:
-    """Random pairs of a model's shapes, with what :class:`PairDataset` asks of a set of shards."""
+    """Random pairs of a model's shapes, with the methods that :class:`PairDataset` calls on a set of shards."""
 
     def __init__(self, unet: UNet2DConditionModel, latent: int):
         generator = torch.Generator().manual_seed(0)
@@ -88,10 +88,10 @@ class MadeUpShards:
         return sample | ({"time_ids": self._time_ids} if self._xl else {})
 
     def prefetch(self, shard: int, row: int) -> None:
-        """Nothing to read ahead."""
+        """Do nothing: there is nothing to read ahead."""
 
     def next_sample(self, shard: int, row: int) -> tuple[int, int]:
-        """Return the next pair, round and round; none is ever damaged."""
+        """Return the place of the next pair, round and round. No pair is ever damaged."""
         return shard, (row + 1) % PAIRS_HELD
 
     def prompt(self, row: int) -> dict:
@@ -126,20 +126,20 @@ def main() -> int:
         action="store_true",
         help="each loop alone in two processes, in turns, in the place of both in one: it tells their peaks",
     )
-    parser.add_argument("--numbers", type=Path, help=argparse.SUPPRESS)  # where a process of --apart puts what it measured
+    parser.add_argument("--numbers", type=Path, help=argparse.SUPPRESS)  # where a process of --apart writes its measurements
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilisation; default: a large product, measured")
     parser.add_argument("--write", action="store_true", help="put the result into BENCHMARKS.md")
     args = parser.parse_args()
     silence_libraries()
     try:
-        found = apart(args) if args.apart else measure(args)
+        measured = apart(args) if args.apart else measure(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.numbers:
-        args.numbers.write_text(json.dumps(found))
+        args.numbers.write_text(json.dumps(measured))
         return 0
-    text = report(args, found)
+    text = report(args, measured)
     print(text)
     if args.write:
         name = args.unet_config.stem if args.unet_config else Path(args.model).name
@@ -151,12 +151,12 @@ def main() -> int:
         )
         treated = f"{', channels last' if args.channels_last else ''}{', compiled' if args.compile else ''}"
         treated += f", {args.only} alone" if args.only else ""
-        record(f"{what}, {name}, {how}{treated}, {found['machine']}", text)
+        record(f"{what}, {name}, {how}{treated}, {measured['machine']}", text)
     return 0
 
 
 class Split:
-    """Seconds of the parts of a step: a part ends where it is called with the part's name, and the next one begins."""
+    """Measure the seconds of a step's parts. A call with the name of a part ends this part and begins the next one."""
 
     def __init__(self, device: torch.device):
         self._wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -178,9 +178,9 @@ class Split:
 
 
 PARTS = ("data", "reference", "forward", "backward", "step")
-"""Reading and noise; the reference's pass; the policy's pass and the loss; its gradients; optimizer, table, metrics and the rest."""
+"""In order: reading and noise; the reference's pass; the policy's pass and the loss; the gradients; optimizer, table, metrics and the rest."""
 Step = Callable[[Callable[[str], None]], None]
-"""A training step; it says where each of its parts ends."""
+"""A training step. It calls its argument with the name of each part at the part's end."""
 
 
 def names(args: argparse.Namespace) -> list[str]:
@@ -188,7 +188,11 @@ def names(args: argparse.Namespace) -> list[str]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Seconds of each loop's steps, medians of their parts, peak memory and FLOPs of a pair; the machine, and what it can do."""
+    """Measure the loops.
+
+    Return for each loop the seconds of its steps, the medians of their parts, the peak memory and the FLOPs of a pair; and for all
+    loops the machine, its peak FLOP/s and its threads.
+    """
     _, device = start()
     makers = {"ours": ours, "precomputed": partial(ours, precomputed=True), "plain": plain}
     loops: dict[str, Step] = {}
@@ -224,24 +228,24 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def apart(args: argparse.Namespace) -> dict:
-    """The same from processes that each hold one loop: A, B, A, B."""
+    """Measure the same in processes that each hold one loop, in the order A, B, A, B."""
     asked = [argument for argument in sys.argv[1:] if argument not in ("--apart", "--write")]
-    found: dict = {}
+    merged: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         for turn, name in itertools.product(range(2), names(args)):
             path = Path(folder) / f"{turn}.json"
             command = [sys.executable, __file__, *asked, "--only", name, "--numbers", str(path)]
             if subprocess.run(command).returncode:
                 raise UserError(f"--apart: the process of {name} failed; its message is above")
-            own = json.loads(path.read_text())
-            for key, value in own.items():
+            measured = json.loads(path.read_text())
+            for key, value in measured.items():
                 if key == "seconds":
-                    found.setdefault(key, {}).setdefault(name, []).extend(value[name])
+                    merged.setdefault(key, {}).setdefault(name, []).extend(value[name])
                 elif isinstance(value, dict):
-                    found.setdefault(key, {}).update(value)
+                    merged.setdefault(key, {}).update(value)
                 else:
-                    found[key] = value
-    return found
+                    merged[key] = value
+    return merged
 
 
 def report(args: argparse.Namespace, found: dict) -> str:
@@ -272,8 +276,8 @@ def report(args: argparse.Namespace, found: dict) -> str:
         kind = "steps of the same number" if args.apart else "the ratios within a turn"
         text += f"\n\n{over} / {under}, median of {kind}: {middle:.3f} (half of them {low:.3f} to {high:.3f})"
     if args.precomputed:
-        held = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
-        text += f"; weights of the reference, which the loop with a precomputed reference does without: {held / 2**20:.0f} MiB"
+        reference_bytes = sum(parameter.numel() for parameter in load(args).parameters()) * torch_type(args).itemsize
+        text += f"; weights of the reference, which the loop with a precomputed reference does without: {reference_bytes / 2**20:.0f} MiB"
     return text
 
 
@@ -284,7 +288,7 @@ def torch_type(args: argparse.Namespace) -> torch.dtype:
 def load(args: argparse.Namespace) -> Any:
     if args.unet_config:
         torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # minutes of random numbers on a CPU
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # the random numbers would take minutes on a CPU
             unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
     else:
         unet = load_unet(args.model)
@@ -294,8 +298,10 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def ours(args: argparse.Namespace, device: torch.device, folder: Path, precomputed: bool = False) -> tuple[Step, float]:
-    """A step as the trainer takes it, a logged row included; and the FLOPs of a pair. With a ``precomputed`` no reference is loaded: its
-    errors, made up, come with the batch."""
+    """Return a step as the trainer takes it, with a logged row, and the FLOPs of a pair.
+
+    With ``precomputed``, no reference is loaded: its errors are made up and come with the batch.
+    """
     unet, reference = load(args), None if precomputed else load(args)
     for model in (unet, reference) if reference else (unet,):
         if args.channels_last:
@@ -343,16 +349,16 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, precomput
         norm = apply_if_finite(policy)
         heartbeat.beat(number)
         if not math.isfinite(norm):
-            guards.skipped(number)  # raises: nothing of this would be a measurement
+            guards.skipped(number)  # raises, because a skipped step is no measurement
         guards.passed()
         objective.commit()
         averages.commit()
         log.write(number, number, {**averages.read(1000), "grad_norm": norm}, objective)
-        any_rank(False, device)  # as it asks whether to stop
+        any_rank(False, device)  # as the trainer asks whether to stop
         ended("step")
 
     flops = pair_flops(unet.config, (unet.config["in_channels"], args.latent, args.latent))
-    return step, 0.75 * flops if precomputed else flops  # three passes of four
+    return step, 0.75 * flops if precomputed else flops  # three passes instead of four
 
 
 def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[Step, float]:
@@ -392,7 +398,7 @@ def plain(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """Measure the FLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = statistics.median(take_turns({"product": lambda: a @ b}, 10, device.type)["product"])

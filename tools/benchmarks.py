@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: taking turns, a Markdown table, the machine's name, and a script's section of BENCHMARKS.md."""
+"""The parts that the benchmark scripts share: turns, Markdown tables, the machine's name, and sections of BENCHMARKS.md."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ def take_turns(
     warm_seconds: float = 0.0,
     warm_turns: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each turn; in a turn all run once, in every order by turns: a candidate finds the caches as the one
-    before it left them. A GPU, ``device`` "cuda", is waited for.
+    """Time the candidates in turns, and return the seconds of each candidate in each turn.
 
-    What slows the machine for a while then slows all of them. Calls of microseconds need ``least_seconds`` in all, for their median to
-    be told from that of a moment; what is compiled, cached or woken up at first goes into the warm turns, which do not count.
+    In a turn, each candidate runs once. So whatever slows the machine for a while slows all candidates. The order changes from turn
+    to turn, through all orders, because a candidate finds the caches as the candidate before it left them.
+
+    Args:
+        turns: the least number of turns.
+        device: for "cuda", the GPU is waited for before and after each call.
+        least_seconds: the least time of all turns together. Calls of microseconds need it, so that their median is not that of one
+            moment.
+        warm_seconds, warm_turns: the least time and number of warm turns. Warm turns come first and do not count: they take what is
+            compiled, cached or woken up at first.
     """
     import torch
 
@@ -58,7 +65,7 @@ def take_turns(
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the quartiles below and above, of the ratios within each turn."""
+    """Return the median, the lower quartile and the upper quartile of the ratios within each turn."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(numerator, denominator, strict=True)], n=4)
     return middle, low, high
 
@@ -69,7 +76,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(device: str) -> str:
-    """The accelerator, or the processor with its cores."""
+    """Return the name of the GPU, or of the processor with the number of its cores."""
     import torch
 
     if device == "cuda":
@@ -78,7 +85,10 @@ def machine(device: str) -> str:
 
 
 def record(title: str, text: str) -> None:
-    """Put a section in, in place of the one of the same title, or as a new one before what was not measured."""
+    """Write a section into BENCHMARKS.md.
+
+    It replaces the section of the same title. A new section goes before the one on what was not measured, :data:`LAST`.
+    """
     import torch
 
     command = f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()

@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Everything that is missing, up to the last result."""
+    """Make everything that is missing, up to the last result."""
     import safetensors.torch
 
     from dde_ds.demo.judge import read_vendors, train_judge
@@ -125,7 +125,7 @@ def do(args: argparse.Namespace, jobs: list[dict]) -> None:
 
 
 def tuning_jobs(args: argparse.Namespace) -> list[dict]:
-    """Of training captions alone; the base first, then each objective at each setting of the grid."""
+    """Return the jobs on training captions: the base first, then each objective at each setting of the grid."""
     grid = [(objective, setting) for objective in objectives(args) for setting in settings_of(args, objective)]
     return [BASE_TUNING, *(tuning_job(objective, setting) for objective, setting in grid)]
 
@@ -135,7 +135,7 @@ def tuning_job(objective: str, setting: Setting) -> dict:
 
 
 def final_jobs(args: argparse.Namespace, chosen: dict[str, Setting]) -> list[dict]:
-    """Of held-out captions; whole seeds one after another."""
+    """Return the jobs on held-out captions: the base first, then one seed after another, each with all variants."""
     return [BASE_HELD_OUT, *(final_job(one, chosen, seed) for seed in range(args.seeds) for one in variants(args))]
 
 
@@ -144,7 +144,10 @@ def final_job(variant: Variant, chosen: dict[str, Setting], seed: int) -> dict:
 
 
 def job(name: str, variant: Variant, setting: Setting, seed: int, captions: str) -> dict:
-    """One run of the demo's train.yaml. Runs of one seed see the same pairs and noise, and but for the segments the same timesteps."""
+    """Return the job of one run of the demo's train.yaml.
+
+    Runs of one seed see the same pairs and noise. They also see the same timesteps, except for the segments.
+    """
     overrides = [
         f"seed={seed}",
         f"objective.name={variant.objective}",
@@ -153,14 +156,14 @@ def job(name: str, variant: Variant, setting: Setting, seed: int, captions: str)
     ]
     if variant.timesteps:
         overrides.append(f"objective.timestep_range={list(variant.timesteps)}")
-    # The first run of a seed writes the reference's errors there, and the others read them.
+    # The first run of a seed writes the reference's errors there, and the other runs of the seed read them.
     precomputed = None if variant.timesteps else f"seed-{seed}"
     name = f"{name}-{variant.name.replace(' ', '-')}-beta{setting.beta:g}-rate{setting.rate:g}-seed{seed}"
     return {"name": name, "captions": captions, "overrides": overrides, "precomputed": precomputed}
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What all runs share."""
+    """Return the settings that all runs share."""
     keys = ("steps", "pairs", "captions", "tuning_captions", "images", "inference_steps", "judge_steps")
     return {key: getattr(args, key) for key in keys} | {"guidance_scale": 3.0}
 
@@ -174,16 +177,16 @@ def objectives(args: argparse.Namespace) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace, objective: str) -> list[Setting]:
-    """The grid, the same for all; what has no β needs one run a learning rate."""
+    """Return the grid, which is the same for all. An objective without β (``sft``) needs one run for each learning rate."""
     betas = args.betas[:1] if objective == "sft" else args.betas
     return [Setting(beta, rate) for beta, rate in itertools.product(betas, args.rates)]
 
 
 def read_result(args: argparse.Namespace, job: dict) -> dict | None:
-    """What the ranks found, or None where they have not yet.
+    """Return the result of a job, or None if there is none yet.
 
     Raises:
-        UserError: it was found with other settings.
+        UserError: the result is of other settings.
     """
     file = args.output / "results" / f"{job['name']}.json"
     if not file.exists():
@@ -195,7 +198,7 @@ def read_result(args: argparse.Namespace, job: dict) -> dict | None:
 
 
 def choose(args: argparse.Namespace) -> dict[str, Setting]:
-    """The setting of each objective, by the rule above, from results on training captions alone."""
+    """Choose the setting of each objective by the rule at the top of this file, from results on training captions alone."""
     chosen = {}
     for objective in objectives(args):
         tried = {setting: tuning_rank(args, objective, setting) for setting in settings_of(args, objective)}
@@ -204,7 +207,11 @@ def choose(args: argparse.Namespace) -> dict[str, Setting]:
 
 
 def tuning_rank(args: argparse.Namespace, objective: str, setting: Setting) -> tuple[bool, float, float]:
-    """Higher is better: whether it is as near to the preferred images as the base, its win rate, and minus its Fréchet distance."""
+    """Return the rank of a setting; higher is better.
+
+    The rank is whether the setting is as near to the preferred images as the base, then its win rate, then minus its Fréchet
+    distance.
+    """
     base, result = read_result(args, BASE_TUNING), read_result(args, tuning_job(objective, setting))
     if base is None or result is None:
         raise UserError(f"--output {args.output}: the search for settings is not done there")
@@ -213,12 +220,12 @@ def tuning_rank(args: argparse.Namespace, objective: str, setting: Setting) -> t
 
 
 def report(args: argparse.Namespace) -> None:
-    """Table and figure of the seeds that are there for every variant."""
+    """Write the table and the figure, from the seeds that have a result for every variant."""
     from objectives_report import figure, markdown, summarise
 
     chosen, base = choose(args), read_result(args, BASE_HELD_OUT)
-    found = [{one.name: read_result(args, final_job(one, chosen, seed)) for one in variants(args)} for seed in range(args.seeds)]
-    whole = [seed for seed, results in enumerate(found) if all(results.values())]
+    by_seed = [{one.name: read_result(args, final_job(one, chosen, seed)) for one in variants(args)} for seed in range(args.seeds)]
+    whole = [seed for seed, results in enumerate(by_seed) if all(results.values())]
     if base is None or not whole:
         raise UserError(f"--output {args.output}: no seed is done there for all of them yet")
     tuning = [
@@ -228,9 +235,9 @@ def report(args: argparse.Namespace) -> None:
         for setting in settings_of(args, objective)
     ]
     done = [base, *(read_result(args, one) for one in tuning_jobs(args))]
-    done += [result for results in found for result in results.values() if result]
+    done += [result for results in by_seed for result in results.values() if result]
     training, scoring = (sum(seconds) / 60 for seconds in zip(*(result["cpu_s"] for result in done), strict=True))
-    # A job that was resumed knows only what its last launch spent. Results of before that was noted do not say.
+    # A resumed job knows only the time of its last launch. Older results do not say whether they were resumed.
     whole_time = not any(result.get("resumed", True) for result in done)
     summary = {
         "settings": settings(args) | {"betas": args.betas, "rates": args.rates},
@@ -243,7 +250,7 @@ def report(args: argparse.Namespace) -> None:
         "variants": {
             variant.name: vars(chosen[variant.objective])
             | summarise(
-                [one for seed in whole if (one := found[seed][variant.name])], base, [found[seed].get("dde") for seed in whole]
+                [one for seed in whole if (one := by_seed[seed][variant.name])], base, [by_seed[seed].get("dde") for seed in whole]
             )
             for variant in variants(args)
         },

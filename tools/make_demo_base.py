@@ -39,12 +39,12 @@ from dde_ds.files import follow_umask
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 4
-# Stable Diffusion 1.5's factor, so that whoever forgets to apply it sees it at once.
+# Stable Diffusion 1.5's factor. It is far from 1, so code that forgets to apply it is noticed at once.
 SCALING_FACTOR = 0.18215
 
 
 def read_images(parquet: Path) -> tuple[list[str], torch.Tensor]:
-    """Captions, and images (2N,3,64,64) in [-1,1]: every row's two pictures, both under the row's caption."""
+    """Read captions, and images (2N,3,64,64) in [-1,1]: both pictures of each row, each under the row's caption."""
     captions, images = [], []
     for row in pq.read_table(parquet, columns=["caption", "jpg_0", "jpg_1"]).to_pylist():
         for key in ("jpg_0", "jpg_1"):
@@ -54,7 +54,7 @@ def read_images(parquet: Path) -> tuple[list[str], torch.Tensor]:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
+    """Return the learning rate of a step: a linear warm-up, then a cosine to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -86,7 +86,7 @@ def train_vae(images: torch.Tensor, steps: int, batch: int, generator: torch.Gen
         pixels = images[torch.randint(len(images), (batch,), generator=generator)]
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
-        # The KL keeps the latents smooth enough to be diffused; at this weight it costs well under 1 dB.
+        # The KL term keeps the latents smooth enough to be diffused. At this weight it costs well under 1 dB.
         loss = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 3e-4 * posterior.kl().mean() / 1024
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -100,7 +100,7 @@ def train_vae(images: torch.Tensor, steps: int, batch: int, generator: torch.Gen
 
 @torch.no_grad()
 def encode_moments(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every image's latent, each (N,4,16,16), unscaled."""
+    """Return the mean and the standard deviation of every image's latent, each (N,4,16,16), unscaled."""
     posteriors = [vae.encode(chunk).latent_dist for chunk in images.split(64)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
@@ -109,8 +109,8 @@ def encode_moments(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.
 def normalise_latents(vae: Any, images: torch.Tensor) -> None:
     """Fold a per-channel affine map into the 1x1 convolutions around the latent, so that a scaled latent has mean 0, std 1.
 
-    With a = 1/(s·SCALING_FACTOR): quant_conv then gives a·(z - mean), log-variances move by 2·log a, and
-    post_quant_conv undoes it, so every reconstruction stays what it was.
+    With a = 1/(s·SCALING_FACTOR), quant_conv then gives a·(z - mean), and log-variances move by 2·log a. post_quant_conv undoes
+    both, so every reconstruction stays the same.
     """
     mean, std = encode_moments(vae, images)
     latents = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def normalise_latents(vae: Any, images: torch.Tensor) -> None:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, images: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of decode(mean(encode(x))), pixel range 2."""
+    """Return the mean peak signal-to-noise ratio in dB of decode(mean(encode(x))), for a pixel range of 2."""
     errors = [
         (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in images.split(64)
     ]
@@ -134,7 +134,7 @@ def reconstruction_psnr(vae: Any, images: torch.Tensor) -> float:
 
 
 def train_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
-    """CLIP's byte-pair encoding (lower case, ``</w>`` at a word's end), its merges learnt from the captions."""
+    """Train CLIP's byte-pair encoding (lower case, ``</w>`` at a word's end). Its merges are learnt from the captions."""
     backend = CLIPTokenizer().backend_tokenizer
     backend.train_from_iterator(
         captions,
@@ -184,7 +184,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's own schedule."""
+    """Return Stable Diffusion's own schedule."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
@@ -202,15 +202,15 @@ def save(folder: Path, vae, tokenizer, text_encoder, unet) -> None:
         requires_safety_checker=False,
     )
     pipeline = copy.deepcopy(pipeline).to(torch.float16)
-    # transformers loads a text encoder in the type it was saved in, diffusers loads the rest in float32: a plain
-    # from_pretrained(folder) would mix the two. The text encoder is small; in float32 it just works.
+    # transformers loads a text encoder in the type that it was saved in, but diffusers loads the rest in float32. A plain
+    # from_pretrained(folder) would mix the two types. So the text encoder, which is small, is saved in float32.
     pipeline.text_encoder = copy.deepcopy(text_encoder).float()
     pipeline.save_pretrained(folder, safe_serialization=True)
     follow_umask(*folder.rglob("*.safetensors"))
 
 
 def train_denoiser(args, captions, latents, tokenizer, vae, generator) -> None:
-    """Part 3. Saves the averaged weights every 1,000 steps, so that a look at the pictures need not wait for the end."""
+    """Do part 3. Save the averaged weights every 1,000 steps, so that one can look at pictures before the end."""
     mean, std = latents
     text_encoder, unet = build_text_encoder(tokenizer), build_unet()
     averaged = copy.deepcopy(torch.nn.ModuleList([text_encoder, unet])).eval()

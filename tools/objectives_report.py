@@ -1,4 +1,4 @@
-"""From the runs of ``compare_objectives.py`` to one table and one figure."""
+"""Turn the results of ``compare_objectives.py`` into one table and one figure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dde_ds.evaluation.compare import bootstrap_interval, paired_difference, win
 
 
 def summarise(results: Sequence[dict], base: dict, dde: Sequence[dict | None] = ()) -> dict:
-    """One model's numbers over its seeds' results, beside the base's and, where they are given, DDE's of the same seeds.
+    """Summarise one model's results over its seeds, against the base and, if they are given, DDE's results of the same seeds.
 
-    Intervals are 95 % bootstraps over captions (over pairs for the errors), of the mean over seeds; they do not cover that another
-    seed ends elsewhere. ``by_seed`` shows that.
+    Intervals are 95 % bootstraps of the mean over seeds. They resample captions, or pairs for the errors. They do not cover that
+    another seed ends elsewhere; ``by_seed`` shows that.
     """
     base_logits = torch.tensor(base["logits"])
     wins = [_wins(result, base_logits) for result in results]
@@ -30,7 +30,7 @@ def summarise(results: Sequence[dict], base: dict, dde: Sequence[dict | None] = 
     for side in ("chosen", "rejected"):
         error = torch.tensor(base[side], dtype=torch.float64)
         drifts = [torch.tensor(result[side], dtype=torch.float64) - error for result in results]
-        # In parts of the base's mean error.
+        # The drift is in parts of the base's mean error.
         drift = _mean(torch.stack(drifts).mean(0) / error.mean())
         summary[f"{side}_drift"] = drift | {"by_seed": [float(one.mean() / error.mean()) for one in drifts]}
     compared = [result for result in dde if result]
@@ -66,7 +66,7 @@ def markdown(summary: dict) -> str:
 
 
 def figure(summary: dict, path: Path) -> None:
-    """Win rate, Fréchet distance and winners' drift, a line a variant: what is won beside what it costs."""
+    """Draw win rate, Fréchet distance and winners' drift, one line for each variant: what is won, and what it costs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,13 +81,13 @@ def figure(summary: dict, path: Path) -> None:
     }
     drawn, axes = plt.subplots(1, 3, figsize=(11, 0.34 * len(names) + 1.2), dpi=100, sharey=True)
     for axis, (title, (key, mean, scale, base)) in zip(axes, panels.items(), strict=True):
-        found = [summary["variants"][name][key] for name in names]
+        entries = [summary["variants"][name][key] for name in names]
         axis.axvline(base, color="0.6", linewidth=1, linestyle="--")
-        for line, one in zip(lines, found, strict=True):
+        for line, one in zip(lines, entries, strict=True):
             if "low" in one:
                 axis.plot([scale * one["low"], scale * one["high"]], [line, line], color="C0", linewidth=2)
             axis.plot([scale * value for value in one["by_seed"]], [line] * len(one["by_seed"]), "o", color="0.5", markersize=3)
-        axis.plot([scale * one[mean] for one in found], lines, "D", color="C0", markersize=5)
+        axis.plot([scale * one[mean] for one in entries], lines, "D", color="C0", markersize=5)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="y", color="0.92")
     axes[0].set_yticks(lines, names)
@@ -130,7 +130,7 @@ def _tuning_table(tuning: list[dict]) -> str:
 
 
 def _wins(result: dict, base: torch.Tensor) -> torch.Tensor:
-    """(captions, images): 1 won, 0.5 equal, 0 lost."""
+    """Return (captions, images): 1 for a win, 0.5 for a tie, 0 for a loss."""
     logits = torch.tensor(result["logits"])
     return (logits > base).double() + 0.5 * (logits == base).double()
 

@@ -1,9 +1,10 @@
-"""Which DeepSpeed file, gradient checkpointing and micro-batch a recipe takes on which GPUs, and the memory that it then needs.
+"""Print which DeepSpeed file, gradient checkpointing and micro-batch a recipe takes on which GPUs, and the memory that it needs.
 
     python tools/plan_table.py          # Markdown, as in ds_configs/README.md
 
-Counted by the planner (``dde-ds plan``) without weights, not measured on these GPUs. The first file of the list whose plan fits is taken,
-with the fastest gradient checkpointing that leaves a micro-batch large enough to fill the GPU, or else the largest micro-batch.
+The planner (``dde-ds plan``) counts the memory without weights; nothing is measured on these GPUs. The first file of the list that
+fits is taken. With it goes the fastest gradient checkpointing that leaves a micro-batch large enough to fill the GPU. If there is
+none, the largest micro-batch is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dde_ds.planning.gpus import Device
 from dde_ds.planning.plan import MODES, Workload, rank_memory, usable
 
 ROOT = Path(__file__).resolve().parent.parent
-# Recipe, architecture, side of its latents, and the pairs of a micro-batch below which a GPU waits for launches.
+# Recipe, architecture, side of its latents, and the fewest pairs of a micro-batch with which a GPU does not wait for launches.
 MODELS = (("sd15_dde", "sd15", 64, 8), ("sdxl_dde", "sdxl", 128, 2))
 FILES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 MEMORIES, COUNTS, LARGEST = (24, 40, 80), (1, 8, 64), 16
@@ -70,7 +71,7 @@ def choose(recipe: str, task: Workload, count: int, device: Device, enough: int)
     else:
         return ["none fits", "", "", "", ""]
     full = [each for each in fitting if each[2] >= enough]
-    # The fastest mode of those with enough pairs, then its largest micro-batch; without enough, the largest there is.
+    # Take the fastest mode with enough pairs, and its largest micro-batch. If no mode has enough, take the largest micro-batch.
     file, mode, micro, memory = (
         max(full, key=lambda each: (-MODES.index(each[1]), each[2]))
         if full

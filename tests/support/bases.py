@@ -1,4 +1,4 @@
-"""Bases as repositories have them: made from a whole pipeline by leaving out, renaming or changing files."""
+"""Make bases as repositories have them, by leaving out, renaming or changing files of a whole pipeline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def copied(base: Path, folder: Path, **index) -> Path:
-    """A copy of a pipeline with entries of its ``model_index.json`` replaced."""
+    """Copy a pipeline, and replace entries of its ``model_index.json``."""
     shutil.copytree(base, folder)
     changed(folder / "model_index.json", **index)
     return folder
@@ -22,7 +22,7 @@ def changed(file: Path, **values) -> None:
 
 
 def with_checker(base: Path, folder: Path, pickled: bool = False) -> Path:
-    """With a safety checker and its feature extractor."""
+    """Copy a pipeline, and add a safety checker and its feature extractor."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -45,7 +45,7 @@ def with_checker(base: Path, folder: Path, pickled: bool = False) -> Path:
 
 
 def in_half(base: Path, folder: Path, keep: bool = False) -> Path:
-    """With weights in files named after fp16; ``keep`` leaves the others beside them."""
+    """Copy a pipeline with its weights in files named after fp16. ``keep`` leaves the other files beside them."""
     copied(base, folder)
     for file in list(folder.rglob("*.safetensors")):
         half = {name: value.half() for name, value in safetensors.torch.load_file(file).items()}
@@ -56,7 +56,7 @@ def in_half(base: Path, folder: Path, keep: bool = False) -> Path:
 
 
 def scaled(folder: Path, part: str) -> Path:
-    """Change a part's weights in place: another base under the same path."""
+    """Change a part's weights in place, which makes another base under the same path."""
     (file,) = (folder / part).glob("*.safetensors")
     weights = safetensors.torch.load_file(file)
     safetensors.torch.save_file({name: value * 1.05 for name, value in weights.items()}, file, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Bytes that real engines hold, as one rank of several: a tiny UNet, two micro-batches, and what is there before the step is made.
+"""Print the bytes that real engines of a tiny UNet hold, as one rank of several. Gradients are counted before the step is made.
 
 RANK=… WORLD_SIZE=… python -m tests.support.engine_memory CONFIG.json… > one JSON line a configuration
 """
@@ -28,19 +28,22 @@ from dde_ds.training.reference import adapters_off, frozen_model
 
 
 def bytes_of(tensors) -> int:
-    """Of distinct storages."""
+    """Return the bytes of the tensors' distinct storages."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
     return sum(storages.values())
 
 
 def weights(engine) -> list[Tensor]:
-    """Of a stage-3 engine, this rank's parts, and what is whole on every rank."""
+    """Return the weights of an engine. For stage 3, these are this rank's parts and the weights that are whole on every rank."""
     parameters = list(engine.module.parameters())
     return [*parameters, *(parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))]
 
 
 def on_the_host(engine) -> list[Tensor]:
-    """This rank's parts where they are kept in the host's memory. On a CPU that is the device's as well, so DeepSpeed is asked."""
+    """Return this rank's parts that are kept in the host's memory.
+
+    On a CPU, this is the device's memory as well, so DeepSpeed is asked where it keeps them.
+    """
     if getattr(engine.optimizer, "offload_device", None) != "cpu":
         return []
     return [parameter.ds_tensor for parameter in engine.module.parameters()]
@@ -54,7 +57,7 @@ def masters(optimizer) -> list[Tensor]:
 
 
 def gradients(engine) -> list[Tensor]:
-    """Sums over the micro-batches of a step, as they stand before it."""
+    """Return the gradients' sums over the micro-batches of a step, as they are before the step is made."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "grad_partitions_flat_buffer"):
         return [optimizer.grad_partitions_flat_buffer]
@@ -66,7 +69,7 @@ def gradients(engine) -> list[Tensor]:
 
 
 def made(unet: dict, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Never whole in float32 where that is not asked for."""
+    """Make a UNet directly in ``dtype``, so that it is not whole in float32 on the way."""
     torch.set_default_dtype(dtype)
     try:
         return UNet2DConditionModel.from_config(unet)
@@ -75,7 +78,7 @@ def made(unet: dict, dtype: torch.dtype) -> UNet2DConditionModel:
 
 
 def highest_resident() -> int:
-    """Bytes of this process so far."""
+    """Return the most bytes that this process has held so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -104,28 +107,28 @@ def held(
     noisy = torch.randn(2, unet["in_channels"], side, side, dtype=dtype)
     batch = made_up_conditioning(unet, 2, 8)
     timesteps = torch.zeros(2, dtype=torch.int64)
-    found = {"gradients": 0}
+    sizes = {"gradients": 0}
     for _ in range(2):  # optimizer steps: the moments are made in the first
         with gradient_accumulation(policy):
             for _ in range(config["gradient_accumulation_steps"]):
                 with torch.no_grad():
                     predictions(noisy, timesteps, batch)
                 policy.backward(predict(policy, noisy, timesteps, batch).float().square().mean())
-                found["gradients"] = max(found["gradients"], bytes_of(gradients(policy)))
+                sizes["gradients"] = max(sizes["gradients"], bytes_of(gradients(policy)))
                 if not policy.is_gradient_accumulation_boundary():
                     policy.step()
         policy.step()
         if ema:
             update_ema(policy, ema)
     model = bytes_of(weights(policy))
-    # Without the 2 kB that say what the 8 bits mean.
+    # Leave out the 2 kB that say what the 8 bits mean.
     state = [
         item for values in policy.optimizer.optimizer.state.values() for item in values.items() if item[0] not in ("qmap1", "qmap2")
     ]
     host = bytes_of(on_the_host(reference)) if reference else 0
     averages = [value for name, value in state if name == EMA]
     moments = [value for name, value in state if name != EMA and torch.is_tensor(value) and value.dim()]
-    return found | {
+    return sizes | {
         "weights": model,
         "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
         "ema": bytes_of(averages),

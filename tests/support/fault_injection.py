@@ -1,4 +1,7 @@
-"""Several runs one after the other in two real ranks, with faults that are put into the running process: no option of the product makes one."""
+"""Train several runs, one after another, in two real ranks with faults.
+
+The faults are put into the running process, because no option of the product makes a fault.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +31,26 @@ class Leg:
     bad_loss: tuple[tuple[int, int], ...] = ()
     """(rank, step): the last micro-batch's loss there is NaN."""
     bad_gradient: tuple[tuple[int, int], ...] = ()
-    """(rank, step): the loss is finite, what comes back through it is NaN."""
+    """(rank, step): the loss is finite, but its gradient is NaN."""
     bad_weights: int | None = None
     """The step after which the float32 weights of all ranks are infinite, although its gradient was finite."""
     signal_in: tuple[str, int] | None = None
-    """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th look at the held-out pairs."""
+    """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th evaluation of the held-out pairs."""
 
 
 def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] | None = None, world: int = 2) -> list:
-    """What each leg came to: its exit code, or the error's one line, the same on all ranks; beside it what ``look_at`` then finds in
-    the run folder, if it is given: a function of a module, since it goes to another process."""
+    """Run the legs, and return how each ended: its exit code, or its error in one line. All ranks must end alike.
+
+    If ``look_at`` is given, each end comes with the result of ``look_at(run folder)`` after the leg. ``look_at`` must be a function
+    of a module, because it goes to another process.
+    """
     with mp.Manager() as manager:
         outcomes = manager.dict()
         spawn(_one_rank, world, config, legs, look_at, outcomes)
-        found = [[outcomes[number, rank] for rank in range(world)] for number in range(len(legs))]
+        by_leg = [[outcomes[number, rank] for rank in range(world)] for number in range(len(legs))]
         views = [outcomes.get((number, "folder")) for number in range(len(legs))]
-    assert all(len(set(outcome)) == 1 for outcome in found), f"ranks disagree: {found}"
-    ends = [outcome[0] for outcome in found]
+    assert all(len(set(outcome)) == 1 for outcome in by_leg), f"ranks disagree: {by_leg}"
+    ends = [outcome[0] for outcome in by_leg]
     return list(zip(ends, views, strict=True)) if look_at else ends
 
 

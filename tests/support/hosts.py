@@ -1,6 +1,6 @@
-"""Two hosts on one machine: network namespaces joined by a bridge, with names of their own, and one file system.
+"""Make two hosts on one machine: network namespaces joined by a bridge. Each has its own name; they share one file system.
 
-Nothing of the machine's own network is touched. Needs root and iproute2.
+Nothing of the machine's own network is touched. This needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from tests.support.launching import PATIENCE
 
 NAMES = ("dde0", "dde1")
-# A host's own name, and its own /etc/hosts and ssh_config.
+# Give a host its own name, its own /etc/hosts and its own ssh_config.
 ENTER = """
 set -e
 mount --bind "$1/hosts" /etc/hosts
@@ -31,7 +31,7 @@ exec "$@"
 
 
 def missing(*programs: str) -> str | None:
-    """Why hosts with these programs cannot be had here, or None."""
+    """Return why there can be no hosts with these programs here, or None."""
     lost = [program for program in ("ip", "nsenter", "unshare", *programs) if not find(program)]
     if lost:
         return f"not installed: {', '.join(lost)}"
@@ -49,7 +49,10 @@ def need(*programs: str) -> None:
 
 
 def find(program: str) -> str | None:
-    """Where a program is: also beside this Python, whose virtual environment need not be active, and where Debian keeps daemons."""
+    """Return the path of a program, or None.
+
+    Look also beside this Python, whose virtual environment need not be active, and where Debian keeps daemons.
+    """
     return shutil.which(
         program, path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"])
     )
@@ -67,7 +70,7 @@ def wait_until(condition: Callable[[], object], what: str | Callable[[], str], s
 
 
 class Hosts:
-    """Use as a context manager; what was started in the hosts ends with it."""
+    """Hold the two hosts, as a context manager. Processes that were started in the hosts end with it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -102,7 +105,7 @@ class Hosts:
                     process.wait()
         for name in ("switch", *NAMES):
             pids = subprocess.run([find("ip"), "netns", "pids", name + self._suffix], capture_output=True, text=True).stdout
-            for pid in map(int, pids.split()):  # what the above had started in turn
+            for pid in map(int, pids.split()):  # processes that the ones above had started
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
             ip("netns", "delete", name + self._suffix)
@@ -112,7 +115,7 @@ class Hosts:
         return [find("nsenter"), *inside, str(self.folder), host, *map(str, command)]
 
     def start(self, host: str, *command: str, log: Path | None = None, **options) -> subprocess.Popen:
-        """A process in a host; its output goes to ``log``, or to pipes."""
+        """Start a process in a host. Its output goes to ``log``, or to pipes."""
         if log:
             with log.open("ab") as out:
                 process = subprocess.Popen(self.command(host, *command), stdout=out, stderr=out, **options)
@@ -128,5 +131,5 @@ class Hosts:
         return process.stdout
 
     def cut(self, host: str) -> None:
-        """Pull the host's plug: nothing it sends arrives, and nobody is told."""
+        """Pull the host's plug: nothing that it sends arrives, and no other process is told."""
         ip("-n", f"switch{self._suffix}", "link", "set", host, "down")

@@ -1,4 +1,4 @@
-"""A model hub on loopback: as much of the Hugging Face hub's HTTP protocol as an upload needs, without Xet."""
+"""Serve a model hub on loopback. It speaks as much of the Hugging Face hub's HTTP protocol as an upload needs, without Xet."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ import yaml
 
 TOKEN = "hf_" + "sEcReT" * 5
 LARGE = 2_000
-"""Bytes from which a file is uploaded by itself, as weights are."""
+"""A file of so many bytes or more is uploaded by itself, as weights are."""
 
 
 @dataclass
 class Hub:
     endpoint: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
-    """Bytes by repository, branch and path."""
+    """The bytes of each file, by repository, branch and path."""
     private: dict[str, bool] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     """Uploaded objects by their SHA-256."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
-    """Of the commits."""
+    """The messages of the commits."""
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
-    """What a request gets instead of its answer: a status, ``drop`` for a connection that breaks, or None for its answer."""
+    """Decides by method and path what a request gets: a status, ``drop`` for a connection that breaks, or None for its usual answer."""
 
     def count(self, method: str, pattern: str = "") -> int:
         return sum(used == method and re.search(pattern, path) is not None for used, path in self.requests)
@@ -80,13 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if isinstance(fault, int):
-            # A server that repeats what it was sent, the token included.
+            # Answer like a server that repeats what it was sent, including the token.
             return self.send(fault, {"error": f"refused {self.headers.get('Authorization')}\nfor a reason"})
         if not path.startswith("/large/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send(401, {"error": "Invalid username or password."})
         for pattern, act in ROUTES:
-            if (method, found := re.fullmatch(pattern[1], path))[0] == pattern[0] and found:
-                return act(self, body, *found.groups())
+            if (method, match := re.fullmatch(pattern[1], path))[0] == pattern[0] and match:
+                return act(self, body, *match.groups())
         return self.send(404, {"error": f"no {method} {path} here"})
 
     def send(self, status: int, value: dict | None = None) -> None:
@@ -126,13 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, {"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, branch: str) -> None:
-        held = self.hub.repos[repo][branch]
+        present = self.hub.repos[repo][branch]
         files = []
         for file in json.loads(body)["files"]:
             large = file["size"] >= LARGE
             files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
-            if file["path"] in held:
-                data = held[file["path"]]
+            if file["path"] in present:
+                data = present[file["path"]]
                 git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
                 files[-1]["oid"] = hashlib.sha256(data).hexdigest() if large else git
         self.send(200, {"files": files})

@@ -1,4 +1,4 @@
-"""InceptionV3 in the layout of the published weights, filled with random numbers, and images for it."""
+"""Make random weights of InceptionV3 in the layout of the published weights, and images for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Channels in and out, and kernel, of every convolution: the architecture of the graph of 2015.
+# The architecture of the graph of 2015. For every convolution: channels in, channels out, and the kernel's height and width.
 STEM = {
     "Conv2d_1a_3x3": (3, 32, 3, 3),
     "Conv2d_2a_3x3": (32, 32, 3, 3),
@@ -19,43 +19,46 @@ STEM = {
 
 
 def layers() -> dict[str, tuple[int, int, int, int]]:
-    found = dict(STEM)
+    shapes = dict(STEM)
     for block, channels, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
-        found |= _named(block, channels, {
+        shapes |= _named(block, channels, {
             "1x1": [(64, 1, 1)], "5x5": [(48, 1, 1), (64, 5, 5)], "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
             "_pool": [(pool, 1, 1)],
         })  # fmt: skip
-    found |= _named("6a", 288, {"3x3": [(384, 3, 3)], "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)]})
+    shapes |= _named("6a", 288, {"3x3": [(384, 3, 3)], "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)]})
     for block, width in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-        found |= _named(block, 768, {
+        shapes |= _named(block, 768, {
             "1x1": [(192, 1, 1)], "7x7": [(width, 1, 1), (width, 1, 7), (192, 7, 1)],
             "7x7dbl": [(width, 1, 1), (width, 7, 1), (width, 1, 7), (width, 7, 1), (192, 1, 7)], "_pool": [(192, 1, 1)],
         })  # fmt: skip
-    found |= _named("7a", 768, {
+    shapes |= _named("7a", 768, {
         "3x3": [(192, 1, 1), (320, 3, 3)], "7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
     })  # fmt: skip
     for block, channels in (("7b", 1280), ("7c", 2048)):
-        found |= _named(block, channels, {"1x1": [(320, 1, 1)], "3x3": [(384, 1, 1)], "3x3dbl": [(448, 1, 1), (384, 3, 3)],
+        shapes |= _named(block, channels, {"1x1": [(320, 1, 1)], "3x3": [(384, 1, 1)], "3x3dbl": [(448, 1, 1), (384, 3, 3)],
                                           "_pool": [(192, 1, 1)]})  # fmt: skip
-        found[f"Mixed_{block}.branch3x3_1"] = found.pop(f"Mixed_{block}.branch3x3")
+        shapes[f"Mixed_{block}.branch3x3_1"] = shapes.pop(f"Mixed_{block}.branch3x3")
         for branch in ("3x3_2", "3x3dbl_3"):
-            found |= {f"Mixed_{block}.branch{branch}a": (384, 384, 1, 3), f"Mixed_{block}.branch{branch}b": (384, 384, 3, 1)}
-    return found
+            shapes |= {f"Mixed_{block}.branch{branch}a": (384, 384, 1, 3), f"Mixed_{block}.branch{branch}b": (384, 384, 3, 1)}
+    return shapes
 
 
 def _named(block: str, channels: int, branches: dict) -> dict[str, tuple[int, int, int, int]]:
-    """A branch's layers follow each other; one that has several numbers them."""
-    found = {}
+    """Name the layers of a block. The layers of a branch follow each other, and are numbered if there are several."""
+    shapes = {}
     for branch, steps in branches.items():
         into = channels
         for number, (out, height, width) in enumerate(steps, 1):
-            found[f"Mixed_{block}.branch{branch}" + (f"_{number}" if len(steps) > 1 else "")] = (into, out, height, width)
+            shapes[f"Mixed_{block}.branch{branch}" + (f"_{number}" if len(steps) > 1 else "")] = (into, out, height, width)
             into = out
-    return found
+    return shapes
 
 
 def save_inception(path: Path) -> Path:
-    """The same numbers on every machine: NumPy's, and of a size that lets an image through to the logits."""
+    """Save random weights. They are the same on every machine, because NumPy draws them.
+
+    Their size is such that an image has an effect on the logits.
+    """
     random = np.random.Generator(np.random.Philox(key=3))
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
@@ -75,6 +78,6 @@ def save_inception(path: Path) -> Path:
 
 
 def picture(size: tuple[int, int], key: int = 7) -> Image.Image:
-    """Coarse patches, which even a network of random weights tells apart."""
+    """Return an image of coarse patches. Even a network of random weights can tell such images apart."""
     random = np.random.Generator(np.random.Philox(key=key))
     return Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)

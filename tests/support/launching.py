@@ -1,4 +1,4 @@
-"""Real launches of launchers/train.py: the deepspeed launcher, gloo, two ranks on the CPU."""
+"""Launch launchers/train.py for real: with the deepspeed launcher, gloo, and two ranks on the CPU."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tests.conftest import ROOT
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
-# Seconds until something is held to hang. No statement about speed: the machine may be doing other things.
+# Seconds after which something counts as hanging. This says nothing about speed: the machine may be doing other things.
 PATIENCE = 600
 
-# What a process of one rank exports for DeepSpeed, as this one may have: a launch must not inherit it.
+# Variables that a process of one rank exports for DeepSpeed. This process may have done so, and a launch must not inherit them.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    # The CPU, also on a machine with a GPU: the numbers are compared with those of a loop on the CPU.
+    # Use the CPU also on a machine with a GPU, because the numbers are compared with those of a loop on the CPU.
     return inherited | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -43,8 +43,10 @@ def free_port() -> int:
 
 
 def spawn(function: Callable, world: int, *arguments) -> None:
-    """``function(rank, *arguments)`` in a process for each rank, with the variables that a launcher would set: a function of a module,
-    since it goes to another process. What it raises is raised here."""
+    """Call ``function(rank, *arguments)`` in a process for each rank, with the variables that a launcher would set.
+
+    ``function`` must be a function of a module, because it goes to another process. If it raises an exception, this raises one too.
+    """
     mp.spawn(_one_rank, (world, free_port(), function, arguments), nprocs=world)
 
 
@@ -72,7 +74,7 @@ def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.Complete
 
 
 def alone(config: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """One rank, started without a launcher."""
+    """Run one rank, started without a launcher."""
     started = [sys.executable, ROOT / "launchers" / "train.py", "--config", config, *arguments]
     return subprocess.run(started, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
@@ -90,16 +92,17 @@ class Run:
 @dataclass(frozen=True)
 class Outcome:
     code: int
-    """0, 75, or 1 after an error."""
+    """The exit code: 0, 75, or 1 after an error."""
     errors: list[str | None]
-    """The line of each rank."""
+    """The line of each rank's error, or None."""
     stdout: str
 
 
 def launch_many(runs: Sequence[Run], ranks: int = 2, timeout: float = 2 * PATIENCE) -> list[Outcome]:
-    """The runs one after another in one launch; a single rank is started without the launcher. Much faster than a launch each.
+    """Do the runs one after another in one launch, which is much faster than a launch for each run.
 
-    A run that ends in a ``UserError`` of all ranks is an outcome as any other; whatever else goes wrong fails the test.
+    A single rank is started without the launcher. A run that ends in a ``UserError`` of all ranks is an outcome like any other.
+    Whatever else goes wrong fails the test.
     """
     with tempfile.TemporaryDirectory() as folder:
         plan, outcomes = Path(folder) / "runs.json", Path(folder) / "outcomes.json"
@@ -114,11 +117,12 @@ def launch_many(runs: Sequence[Run], ranks: int = 2, timeout: float = 2 * PATIEN
 
 
 def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
-    """A run of eight pairs a step, made to repeat to 1e-5 in float32.
+    """Write the configuration of a run of eight pairs a step that repeats to 1e-5 in float32.
 
-    An untrained model's errors are near 1, so that float32 leaves 1e-7 in a margin, which β/2 and w_t multiply: at β = 2000 a
-    plain loop differs from itself by 1e-4, and at β = 50 still by 1e-5 where w_t is 200. Hence β = 50, and timesteps
-    below 600, where w_t is 5. η = 100, so that the correction moves a loss by a thousandth and cannot go missing unseen. The trained model of the demo is compared over all timesteps.
+    An untrained model's errors are near 1, so float32 leaves an error of 1e-7 in a margin, and β/2 and w_t multiply this error. At
+    β = 2000 a plain loop differs from itself by 1e-4. At β = 50 it still differs by 1e-5 where w_t is 200. Hence β = 50, and
+    timesteps below 600, where w_t is 5. With η = 100, the correction moves a loss by a thousandth, so that a test notices if it is
+    missing. The trained model of the demo is compared over all timesteps.
     """
     config = {
         "output": str(path.parent / "run"),
@@ -138,14 +142,17 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
 
 
 def shipped(folder: Path, name: str, **changes) -> str:
-    """An override that names a file of ds_configs. By default ZeRO-3 leaves parameters below 100,000 elements whole, which all of a
-    tiny model's are: here none."""
-    found = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    if found["zero_optimization"]["stage"] == 3:
+    """Return an override that names a changed copy of a file of ds_configs.
+
+    By default ZeRO-3 leaves parameters below 100,000 elements whole, and all parameters of a tiny model are that small. The copy
+    leaves no parameter whole.
+    """
+    settings = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    if settings["zero_optimization"]["stage"] == 3:
         changes["stage3_param_persistence_threshold"] = 0
-    found["zero_optimization"] |= changes
+    settings["zero_optimization"] |= changes
     path = folder / f"{name}{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(settings))
     return f"deepspeed={path}"
 
 
@@ -154,9 +161,9 @@ def rows(run: Path) -> list[dict]:
 
 
 def wait_for_rows(run: Path, count: int, *processes: subprocess.Popen) -> None:
-    """Until ``metrics.jsonl`` holds ``count`` rows. Fails when one of the processes ends before."""
+    """Wait until ``metrics.jsonl`` holds ``count`` rows. Fail if one of the processes ends before that."""
     deadline = time.monotonic() + PATIENCE
-    while len(read_rows(run / "metrics.jsonl")) < count:  # without a last line that is being written
+    while len(read_rows(run / "metrics.jsonl")) < count:  # read_rows leaves out a last line that is still being written
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,8 +1,11 @@
-"""Several runs one after another in the same ranks: importing and joining the process group cost more than four steps of a tiny model.
+"""Do several runs, one after another, in the same ranks.
+
+This saves time: importing, and joining the process group, cost more than four steps of a tiny model.
 
     deepspeed tests/support/many_runs.py --runs runs.json --outcomes outcomes.json
 
-Started by :func:`tests.support.launching.launch_many`. Each run is what ``launchers/train.py`` does, from its configuration to its exit code.
+:func:`tests.support.launching.launch_many` starts this script. Each run is what ``launchers/train.py`` does, from its configuration
+to its exit code.
 """
 
 from __future__ import annotations
@@ -40,10 +43,10 @@ def main() -> int:
 
 
 def one(run: dict) -> dict:
-    """Exit code and printed lines of a run by this rank, and the errors of all. What is no :class:`UserError` ends the process.
+    """Do one run on this rank. Return its exit code, its printed lines, and the errors of all ranks.
 
-    An error must be met by all ranks, as by their agreement: one that went on alone would be in the next run while the others
-    wait in this one.
+    An exception that is no :class:`UserError` ends the process. All ranks must meet an error together, as they do when they agree
+    on it. Otherwise a rank would go on to the next run while the other ranks wait in this one.
     """
     printed, code, error = io.StringIO(), 1, None
     try:
@@ -55,7 +58,7 @@ def one(run: dict) -> dict:
         print(f"in {run}\n{printed.getvalue()}", file=sys.stderr)
         traceback.print_exc()
         raise
-    gc.collect()  # engines and the hooks on their modules hold each other
+    gc.collect()  # engines and the hooks on their modules refer to each other
     errors = [error]
     if dist.is_initialized() and dist.get_world_size() > 1:
         errors *= dist.get_world_size()

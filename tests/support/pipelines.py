@@ -1,4 +1,4 @@
-"""Complete diffusers pipelines of a few thousand parameters, saved to disk and loaded as any other."""
+"""Save complete diffusers pipelines of a few thousand parameters, which are loaded like any other pipeline."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def save_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A Stable Diffusion 1.x pipeline: 16x16 images, 4x8x8 latents."""
+    """Save a Stable Diffusion 1.x pipeline: 16x16 images, 4x8x8 latents."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     StableDiffusionPipeline(
@@ -89,7 +89,7 @@ def save_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 
 def save_sdxl(folder: Path, second_width: int = 16) -> Path:
-    """An SDXL pipeline: two text encoders, pooled embeddings, size conditioning."""
+    """Save an SDXL pipeline: two text encoders, pooled embeddings, size conditioning."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     StableDiffusionXLPipeline(
@@ -110,7 +110,7 @@ def save_sdxl(folder: Path, second_width: int = 16) -> Path:
 
 
 def save_sd2(folder: Path, prediction_type: str = "v_prediction") -> Path:
-    """A Stable Diffusion 2.x pipeline: a text encoder of open_clip's, linear projections, another number of heads in each block."""
+    """Save a Stable Diffusion 2.x pipeline: open_clip's text encoder, linear projections, and another number of heads in each block."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     StableDiffusionPipeline(

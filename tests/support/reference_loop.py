@@ -1,4 +1,4 @@
-"""The same training written without DeepSpeed, without the objective's code, in one process: what every launch must equal."""
+"""Do the same training without DeepSpeed and without the objective's code, in one process. Every launch must give equal numbers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from dde_ds.data.shards import ShardSet
 
 
 def plain_losses(run: RunConfig, skipped: Container[int] = ()) -> list[float]:
-    """Loss of each optimizer step of a ``dde`` run, fp32, every step's pairs in one batch."""
+    """Return the loss of each optimizer step of a ``dde`` run in fp32. All pairs of a step are in one batch."""
     return [loss for loss, _ in plain_steps(run, skipped=skipped)]
 
 
 def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Container[int] = ()) -> list[tuple[float, float]]:
-    """Loss and gradient norm, before clipping, of each optimizer step, computed in ``dtype``. Steps in ``skipped``, counted from 1,
-    train nothing and give no loss, but use up their pairs."""
+    """Return the loss and the gradient norm before clipping of each optimizer step, computed in ``dtype``.
+
+    Steps in ``skipped``, counted from 1, train nothing and give no loss, but use up their pairs.
+    """
     scheduler = DDIMScheduler.from_pretrained(run.model.path, subfolder="scheduler")
     betas = np.linspace(scheduler.config.beta_start**0.5, scheduler.config.beta_end**0.5, 1000) ** 2
     alpha_bar = np.cumprod(1 - betas)
@@ -40,7 +42,7 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
     if run.lora:
         import peft
 
-        # As diffusers' training scripts do it, from the run's seed.
+        # Add the adapters as diffusers' training scripts do, from the run's seed.
         torch.manual_seed(run.seed)
         policy.requires_grad_(False)
         policy.add_adapter(

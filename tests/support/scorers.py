@@ -1,4 +1,4 @@
-"""Scorers' models at reduced size, of the true architecture and with random weights, saved as the published ones are."""
+"""Save scorers' models as the published ones are saved. They have the true architecture, a reduced size and random weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def config(tokens: int, quick: bool) -> CLIPConfig:
 
 
 def save_clip(folder: Path, seed: int = 0, processor: bool = True, quick: bool = True) -> Path:
-    """A CLIPModel as safetensors, with its processor beside it if wanted."""
+    """Save a CLIPModel as safetensors, with its processor beside it if wanted."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = CLIPModel(config(len(tokenizer), quick))
-    # Far from initialisation, where all images look alike to it.
+    # Move away from the initialisation, at which all images look alike to the model.
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(8)
@@ -46,7 +46,7 @@ def save_clip(folder: Path, seed: int = 0, processor: bool = True, quick: bool =
 
 
 def save_aesthetic(folder: Path, version: int = 2) -> Path:
-    """The vision half of a CLIP with LAION's head, as published: under the names of ``AestheticsPredictorV2Linear``, or V1's."""
+    """Save the vision half of a CLIP with LAION's head, under the published names: ``AestheticsPredictorV2Linear``'s or V1's."""
     model = transformers.CLIPVisionModelWithProjection.from_pretrained(save_clip(folder / "clip"))
     sizes = [12, 1] if version == 1 else [12, 1024, 128, 64, 16, 1]
     names = ["predictor"] if version == 1 else [f"layers.{number}" for number in (0, 2, 4, 6, 7)]
@@ -67,7 +67,7 @@ def save_processor(folder: Path) -> Path:
 
 
 def save_hps(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Weights in one file, as HPS v2's are, and the folder of its tokenizer and architecture. Gives both."""
+    """Save weights in one file, as HPS v2's are, and a folder of its tokenizer and architecture. Return both."""
     model = open_clip(seed)
     processor = save_processor(folder / "processor")
     config(len(make_tokenizer()), quick=False).save_pretrained(processor)
@@ -140,7 +140,7 @@ class OpenClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def forward(self, pixels: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Cosine of image and text, (N,). ``ends``: where the end-of-text token stands in each row of ``tokens``."""
+        """Return the cosine of image and text, (N,). ``ends`` are the places of the end-of-text token in the rows of ``tokens``."""
         length = tokens.shape[1]
         mask = torch.full((length, length), -torch.inf, dtype=self.text_projection.dtype).triu(1)
         x = self.transformer(self.token_embedding(tokens) + self.positional_embedding[:length], mask)

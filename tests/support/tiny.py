@@ -1,4 +1,4 @@
-"""Shards of a few bytes a pair, through the real writer: for tests that damage or read them thousands of times."""
+"""Write shards of a few bytes a pair with the real writer, for tests that damage or read them thousands of times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SHAPE = (1, 2, 2)
 
 
 def write_tiny(folder: Path, counts=(3, 3, 2), prompts: int = 3, first: float = 0.0, shape=SHAPE, **settings) -> Path:
-    """Pair k has latents all ``first + k`` and prompt k mod ``prompts``; prompt j's embedding is all j."""
+    """Write a set of shards.
+
+    All latents of pair k are ``first + k``, and its prompt is k mod ``prompts``. All numbers of prompt j's embedding are j.
+    """
     settings = {**SETTINGS, **settings}
     folder.mkdir(parents=True, exist_ok=True)
     rows, number = [], 0
@@ -55,7 +58,7 @@ def pair(k: int, first: float, prompts: int, settings: dict, shape=SHAPE) -> Sam
 
 
 def as_format_2(folder: Path) -> Path:
-    """The same set as the version before wrote it: CRC32 of each run of bytes, no digest in the index."""
+    """Rewrite a set as the version before wrote it: with the CRC32 of each run of bytes, and without a digest in the index."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for row in [*manifest["shards"], *manifest["prompts"]["files"]]:
         tar, path = (folder / f"{row['name']}.tar").read_bytes(), folder / f"{row['name']}.json"
@@ -70,5 +73,5 @@ def as_format_2(folder: Path) -> Path:
 
 
 def sign(folder: Path, manifest: dict) -> None:
-    """Write a manifest as its author would have: with its digest, whatever it says."""
+    """Write a manifest as its author would: with its right digest, whatever the manifest says."""
     (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
