@@ -96,7 +96,7 @@ def _gather(value) -> list:
 
 
 def _report(ranks: DistributedEnv, name: str, finding: tuple[bool, str]) -> bool:
-    """Print one line for all ranks: what they have findings in common, or which hosts differ. Collective.
+    """Print one line for all ranks: the finding that they share, or the hosts whose findings differ. Collective.
 
     Return True if no rank failed.
     """
@@ -225,7 +225,7 @@ def _shards(run: RunConfig) -> str:
 
 def _precomputed(run: RunConfig, ranks: DistributedEnv) -> str:
     """Check the folder of ``reference.precomputed``. Only rank 0 reads and writes there."""
-    assert run.reference.precomputed is not None  # this is called only then
+    assert run.reference.precomputed is not None  # diagnose calls this only then
     folder = Path(run.reference.precomputed).absolute().parent
     if ranks.is_main:
         try:
@@ -256,7 +256,7 @@ def _existing(path: Path) -> Path:
 
 
 def _shared_folder(output: Path, ranks: DistributedEnv) -> tuple[bool, str]:
-    """Check that every rank can write into one folder and that rank 0 sees all the files, as a checkpoint needs it.
+    """Check that every rank can write into one folder, as a checkpoint needs it, and that rank 0 sees all the files.
 
     The folder and its parents are left as they were.
     """
@@ -294,7 +294,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _not_shown(paths: list[Path], text: str) -> list[Path]:
-    """Wait for files that other nodes wrote. Return those that do not hold ``text`` in the end."""
+    """Wait up to :data:`SHOWS_SECONDS` for files that other nodes wrote. Return the files that still do not hold ``text``."""
     deadline = time.monotonic() + SHOWS_SECONDS
     while (lost := [path for path in paths if not _holds(path, text)]) and time.monotonic() < deadline:
         time.sleep(0.2)

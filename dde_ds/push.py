@@ -1,6 +1,6 @@
 """``dde-ds push``: upload an export to a repository of the Hugging Face hub, with a complete model card.
 
-Nothing is uploaded unless this is called.
+Nothing goes to the hub unless this command is called.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def list_files(export: Path) -> dict[str, Path]:
 
 
 def printable_lines(text: str) -> str:
-    """Return several lines in which everything that could control a terminal is escaped."""
+    """Return a text of several lines, in which everything that could control a terminal is escaped."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -373,7 +373,7 @@ def _upload(card: ModelCard, files: dict[str, Path], repo: str, private: bool, b
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    logging.set_verbosity_error()  # its warnings of retries hold signed addresses
+    logging.set_verbosity_error()  # the library's warnings of retries hold signed addresses
     if not sys.stderr.isatty():
         disable_progress_bars()
     token = None

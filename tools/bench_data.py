@@ -161,7 +161,7 @@ class Sequential(Order):
 
 
 class Latents(PairDataset):
-    """Read what stock webdataset reads from the same tars: latents, time ids and the prompt's number, without embeddings or noise."""
+    """Read what stock webdataset reads from the same tars: latents, time ids and the prompt's number; no embeddings, no noise."""
 
     def pair(self, position: int) -> dict[str, torch.Tensor]:
         return self.shards.read(*self.order.locate(position))

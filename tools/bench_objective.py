@@ -37,9 +37,10 @@ from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
 BETA = 2000.0
-# Bytes of inputs that fit into no GPU's cache (50 MB on Hopper). Small inputs are copied until they reach it, up to so many times.
+# So many bytes of inputs fit into no GPU's cache (50 MB on Hopper). Smaller inputs are copied to reach them, at most so many times.
 UNCACHED, MOST_COPIES = 256e6, 64
-# How far two gradients may differ, in parts of a value, by the type of the predictions: its last bit may differ.
+# The tolerance between two gradients, by the type of the predictions, in which the last bit may differ. It is in parts of each
+# value; a thousandth of it, in parts of the largest value, is allowed too.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-3}
 LEAST_SECONDS = 1.0
 
@@ -249,9 +250,8 @@ def _one_rank(rank: int, folder: str, commits: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     objective = new_objective()
-    times = take_turns({"": objective.commit}, commits, "cpu")[
-        ""
-    ]  # no least time, because the ranks might not reach it in the same turn
+    # No least time is asked for, because the ranks might not reach it in the same turn.
+    times = take_turns({"": objective.commit}, commits, "cpu")[""]
     if rank == 0:
         (Path(folder) / "result").write_text(f"{statistics.median(times)} {objective.table._pending.nbytes}")
     end_process(0)

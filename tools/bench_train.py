@@ -178,7 +178,7 @@ class Split:
 
 
 PARTS = ("data", "reference", "forward", "backward", "step")
-"""In order: reading and noise; the reference's pass; the policy's pass and the loss; the gradients; optimizer, table, metrics and the rest."""
+"""Reading and noise; the reference's pass; the policy's pass and the loss; the gradients; optimizer, table, metrics and the rest."""
 Step = Callable[[Callable[[str], None]], None]
 """A training step. It calls its argument with the name of each part at the part's end."""
 

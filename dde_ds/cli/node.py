@@ -49,7 +49,7 @@ def node_of(args: argparse.Namespace) -> Node:
         for name, (variable, default, _) in OPTIONS.items()
     }
     if given["ranks"] in ("auto", "gpu"):
-        several = "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # counting takes seconds: skip it for one GPU
+        several = "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # counting takes seconds, and one GPU needs none
         given["ranks"] = str(visible_gpus() or 1) if several else "1"
     if given["port"] == "auto":
         given["port"] = str(free_port() if given["nodes"] == "1" else DEFAULT_PORT)

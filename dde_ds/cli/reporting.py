@@ -62,7 +62,8 @@ def report_errors(
 def _leave(error: UserError, rank: int, at_once: bool, options: Mapping[str, str] = MappingProxyType({})) -> int:
     reported = isinstance(error, OtherRankError)
     if rank and not isinstance(error, RankError) and not reported:
-        # Most likely all ranks met this error and rank 0 reports it. The launcher then ends this rank while it sleeps here.
+        # Most likely all ranks met this error and rank 0 reports it. The launcher then ends this rank while it sleeps here, or has
+        # already asked it to stop.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         reported = asked()

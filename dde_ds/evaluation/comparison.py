@@ -24,7 +24,10 @@ from dde_ds.warn import reason
 
 FORMAT = "dde_ds comparison 2"
 MOST_BYTES = 512 * 2**20
-"""The largest ``comparison.json`` that is read. A score takes some 20 bytes: 30,000 prompts of 8 images by 5 scorers and 10 models fit."""
+"""The largest ``comparison.json`` that is read.
+
+A score takes some 20 bytes, so the scores of 30,000 prompts of 8 images by 5 scorers and 10 models fit.
+"""
 SHAPE = {
     "base": str,
     "folders": (str,),

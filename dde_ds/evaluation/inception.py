@@ -75,7 +75,7 @@ def inception_score(features: Tensor, splits: int = SPLITS) -> tuple[float, floa
 
 
 def _resized(image: Image.Image) -> Tensor:
-    """Resize an image to (1,3,299,299) float32 in 0 … 255, bilinearly and as TensorFlow 1 did.
+    """Resize an image to (1,3,299,299) float32 in 0 … 255, bilinearly, as TensorFlow 1 did.
 
     Pixel i of n is taken from the place i·(old/n), without antialiasing.
     """

@@ -50,7 +50,7 @@ class ImageFolder:
         return self.folder / "images" / f"{prompt:05d}-{index:02d}.png"
 
     def items(self) -> Iterator[tuple[int, int]]:
-        """Return (prompt, image index) of every image that belongs into this folder."""
+        """Return (prompt, image index) of every image that belongs to this folder."""
         return ((prompt, index) for prompt in range(len(self.prompts)) for index in range(self.per_prompt))
 
     def is_whole(self, prompt: int, index: int) -> bool:

@@ -36,7 +36,10 @@ DIGITS = 12
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch TF32 off for convolutions. From Ampere on, cuDNN uses TF32 by default, which keeps only three digits of each factor."""
+    """Switch off TF32 in convolutions.
+
+    cuDNN uses TF32 by default from Ampere on, and TF32 keeps only three digits of each factor.
+    """
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -64,9 +67,8 @@ def score_folder(
     share = list(pictures.items())[ranks.rank :: ranks.world_size]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{ranks.rank:05d}.jsonl"
-    write_atomically(
-        path, b"".join(_row(image, score) for image, score in _read_rows(path))
-    )  # drops a last line that was cut short
+    # Written anew, the file loses a last line that was cut short.
+    write_atomically(path, b"".join(_row(image, score) for image, score in _read_rows(path)))
     with path.open("ab") as cache:
         waiting: list[tuple[str, str, Image.Image]] = []
         for number, (prompt, index) in enumerate(share, 1):

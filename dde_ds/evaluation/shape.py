@@ -1,4 +1,4 @@
-"""Check that JSON which anybody may have written has the shape that its reader expects.
+"""Check that JSON has the shape that its reader expects. Anybody may have written the JSON.
 
 After this check, the reader need not check at every step.
 """

@@ -69,10 +69,11 @@ def _side_by_side(data: dict[str, Any], folder: Path, model: str, count: int) ->
 
 
 def choose(gain: Tensor, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
-    """Choose up to ``count`` images each by the largest gains, by the largest losses, and at random.
+    """Choose images in three ways: those of the largest gains, those of the largest losses, and at random.
 
     Args:
-        gain: (prompts, images a prompt).
+        gain: the gain of each image, (prompts, images a prompt).
+        count: the most images of each way.
 
     Returns:
         Three lists of (prompt, image), each with at most one image of a prompt. The random images are drawn from all images with a

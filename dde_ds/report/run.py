@@ -131,20 +131,16 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
     from dde_ds.report.explain import profiles
 
     try:
-        run_objective = configured_objective(run.objective, load_scheduler_config(str(source)))
+        trained = configured_objective(run.objective, load_scheduler_config(str(source)))
     except UserError as error:
         return f'<p class="note">No credit profile: {escape(str(error))}</p>'
-    if not run_objective.needs_reference:
+    if not trained.needs_reference:
         return ""
-    others = (
-        [] if run_objective.name == "uniform" else [build_objective("uniform", run_objective.schedule, beta=run.objective.beta)]
-    )
-    timesteps = list(range(run_objective.schedule.num_train_timesteps))
+    others = [] if trained.name == "uniform" else [build_objective("uniform", trained.schedule, beta=run.objective.beta)]
+    timesteps = list(range(trained.schedule.num_train_timesteps))
     # A run also teaches a timestep more if it draws the timestep more often.
     lines = []
-    for objective, (name, profile) in zip(
-        [run_objective, *others], profiles([run_objective, *others], MARGIN).items(), strict=True
-    ):
+    for objective, (name, profile) in zip([trained, *others], profiles([trained, *others], MARGIN).items(), strict=True):
         credit = profile.credit * objective.timestep_probabilities
         lines.append(Line(name, timesteps, (credit / credit.max()).tolist()))
     return line_chart(
@@ -209,7 +205,7 @@ def _spread(items: list, count: int) -> list:
 
 
 def _read_config(path: Path) -> tuple[RunConfig | None, str, str]:
-    """Return the configuration, its text, and the problem if this version cannot read it; otherwise the problem is empty."""
+    """Return the configuration, its text, and the problem. The problem is empty unless this version cannot read the text."""
     if not path.is_file():
         return None, "", ""
     text = path.read_text(encoding="utf-8", errors="replace")

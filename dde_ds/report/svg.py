@@ -191,7 +191,7 @@ def _range(values: Sequence[float], pad: float = 0.05) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Return about so many round numbers between the two. They are 1, 2 or 5 times a power of ten apart."""
+    """Return round numbers from ``low`` to ``high``, roughly ``about`` of them, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)

@@ -20,7 +20,7 @@ def report(sources: Sequence[Path], output: Path | None = None, pictures: int = 
     Args:
         sources: run folders, folders of comparisons, or their ``comparison.json``.
         output: the path of the page. None takes ``report.html`` in the folder of the first source.
-        pictures: how many images of each model are shown: so many of the largest gains, of the largest losses, and at random.
+        pictures: how many images of each model are shown in each of three groups: largest gains, largest losses, and at random.
 
     Raises:
         UserError: a source is neither a run nor a comparison, a source cannot be read, or the page cannot be written.

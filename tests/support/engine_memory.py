@@ -1,4 +1,6 @@
-"""Print the bytes that real engines of a tiny UNet hold, as one rank of several. Gradients are counted before the step is made.
+"""Print the bytes that real engines hold, as one rank of several, for a tiny UNet and two micro-batches a step.
+
+Gradients are counted before the step is made.
 
 RANK=… WORLD_SIZE=… python -m tests.support.engine_memory CONFIG.json… > one JSON line a configuration
 """

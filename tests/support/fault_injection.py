@@ -35,7 +35,7 @@ class Leg:
     bad_weights: int | None = None
     """The step after which the float32 weights of all ranks are infinite, although its gradient was finite."""
     signal_in: tuple[str, int] | None = None
-    """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing, or the n-th evaluation of the held-out pairs."""
+    """("draw" or "errors", n): rank 1 gets a signal when it enters the n-th drawing or the n-th held-out evaluation."""
 
 
 def run_legs(config: Path, legs: Sequence[Leg], look_at: Callable[[Path], Any] | None = None, world: int = 2) -> list:
