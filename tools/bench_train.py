@@ -190,8 +190,8 @@ def names(args: argparse.Namespace) -> list[str]:
 def measure(args: argparse.Namespace) -> dict:
     """Measure the loops.
 
-    Return for each loop the seconds of its steps, the medians of their parts, the peak memory and the FLOPs of a pair; and for all
-    loops the machine, its peak FLOP/s and its threads.
+    Return for each loop the seconds of its steps, the medians of their parts, the peak memory and the FLOPs of a pair. Return also
+    the machine, its peak FLOP/s and its number of threads.
     """
     _, device = start()
     makers = {"ours": ours, "precomputed": partial(ours, precomputed=True), "plain": plain}

@@ -32,7 +32,7 @@ class Hub:
     messages: list[str] = field(default_factory=list)
     """The messages of the commits."""
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
-    """Gives, by method and path, a request's fault: a status, ``drop`` for a connection that breaks, or None for the usual answer."""
+    """Gives a request's fault by method and path: a status, ``drop`` for a broken connection, or None for the usual answer."""
 
     def count(self, method: str, pattern: str = "") -> int:
         return sum(used == method and re.search(pattern, path) is not None for used, path in self.requests)

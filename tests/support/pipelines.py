@@ -110,7 +110,7 @@ def save_sdxl(folder: Path, second_width: int = 16) -> Path:
 
 
 def save_sd2(folder: Path, prediction_type: str = "v_prediction") -> Path:
-    """Save a Stable Diffusion 2.x pipeline: open_clip's text encoder, linear projections, different numbers of heads in the blocks."""
+    """Save a Stable Diffusion 2.x pipeline: open_clip's text encoder, linear projections, another head count in each block."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     StableDiffusionPipeline(
