@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -59,6 +60,10 @@ T = TypeVar("T")
 
 class DamagedError(UserError):
     """The error for a checkpoint that is proved to differ from what was written."""
+
+
+class MisnamedError(UserError):
+    """A checkpoint of another step than its folder's name says: a copy, or renamed. That is no damage."""
 
 
 def save(
@@ -145,7 +150,8 @@ def read_state(checkpoint: Path) -> dict:
     """Read ``state.json`` of a checkpoint: ``step``, ``optimizer``, and the ``identity`` and ``config`` of the run.
 
     Raises:
-        DamagedError: the file is not what was written, or its step is not the one in the folder's name.
+        DamagedError: the file is not what was written.
+        MisnamedError: the checkpoint is of another step than the name of its folder says.
         UserError: the file could not be read.
     """
     try:
@@ -161,8 +167,23 @@ def read_state(checkpoint: Path) -> dict:
     if not whole:
         raise _damaged(checkpoint, f"{STATE} is no state of a run")
     if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != state["step"]:
-        raise _damaged(checkpoint, f"{STATE} is of step {state['step']}")
+        step = state["step"]
+        raise MisnamedError(
+            f"checkpoint {checkpoint}: {STATE} is of step {step}: it was renamed or copied; it stays, and a run does not go on from it: "
+            f"name it step-{step:08d} to have it back"
+        )
     return state
+
+
+def misnamed(checkpoint: Path) -> str | None:
+    """One line about a checkpoint that lies under another step's name, otherwise None. Whatever else is wrong is for :func:`damage` to say."""
+    try:
+        read_state(checkpoint)
+    except MisnamedError as error:
+        return str(error)
+    except UserError:
+        pass
+    return None
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -181,17 +202,17 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], on_damage: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint whose files are what was written, or None if there is none. Collective.
+    """Return the newest checkpoint whose files are what was written and whose folder names its own step, or None. Collective.
 
     Args:
         checkpoints: oldest first.
-        on_damage: takes one line about each newer, damaged checkpoint, on the first rank.
+        on_damage: takes one line about each newer, damaged or renamed checkpoint, on the first rank.
 
     Raises:
         UserError: a checkpoint could not be read, so it may or may not be the newest whole one. Raised on all ranks.
     """
     for checkpoint in reversed(checkpoints):
-        problem = first_does(lambda checkpoint=checkpoint: damage(checkpoint))
+        problem = first_does(lambda checkpoint=checkpoint: misnamed(checkpoint) or damage(checkpoint))
         if problem is None:
             return checkpoint
         if dist.get_rank() == 0:
@@ -377,7 +398,7 @@ def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Pat
     weights = sum(training_state.full_shape(parameter).numel() for _, parameter in training_state.trained(policy))
     need = 4 * weights * (1 + len(training_state.moments(policy)))
     try:
-        if target not in damaged and _is_finished(target):
+        if target not in damaged and _is_finished(target) and not _set_aside_misnamed(target):
             return RankError(
                 f"checkpoint {target}: is there already, and not of this run: does another one write here? Move it away, or go on "
                 "from it with --resume"
@@ -396,6 +417,17 @@ def _make_room(staging: Path, target: Path, policy: Any, damaged: Collection[Pat
             "with --resume; lower checkpoint.keep where space is short"
         )
     return None
+
+
+def _set_aside_misnamed(target: Path) -> bool:
+    """Give a checkpoint of another step a name that is no step's, where it lies under that of ``target``. Return whether it did."""
+    if not misnamed(target):
+        return False
+    names = (target.with_name(f"{target.name}.renamed-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    target.rename(aside)
+    warn_once(f"checkpoint {target}: is of another step, and this run writes its own there: the other one is kept as {aside.name}")
+    return True
 
 
 def _write_parts(staging: Path, policy: Any) -> list[dict]:
@@ -448,7 +480,7 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None, dama
     A checkpoint that cannot be deleted costs room, but is no reason to end a run: it is a warning.
     """
     try:
-        finished = list_checkpoints(folder)
+        finished = [path for path in list_checkpoints(folder) if not misnamed(path)]  # these stay, and take nobody's place
     except UserError as error:
         warn_once(f"old checkpoints are not deleted: {error}")
         return

@@ -43,7 +43,7 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
     objective = build_run_objective(load_config(folder / "config.yaml"))
-    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    checkpoints = [path for path in checkpoint.list_checkpoints(folder / "checkpoints") if not checkpoint.misnamed(path)]
     if not checkpoints:
         raise UserError(f"run {folder}: no checkpoint there yet; explain the run after its first one")
     if not objective.needs_reference:

@@ -41,8 +41,8 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict
         say: takes one line for the user.
 
     Raises:
-        UserError: there is no checkpoint to resume; every checkpoint is damaged; one could not be read; or the newest whole
-            one belongs to another run.
+        UserError: there is no checkpoint to resume; every checkpoint is damaged or renamed; one could not be read; or the newest
+            whole one belongs to another run.
     """
     folder = Path(run.output)
     if resume is None:
@@ -52,14 +52,16 @@ def choose_checkpoint(run: RunConfig, shards: ShardSet | MixedShards, base: dict
         if resume == "required":
             raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
         return Origin()
+    renamed = first_does(lambda: [path for path in checkpoints if checkpoint.misnamed(path)])
     chosen = checkpoint.newest_whole(checkpoints, say)
     if chosen is None:
         raise UserError(
-            f"output {run.output}: all {len(checkpoints)} checkpoints are damaged; restore one from a copy, or delete the folder to start anew"
+            f"output {run.output}: all {len(checkpoints)} checkpoints are damaged{' or renamed' * bool(renamed)}; restore one from a copy, "
+            "or delete the folder to start anew"
         )
     state = first_does(lambda: checkpoint.read_state(chosen))
     require_same_run(run, shards, base, chosen, state)
-    return Origin(chosen, state, tuple(checkpoints[checkpoints.index(chosen) + 1 :]))
+    return Origin(chosen, state, tuple(path for path in checkpoints[checkpoints.index(chosen) + 1 :] if path not in renamed))
 
 
 def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str], resume: bool) -> None:
@@ -72,7 +74,7 @@ def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str,
     """
     folder = Path(run.output)
     require_usable(folder, "required" if resume else None)
-    checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+    checkpoints = [path for path in checkpoint.list_checkpoints(folder / "checkpoints") if not checkpoint.misnamed(path)]
     if resume and not checkpoints:
         raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
     if resume:

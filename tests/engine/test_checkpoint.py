@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.cli import main
 from dde_ds.engine import checkpoint, state
 from dde_ds.engine.ema import update_ema
+from dde_ds.training import resume
 from tests.support.launching import spawn
 
 pytestmark = pytest.mark.slow
@@ -205,9 +208,11 @@ def rewrite_state(newest, text):
     list_anew(newest)
 
 
-def relabel(newest):
-    state = json.loads((newest / checkpoint.STATE).read_text())
-    rewrite_state(newest, json.dumps(state | {"step": 7}))
+def rename(folder, step):
+    """Make a whole checkpoint one of another step."""
+    target = folder.rename(folder.with_name(f"step-{step:08d}"))
+    rewrite_state(target, json.dumps(json.loads((target / checkpoint.STATE).read_text()) | {"step": step}))
+    return target
 
 
 def no_tensors(newest):
@@ -234,7 +239,6 @@ HARMS = {
     "brackets in the state": (lambda newest: rewrite_state(newest, "[" * 100_000), "state.json: nested deeper than"),
     "list as state": (lambda newest: rewrite_state(newest, "[]"), "state.json: "),
     "words as steps": (lambda newest: rewrite_state(newest, '{"step": "2", "optimizer": {"steps": 1, "moments": []}}'), "no state"),
-    "other step": (relabel, "state.json is of step 7"),
 }
 
 
@@ -343,9 +347,9 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(two):
 def test_a_damaged_checkpoint_is_not_exported(two, tmp_path, capfd):
     """The newest, beside a copy of it that is none."""
     shutil.copytree(two / "step-00000002", two / "step-00000002.bak")
-    relabel(two / "step-00000002")
+    rewrite_state(two / "step-00000002", "{}")
     assert main(["export", str(tmp_path), "--output", str(tmp_path / "exported")]) == 1
-    error = f"error: checkpoint {two}/step-00000002: damaged: state.json is of step 7; export an older one\n"
+    error = f"error: checkpoint {two}/step-00000002: damaged: state.json: 'optimizer'; export an older one\n"
     assert capfd.readouterr().err == error
     assert not (tmp_path / "exported").exists()
 
@@ -425,14 +429,14 @@ def test_files_are_on_the_disk_before_they_are_listed(tmp_path, alone, monkeypat
 
 def test_a_damaged_later_checkpoint_takes_no_place(two, alone):
     """The newest is damaged, the run goes on from the one before and stops early: what it saves must be what stays."""
-    shutil.move(two / "step-00000002", two / "step-00000004")
-    damaged = [two / "step-00000004"]
+    damaged = [rename(two / "step-00000002", 4)]
+    flip(*damaged)
     checkpoint.save(two, *alone, {"step": 2}, keep=1, damaged=damaged)
     assert [path.name for path in two.iterdir()] == ["step-00000002"]
 
 
 def test_a_later_checkpoint_that_nobody_proved_damaged_stays(two, alone, capfd):
-    shutil.move(two / "step-00000002", two / "step-00000009")
+    rename(two / "step-00000002", 9)
     for step in (3, 4):
         checkpoint.save(two, *alone, {"step": step}, keep=1)
         assert sorted(path.name for path in two.iterdir()) == [f"step-0000000{step}", "step-00000009"]
@@ -441,6 +445,32 @@ def test_a_later_checkpoint_that_nobody_proved_damaged_stays(two, alone, capfd):
         line
         == f"warning: checkpoint {two}/step-00000009 is later than what this run saves, and not of it: it stays, and --resume would go on from it"
     )
+
+
+def test_a_renamed_checkpoint_is_no_damaged_one(two, alone, capfd):
+    """A whole copy under a later step's name: not gone on from, never deleted, and out of the way when the run comes to that step."""
+    copy, said = two / "step-00000004", []
+    shutil.copytree(two / "step-00000002", copy)
+    run = SimpleNamespace(output=str(two.parent), steps=9)
+    with patch.object(resume, "require_same_run"):
+        origin = resume.choose_checkpoint(run, None, {}, "required", said.append)
+    assert (origin.checkpoint, origin.damaged) == (two / "step-00000002", ())
+    assert said == [
+        f"checkpoint {copy}: state.json is of step 2: it was renamed or copied; it stays, and a run does not go on from it: "
+        "name it step-00000002 to have it back"
+    ]
+    for step in (3, 4, 5):
+        checkpoint.save(two, *alone, {"step": step}, keep=1, damaged=origin.damaged)
+        aside = ["step-00000004"] if step == 3 else ["step-00000004.renamed-1"]
+        assert sorted(path.name for path in two.iterdir()) == sorted([f"step-0000000{step}", *aside])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: checkpoint {copy}: is of another step, and this run writes its own there: ")
+    (two / "step-00000004.renamed-1").rename(two / "step-00000002")
+    assert checkpoint.damage(two / "step-00000002") is None
+    (two / "step-00000002").rename(copy)
+    shutil.rmtree(two / "step-00000005")
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged or renamed; restore one"):
+        resume.choose_checkpoint(run, None, {}, "required", said.append)
 
 
 def test_one_of_the_same_step_is_replaced_only_if_it_was_proved_damaged(two, alone):
