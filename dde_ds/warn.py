@@ -23,4 +23,6 @@ def warn_once(message: str) -> None:
 
 def reason(error: Exception) -> str:
     """Return what an error says, in one line and without the name of its file."""
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"there is no {error}"
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dde_ds.errors import UserError
+from dde_ds.shape import COUNT, NUMBER, require_shape
 from dde_ds.text import verbatim
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ DESCRIPTION = """Say what shards hold, and show some of their pairs.
 
 The sheet decodes pairs from their latents, as training sees them: winner, loser, caption. ``.html`` or ``.png``.
 """
+
+# What the table needs of a manifest, beside what reading does.
+SHOWN = {
+    "settings": {
+        **dict.fromkeys(("empty_prompt", "model", "vae_dtype", "text_dtype"), object),
+        **{"scaling_factor": NUMBER, "resolution": COUNT, "min_side": COUNT, "input": [{"rows": COUNT}]},
+    },
+    "rows": (COUNT,),
+    "noted": (COUNT,),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -50,10 +61,10 @@ def inspect_shards(args: argparse.Namespace) -> None:
         raise UserError(f"--pairs {args.pairs}: must be 1 or more")
     shards = ShardSet(args.folder, key="folder")
     try:
-        table = summary(shards.manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a manifest fit for training may lack these
-        raise UserError(f"{args.folder}: manifest.json does not say what is shown here: {type(error).__name__} {error}") from None
-    Console().print(table)
+        require_shape({"noted": {}} | shards.manifest, SHOWN)  # earlier versions noted nothing
+    except ValueError as error:  # training does not need what is shown here
+        raise UserError(f"{args.folder}: manifest.json does not say what is shown here: {error}") from None
+    Console().print(summary(shards.manifest))
     if args.sheet:
         pairs = decode(shards, args.pairs, args.model or str(shards.manifest["settings"]["model"]), args.revision, args.device)
         write_sheet(args.sheet, pairs)

@@ -16,6 +16,7 @@ import torch
 from dde_ds.data.storage import WHOLE_BYTES
 from dde_ds.errors import UserError
 from dde_ds.models.family import LAYOUTS
+from dde_ds.shape import COUNT, require_shape
 from dde_ds.untrusted import parse_json
 
 FORMAT = "dde_ds shards 3"
@@ -48,6 +49,16 @@ MEMBER_BYTES = 2**16
 They are the headers of its two members, the padding of their last blocks, and the header of safetensors.
 """
 LARGEST_SAMPLE = TENSOR_BYTES + DESCRIPTION_BYTES + MEMBER_BYTES
+
+
+_FILE = {"name": str, "samples": COUNT, "bytes": COUNT, "sha256": str, "index": {"bytes": COUNT, "sha256": str}}
+SHAPE = {
+    "settings": {"family": str, "latents": str, "flip": bool},
+    "latents": {"shape": [COUNT], "dtype": str, "scaled": bool},
+    "prompts": {"tensors": ([COUNT],), "distinct": COUNT, "files": [_FILE]},
+    "samples": COUNT,
+    "shards": [_FILE],
+}
 
 
 def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -122,9 +133,10 @@ def read_manifest(data: bytes, where: str) -> dict:
     if manifest.get("digest") != manifest_digest(manifest):
         raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
     try:
+        require_shape(manifest, SHAPE)
         problem = _problem_of(manifest)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__} {error}"
+    except ValueError as error:  # another shape
+        problem = str(error)
     if problem:
         raise UserError(f"{where}: {problem}")
     return manifest
@@ -135,8 +147,8 @@ def _problem_of(manifest: dict) -> str | None:
     settings, latents, prompts = manifest["settings"], manifest["latents"], manifest["prompts"]
     if settings["family"] not in LAYOUTS:
         return f"settings.family is {settings['family']!r}, expected {' or '.join(map(repr, LAYOUTS))}"
-    if settings["latents"] not in ("mean", "sample", "mean+logvar") or not isinstance(settings["flip"], bool):
-        return f"settings.latents is {settings['latents']!r} and settings.flip {settings['flip']!r}"
+    if settings["latents"] not in ("mean", "sample", "mean+logvar"):
+        return f"settings.latents is {settings['latents']!r}, expected 'mean', 'sample' or 'mean+logvar'"
     if (
         not _is_shape(latents["shape"])
         or len(latents["shape"]) != 3
@@ -155,28 +167,21 @@ def _problem_of(manifest: dict) -> str | None:
     for file in [*manifest["shards"], *prompts["files"]]:
         if not NAMES.fullmatch(file["name"]):
             return f"a shard is called {file['name']!r}: expected digits only"
-        counts = (file["samples"], file["bytes"], file["index"]["bytes"])
-        if not all(type(count) is int and 0 <= count < 1 << 53 for count in counts):
-            return f"shard {file['name']} has counts {counts!r}"
         if file["samples"] > MOST_SAMPLES or file["index"]["bytes"] > INDEX_BYTES:
             return (
                 f"shard {file['name']} has {file['samples']} samples and an index of {file['index']['bytes']} bytes: "
                 f"at most {MOST_SAMPLES} and {INDEX_BYTES} are read"
             )
-        if not all(isinstance(digest, str) and len(digest) == 64 for digest in (file["sha256"], file["index"]["sha256"])):
+        if not all(len(digest) == 64 for digest in (file["sha256"], file["index"]["sha256"])):
             return f"shard {file['name']} has no sha256"
-    if type(manifest["samples"]) is not int or not 0 < manifest["samples"] == sum(file["samples"] for file in manifest["shards"]):
+    if not 0 < manifest["samples"] == sum(file["samples"] for file in manifest["shards"]):
         return f"samples is {manifest['samples']!r}, not the sum of its shards"
     files = [file["name"] for file in [*manifest["shards"], *prompts["files"]]]
     if len(set(files)) < len(files):
         return "two shards have the same name"
     distinct, last = prompts["distinct"], len(prompts["files"]) - 1
     per_file = [PROMPTS_PER_FILE] * last + [distinct - PROMPTS_PER_FILE * last]
-    if (
-        type(distinct) is not int
-        or [file["samples"] for file in prompts["files"]] != per_file
-        or not 0 < per_file[-1] <= PROMPTS_PER_FILE
-    ):
+    if [file["samples"] for file in prompts["files"]] != per_file or not 0 < per_file[-1] <= PROMPTS_PER_FILE:
         return f"prompts.distinct is {distinct!r}, not {PROMPTS_PER_FILE} in each prompts file but the last"
     return None
 

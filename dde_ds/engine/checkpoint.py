@@ -42,11 +42,14 @@ from dde_ds.engine import state as training_state
 from dde_ds.errors import OtherRankError, RankError, UserError
 from dde_ds.files import discard, empty_trash, publish, save_tensors, sha256_of, sha256_of_open, sync
 from dde_ds.objective.objective import Objective
+from dde_ds.shape import COUNT, require_shape
 from dde_ds.untrusted import JSON_BYTES, open_regular, parse_json
 from dde_ds.warn import reason, warn_once
 
 STATE, TABLE, MANIFEST = "state.json", "objective.safetensors", "manifest.json"
 FORMAT = "dde_ds checkpoint 1"
+FILES = {"files": [{"name": str, "bytes": COUNT, "sha256": str}]}
+STATE_OF_A_RUN = {"step": COUNT, "optimizer": {"steps": COUNT, "moments": [str]}, "identity": {}, "config": {}}
 # Bytes that a rank collects in memory before it writes a file.
 PART_BYTES = 2 * 2**30
 # A name with more text after the number is somebody's copy or mark, and no checkpoint of the run.
@@ -155,17 +158,14 @@ def read_state(checkpoint: Path) -> dict:
         UserError: the file could not be read.
     """
     try:
-        state = {"identity": {}, "config": {}} | parse_json(_contents(checkpoint, STATE))
-        optimizer = state["optimizer"]
-        whole = all(type(count) is int and count >= 0 for count in (state["step"], optimizer["steps"]))
-        whole &= all(isinstance(kind, str) for kind in optimizer["moments"])
-        whole &= all(isinstance(state[key], dict) for key in ("identity", "config"))
+        found = parse_json(_contents(checkpoint, STATE))
+        require_shape(found, {})
+        state = {"identity": {}, "config": {}} | found
+        require_shape(state, STATE_OF_A_RUN)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(checkpoint, f"{STATE}: {reason(error)}") from None
-    if not whole:
-        raise _damaged(checkpoint, f"{STATE} is no state of a run")
+    except ValueError as error:
+        raise _damaged(checkpoint, f"{STATE}: {error}") from None
     if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != state["step"]:
         step = state["step"]
         raise MisnamedError(
@@ -277,7 +277,7 @@ def _set_table(checkpoint: Path, objective: Objective, table: dict[str, Tensor])
     try:
         objective.load_state_dict(table)
     except KeyError as error:
-        raise _damaged(checkpoint, f"{TABLE} has no {error}") from None
+        raise _damaged(checkpoint, f"{TABLE}: {reason(error)}") from None
 
 
 def _read_table(checkpoint: Path) -> dict[str, Tensor]:
@@ -348,22 +348,25 @@ def _manifest(checkpoint: Path) -> dict[str, dict]:
     data = _read(checkpoint, MANIFEST, lambda file: file.read(JSON_BYTES + 1))
     try:
         manifest = parse_json(data)
-        form, rows = manifest["format"], manifest["files"]
-        names = [row["name"] for row in rows]
-        whole = all(type(row["bytes"]) is int and isinstance(row["sha256"], str) for row in rows)
-        unexpected = [name for name in names if name not in (TABLE, STATE) and not _WEIGHTS.fullmatch(name)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(checkpoint, f"{MANIFEST}: {reason(error)}") from None
-    if form != FORMAT:
-        if isinstance(form, str) and re.fullmatch(r"dde_ds checkpoint [0-9]+", form):
+        require_shape(manifest, {"format": str})
+        form = manifest["format"]
+        if form != FORMAT and re.fullmatch(r"dde_ds checkpoint [0-9]+", form):
             raise UserError(
                 f"checkpoint {checkpoint}: {MANIFEST} says {form!r}, this version reads {FORMAT!r}: use the version that wrote it"
             )
-        raise _damaged(checkpoint, f"{MANIFEST} says {form!r}, expected {FORMAT!r}")
-    if unexpected:
+        if form != FORMAT:
+            raise _damaged(checkpoint, f"{MANIFEST} says {form!r}, expected {FORMAT!r}")
+        require_shape(manifest, FILES)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise _damaged(checkpoint, f"{MANIFEST}: {error}") from None
+    rows = manifest["files"]
+    names = [row["name"] for row in rows]
+    if unexpected := [name for name in names if name not in (TABLE, STATE) and not _WEIGHTS.fullmatch(name)]:
         raise _damaged(checkpoint, f"{MANIFEST} names {unexpected[0]!r}, which is no file of a checkpoint")
-    if not whole or len(set(names)) < len(names):
-        raise _damaged(checkpoint, f"{MANIFEST} is no list of files")
+    if len(set(names)) < len(names):
+        raise _damaged(checkpoint, f"{MANIFEST} names a file twice")
     if missing := [name for name in (TABLE, STATE) if name not in names] or (len(names) < 3 and ["state-*.safetensors"]):
         raise _damaged(checkpoint, f"{MANIFEST} does not name {missing[0]}")
     return {row["name"]: row for row in rows}

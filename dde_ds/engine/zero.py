@@ -15,6 +15,7 @@ from dde_ds.engine import accepted, adamw8bit
 from dde_ds.engine.reference import NO_TIMER, reference_config, resolve_placement
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import is_selective
+from dde_ds.shape import described
 from dde_ds.shipped import deepspeed_file, deepspeed_names
 from dde_ds.untrusted import read_json
 from dde_ds.warn import reason
@@ -250,9 +251,7 @@ def read_config(config: dict | str | Path) -> dict:
 def _check_sections(config: Any, where: str) -> None:
     """Refuse sections that are no objects. DeepSpeed takes some of them as a bare value, and answers others with a traceback."""
     if not isinstance(config, dict):
-        raise UserError(
-            f'{where}: is a {type(config).__name__}: must be an object, such as {{"zero_optimization": {{"stage": 2}}}}'
-        )
+        raise UserError(f'{where}: is {described(config)}: must be an object, such as {{"zero_optimization": {{"stage": 2}}}}')
     for dotted, example in SECTIONS.items():
         value = config
         for key in dotted.split("."):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dde_ds.errors import UserError
 from dde_ds.files import sha256_of
+from dde_ds.warn import reason
 
 CONFIG = ("config.json",)
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -78,7 +79,7 @@ def load_clip(folder: Path, key: str) -> Any:
     try:
         return CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key} {folder}: no CLIP model: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{key} {folder}: no CLIP model: {reason(error)[:300]}") from None
 
 
 def load_processors(folder: Path, key: str) -> tuple[Any, Any]:
@@ -91,7 +92,7 @@ def load_processors(folder: Path, key: str) -> tuple[Any, Any]:
     try:
         return CLIPTokenizer.from_pretrained(folder), load_image_processor(folder, key)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{key} {folder}: no CLIP processor: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{key} {folder}: no CLIP processor: {_words(error)}") from None
 
 
 def load_image_processor(folder: Path, key: str) -> Any:
@@ -103,7 +104,12 @@ def load_image_processor(folder: Path, key: str) -> Any:
     try:
         return kind.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{key} {folder}: no CLIP processor: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{key} {folder}: no CLIP processor: {_words(error)}") from None
+
+
+def _words(error: Exception) -> str:
+    wrong = "a value in it is of the wrong type: " if isinstance(error, TypeError) else ""  # Python's own words say what, not where
+    return wrong + reason(error)[:300]
 
 
 def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
@@ -132,9 +138,7 @@ def load_aesthetic(folder: Path, key: str) -> tuple[Any, torch.nn.Sequential]:
             layers.append(torch.nn.Linear(*tensors["weight"].T.shape))
             layers[-1].load_state_dict(tensors)
     except (RuntimeError, KeyError, OSError) as error:
-        raise UserError(
-            f"{key} {folder}: does not hold the weights of its config.json: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise UserError(f"{key} {folder}: does not hold the weights of its config.json: {reason(error)[:300]}") from None
     return model.requires_grad_(False), torch.nn.Sequential(*layers).requires_grad_(False)
 
 
@@ -154,7 +158,7 @@ def load_open_clip(weights: Path, config_folder: Path, key: str) -> Any:
         model.load_state_dict(_renamed(read_weights(weights, key)))
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"{key} {weights}: does not hold the weights of {config_folder}/config.json: {' '.join(str(error).split())[:300]}"
+            f"{key} {weights}: does not hold the weights of {config_folder}/config.json: {reason(error)[:300]}"
         ) from None
     return model
 

@@ -16,8 +16,8 @@ from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, wi
 from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.pictures import ImageFolder, open_pictures, require_whole
 from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
-from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import write_atomically
+from dde_ds.shape import COUNT, NUMBER, require_shape
 from dde_ds.text import verbatim
 from dde_ds.untrusted import read_json
 from dde_ds.warn import reason
@@ -48,7 +48,7 @@ SHAPE = {
     "prompts": [str],
     "scores": (([[NUMBER]],),),
 }
-"""The shape of ``comparison.json``, for :func:`dde_ds.evaluation.shape.require_shape`."""
+"""The shape of ``comparison.json``, for :func:`dde_ds.shape.require_shape`."""
 # Two images are a pair only if these settings agree. If other settings differ (steps, guidance, …), a note says so.
 PAIRED = ("images_per_prompt", "seed", "resolution")
 # With fewer prompts than this, the intervals are too wide for the differences that alignment makes.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dde_ds.errors import UserError
 from dde_ds.evaluation import clip_loading as files
+from dde_ds.warn import reason
 
 NAME = "inception"
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -53,9 +54,7 @@ class InceptionScorer:
         try:  # checks names and shapes alone, so that a later error of the GPU is not blamed on the file
             _inception(torch.empty(1, 3, SIDE, SIDE, device="meta"), {name: value.to("meta") for name, value in weights.items()})
         except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{self._key} {self._file}: not the weights of {SOURCE}: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise UserError(f"{self._key} {self._file}: not the weights of {SOURCE}: {reason(error)[:200]}") from None
         return {name: value.to(self._device) for name, value in weights.items()}
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from dde_ds.errors import UserError
-from dde_ds.evaluation.shape import COUNT, require_shape
 from dde_ds.files import write_atomically
+from dde_ds.shape import COUNT, require_shape
 from dde_ds.untrusted import open_regular, read_json
 from dde_ds.warn import reason
 

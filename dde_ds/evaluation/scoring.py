@@ -26,8 +26,8 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.evaluation.inception import SPLITS, InceptionScorer, inception_score
 from dde_ds.evaluation.pictures import ImageFolder
 from dde_ds.evaluation.scorers import Scorer
-from dde_ds.evaluation.shape import COUNT, NUMBER, require_shape
 from dde_ds.files import sha256_of, write_atomically
+from dde_ds.shape import COUNT, NUMBER, require_shape
 from dde_ds.untrusted import parse_json, read_json, read_regular
 from dde_ds.warn import reason
 

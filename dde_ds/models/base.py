@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dde_ds.errors import UserError
 from dde_ds.models.family import OPTIONAL, PARTS, PIPELINES, TRAINED_AND_DRAWN, Family, conversion_of, find_family
+from dde_ds.shape import described
 from dde_ds.untrusted import read_json
 
 DIFFUSERS = "diffusion_pytorch_model"
@@ -199,7 +200,7 @@ def read_object(path: str, name: str, revision: str | None = None) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {path}: {name} is not readable: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"model.path {path}: {name} holds a {type(value).__name__}, expected an object")
+        raise UserError(f"model.path {path}: {name} holds {described(value)}, expected an object")
     return value
 
 
@@ -215,7 +216,10 @@ def unloadable(path: str, part: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"model.path {path}: {part} not loadable: {type(error).__name__}: {one_line(error)}") from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, TypeError | AttributeError | LookupError):  # Python's words are no help to whoever wrote the file
+            why = f"a value in its configuration is missing or of the wrong type ({why})"
+        raise UserError(f"model.path {path}: {part} not loadable: {why}") from error
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.unet import unet_digest
 from dde_ds.objective.objective import Objective
+from dde_ds.shape import require_shape
 from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
 from dde_ds.warn import reason
@@ -174,11 +175,15 @@ def read_precomputed(path: Path, expected: dict) -> Tensor:
             metadata, errors = file.metadata() or {}, file.get_tensor("errors")
         if metadata.get("format") != FORMAT:
             raise UserError(f"reference.precomputed {path}: format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+        require_shape(metadata, {"identity": str, "sha256": str}, "metadata")
         stored = parse_json(metadata["identity"])
-        shaped = errors.dtype == torch.float32 and errors.ndim == 2 and errors.shape[1] == 2 and isinstance(stored, dict)
+        require_shape(stored, {}, "identity")
+        shaped = errors.dtype == torch.float32 and errors.ndim == 2 and errors.shape[1] == 2
         if not shaped or metadata["sha256"] != _digest_of(errors):
             raise ValueError("it is not what was written")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"reference.precomputed {path}: damaged, or no precomputed reference: {' '.join(str(error).split())}; delete it to make it again"
         ) from None

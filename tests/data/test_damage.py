@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -23,6 +24,7 @@ import safetensors.torch
 import torch
 
 from dde_ds import UserError
+from dde_ds.cli import main
 from dde_ds.data.manifest import manifest_digest
 from dde_ds.data.order import Order
 from dde_ds.data.pair_rng import PairRng
@@ -110,6 +112,46 @@ def leaves(value, path=()):
 HOSTILE = (None, -1, 0, 1.5, 2**70, True, "", "../../etc/passwd", "pipe:touch x", [], [[]], {}, "00001", float("nan"), "\udc80")
 
 
+PYTHONS_WORDS = re.compile(
+    "NoneType|TypeError|KeyError|ValueError|object is not|has no attribute|indices must|unhashable|not supported"
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("shards",), None, "shards is null, expected a list"),
+        (("shards", 1), [], "shards[1] is a list, expected an object"),
+        (("shards", 1, "bytes"), "7", "shards[1].bytes is '7', expected a whole number from 0"),
+        (("shards", 0, "index"), None, "shards[0].index is null, expected an object"),
+        (("prompts", "files"), {}, "prompts.files is an object, expected a list"),
+        (("prompts", "tensors", "prompt_embeds"), None, "prompts.tensors['prompt_embeds'] is null, expected a list"),
+        (("settings", "flip"), 1, "settings.flip is 1, expected true or false"),
+        (("latents", "shape"), "1x2x2", "latents.shape is '1x2x2', expected a list"),
+    ],
+)
+def test_a_wrong_type_is_said_in_plain_words(tmp_path, place, value, said):
+    folder = write_tiny(tmp_path / "shards")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    inner = manifest
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    write_manifest(folder, manifest)
+    with pytest.raises(UserError) as caught:
+        ShardSet(folder)
+    assert str(caught.value) == f"{folder}/manifest.json: {said}"
+
+
+def test_what_is_shown_of_a_manifest_is_checked_too(tmp_path, capsys):
+    folder = write_tiny(tmp_path / "shards")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    write_manifest(folder, manifest | {"rows": {"decided": "many"}})
+    assert main(["inspect", str(folder)]) == 1
+    said = "manifest.json does not say what is shown here: rows['decided'] is 'many', expected a whole number from 0"
+    assert capsys.readouterr().err == f"error: {folder}: {said}\n"
+
+
 def test_hostile_manifests_and_indexes(tmp_path):
     """Whatever a document with the right digests says, the answer is one line; and no name leads out of the folder."""
     folder = write_tiny(tmp_path / "shards", COUNTS)
@@ -139,6 +181,7 @@ def test_hostile_manifests_and_indexes(tmp_path):
                 except UserError as error:
                     refused += 1
                     assert "root:" not in str(error)
+                    assert not PYTHONS_WORDS.search(str(error)), error
         write_manifest(folder, original)
         (folder / "00001.json").write_bytes(json.dumps(index).encode() + b"\n")
     assert refused > 300

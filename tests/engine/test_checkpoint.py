@@ -230,15 +230,21 @@ HARMS = {
     "brackets": (lambda newest: (newest / checkpoint.MANIFEST).write_text("[" * 100_000), "manifest.json: nested deeper than"),
     "no files": (lambda newest: list_anew(newest, files=[]), "manifest.json does not name objective.safetensors"),
     "no weights": (without_weights, "manifest.json does not name state-*.safetensors"),
-    "files are none": (lambda newest: list_anew(newest, files=None), "manifest.json: "),
-    "file without a name": (lambda newest: list_anew(newest, files=[{"bytes": 3}]), "manifest.json: 'name'"),
+    "files are none": (lambda newest: list_anew(newest, files=None), "manifest.json: files is null, expected a list"),
+    "file without a name": (
+        lambda newest: list_anew(newest, files=[{"bytes": 3}]),
+        "manifest.json: files[0] is an object, expected an object with 'name'",
+    ),
     "outside": (list_outside, "manifest.json names '../x', which is no file of a checkpoint"),
-    "no format": (lambda newest: list_anew(newest, format=["dde_ds"]), "manifest.json says ['dde_ds'], expected"),
+    "no format": (lambda newest: list_anew(newest, format=["dde_ds"]), "manifest.json: format is a list, expected text"),
     "tensor twice": (tensor_twice, "is in two files"),
     "no tensors": (no_tensors, "state-00000-000.safetensors: "),
     "brackets in the state": (lambda newest: rewrite_state(newest, "[" * 100_000), "state.json: nested deeper than"),
-    "list as state": (lambda newest: rewrite_state(newest, "[]"), "state.json: "),
-    "words as steps": (lambda newest: rewrite_state(newest, '{"step": "2", "optimizer": {"steps": 1, "moments": []}}'), "no state"),
+    "list as state": (lambda newest: rewrite_state(newest, "[]"), "state.json: it is a list, expected an object"),
+    "words as steps": (
+        lambda newest: rewrite_state(newest, '{"step": "2", "optimizer": {"steps": 1, "moments": []}}'),
+        "state.json: step is '2', expected a whole",
+    ),
 }
 
 
@@ -349,7 +355,7 @@ def test_a_damaged_checkpoint_is_not_exported(two, tmp_path, capfd):
     shutil.copytree(two / "step-00000002", two / "step-00000002.bak")
     rewrite_state(two / "step-00000002", "{}")
     assert main(["export", str(tmp_path), "--output", str(tmp_path / "exported")]) == 1
-    error = f"error: checkpoint {two}/step-00000002: damaged: state.json: 'optimizer'; export an older one\n"
+    error = f"error: checkpoint {two}/step-00000002: damaged: state.json: it is an object, expected an object with 'step'; export an older one\n"
     assert capfd.readouterr().err == error
     assert not (tmp_path / "exported").exists()
 

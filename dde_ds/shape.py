@@ -17,7 +17,7 @@ def require_shape(value: Any, shape: Any, where: str = "") -> None:
     """Refuse a value that does not have the shape.
 
     Args:
-        shape: one of these. ``str``, :data:`NUMBER` and :data:`COUNT` are for single values, and ``object`` is for any value.
+            shape: one of these. ``str``, ``bool``, :data:`NUMBER` and :data:`COUNT` are for single values, and ``object`` is for any value.
             ``[shape]`` is for a list of any length. ``(shape,)`` is for an object with any keys, if all its values have the shape.
             ``{key: shape, …}`` is for an object that must have these keys and may have others.
         where: the place of the value, for the message.
@@ -41,6 +41,8 @@ def require_shape(value: Any, shape: Any, where: str = "") -> None:
             require_shape(inner, shape[0], f"{where}[{number}]")
     elif shape is str:
         _require(isinstance(value, str), value, "text", where)
+    elif shape is bool:
+        _require(isinstance(value, bool), value, "true or false", where)
     elif shape == COUNT:
         _require(type(value) is int and 0 <= value < 2**53, value, COUNT, where)
     elif shape is not object:
@@ -49,5 +51,10 @@ def require_shape(value: Any, shape: Any, where: str = "") -> None:
 
 def _require(holds: bool, value: Any, expected: str, where: str) -> None:
     if not holds:
-        kind = {dict: "an object", list: "a list", type(None): "null"}.get(type(value))
-        raise ValueError(f"{where or 'it'} is {kind or repr(value)[:40]}, expected {expected}")
+        raise ValueError(f"{where or 'it'} is {described(value)}, expected {expected}")
+
+
+def described(value: Any) -> str:
+    """Return a value of JSON in JSON's words, in short."""
+    names = {dict: "an object", list: "a list", type(None): "null", bool: str(value).lower()}
+    return names.get(type(value)) or repr(value)[:40]
