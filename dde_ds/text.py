@@ -52,6 +52,11 @@ def without_passwords(text: str) -> str:
     return _SIGNED.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
+def encodable(text: str) -> str:
+    """Return ``text`` with half surrogate pairs written as escapes: the name of a file need not be UTF-8, what is written of it must."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def half_surrogate(text: str) -> bool:
     """Return whether ``text`` holds half of a surrogate pair, which no file or terminal accepts."""
     return any("\ud800" <= char <= "\udfff" for char in text)

@@ -159,6 +159,39 @@ def test_every_parser_takes_whole_names_only():
         assert "allow_abbrev=False" in ast.unparse(call), name
 
 
+@pytest.mark.parametrize("command", ["recipe", "recipe sdxl_dde", "--help", "recipe none 2>&1"])
+def test_who_reads_the_output_may_leave(command):
+    """As `dde-ds recipe | head -1`: no traceback, and the exit code of a program that SIGPIPE ends."""
+    shell = f"{shlex.quote(sys.executable)} -m dde_ds.cli {command} | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stderr == ""
+    assert ended.stdout in ("141\n", "0\n")
+
+
+def test_a_folder_in_the_place_of_a_shard(tmp_path, parquet, sd_model, capsys):
+    output = tmp_path / "shards"
+    shard(parquet, sd_model, output)
+    (output / "00001.tar").unlink()
+    (output / "00001.tar").mkdir()
+    words = [
+        "shard",
+        "--alone",
+        "--input",
+        parquet,
+        "--model",
+        sd_model,
+        "--output",
+        output,
+        "--pairs-per-shard",
+        "6",
+        "--batch",
+        "4",
+    ]
+    assert main([str(word) for word in words]) == 1
+    said = f"error: --output {output}/00001.tar: is a directory; whole shards are kept, a second run goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
 def test_absurd_numbers(capsys):
     for value in ("1e300", "nan", "0", "-1"):
         assert main(["doctor", "--timeout-minutes", value]) == 1

@@ -28,4 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     from dde_ds.cli.commands import run
 
-    return run(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can still be answered for
+    except BrokenPipeError:
+        from dde_ds.cli.reporting import unread, write_nowhere
+
+        if not (outputs := unread()):
+            raise
+        write_nowhere(outputs)
+        return 141  # as a shell calls the end by SIGPIPE

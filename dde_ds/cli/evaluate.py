@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     options = draw_options(args)
     sources = name_sources([args.base, *args.model])
-    drawn = {name: source for name, source in sources.items() if not (Path(source) / "manifest.json").is_file()}
+    drawn = {name: source for name, source in sources.items() if not (Path(source) / "manifest.json").exists()}
     if drawn and not args.prompts:
         raise UserError(f"--prompts: needed to draw the images of {', '.join(drawn)}")
     given = [name for name in ("prompts", "limit", *DRAWING) if getattr(args, name) is not None]

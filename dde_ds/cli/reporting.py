@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -49,6 +50,9 @@ def report_errors(
     except Exception as error:  # a library may raise anything
         if not of_a_run:
             raise
+        if isinstance(error, BrokenPipeError) and (outputs := unread()):
+            write_nowhere(outputs)
+            return _leave(RankError("nobody reads what this run prints any more (`| head`?); go on with --resume"), rank, of_a_run)
         from dde_ds.distributed.group import is_lost_peer
 
         if is_lost_peer(error):
@@ -57,6 +61,22 @@ def report_errors(
             )
         traceback.print_exc()
         return _leave(RankError(f"{type(error).__name__}: this is a bug; please report it with the lines above"), rank, of_a_run)
+
+
+def unread() -> list[int]:
+    """Return which of standard output (1) and standard error (2) are pipes that nobody reads any more."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return [number for number, event in poll.poll(0) if event & select.POLLERR]
+
+
+def write_nowhere(outputs: list[int]) -> None:
+    """Let what is still printed there go nowhere: Python's exit would complain that it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in outputs:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _leave(error: UserError, rank: int, at_once: bool, options: Mapping[str, str] = MappingProxyType({})) -> int:

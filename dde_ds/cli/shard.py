@@ -88,9 +88,12 @@ def shard(args: argparse.Namespace) -> None:
             elif ranks.is_main:
                 _dry_run(args)
     except OSError as error:
-        if error.errno not in DISK_PROBLEMS:
+        inside = [str(name) for name in (error.filename2, error.filename) if str(name).startswith(str(args.output))]
+        if error.errno not in DISK_PROBLEMS and not inside:
             raise
-        raise RankError(f"--output {args.output}: {reason(error).lower()}; whole shards are kept, a second run goes on") from None
+        raise RankError(
+            f"--output {inside[0] if inside else args.output}: {reason(error).lower()}; whole shards are kept, a second run goes on"
+        ) from None
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from dde_ds.data.pairs import DECIDED, PairRow, Survey, SurveyBuilder, decide, label_of
 from dde_ds.errors import UserError
+from dde_ds.text import encodable
 from dde_ds.untrusted import parse_json, read_regular
 from dde_ds.warn import reason
 
@@ -65,10 +66,10 @@ class FolderPairs:
         except ValueError as error:
             raise UserError(f"input {path}: {error}") from None
         self.pairs = [self._parse(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
-        self.identity = [{"name": path.name, "rows": len(self.pairs), "sha256": hashlib.sha256(data).hexdigest()}]
+        self.identity = [{"name": encodable(path.name), "rows": len(self.pairs), "sha256": hashlib.sha256(data).hexdigest()}]
 
     def name(self, row: int) -> str:
-        return f"{self.path.name}:{row}"
+        return f"{encodable(self.path.name)}:{row}"
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
         survey = SurveyBuilder(keep_no_caption)

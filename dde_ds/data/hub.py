@@ -15,6 +15,7 @@ import numpy as np
 from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder, label_of
 from dde_ds.data.pickapic import BATCH, COLUMNS, PROVENANCE, captions_of, check_columns, pair_row
 from dde_ds.errors import UserError
+from dde_ds.text import encodable
 
 
 class HubPairs:
@@ -44,7 +45,7 @@ class HubPairs:
                 raise UserError(f"split {split}: {name} has {', '.join(map(str, dataset))}")
             dataset = dataset[split]
         check_columns(name, dataset.features.arrow_schema)
-        self.label = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
+        self.label = encodable(f"{name.rstrip('/').rpartition('/')[2]}/{split}")
         columns = [*COLUMNS, *(column for column in PROVENANCE if column in dataset.column_names)]
         self.table: Any = dataset.select_columns(columns).with_format(
             "arrow"

@@ -54,7 +54,7 @@ def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = 
 
 def _pairs_jsonl(inputs: list[str]) -> Path | None:
     """Return the ``pairs.jsonl`` that the inputs name, or None if they name none."""
-    if len(inputs) == 1 and (Path(inputs[0]) / "pairs.jsonl").is_file():
+    if len(inputs) == 1 and (Path(inputs[0]) / "pairs.jsonl").exists():
         return Path(inputs[0]) / "pairs.jsonl"
     files = [Path(file) for item in inputs if item.endswith(".jsonl") and "://" not in item for file in find_files(item)]
     if files and (len(files) > 1 or len(inputs) > 1):

@@ -30,6 +30,7 @@ from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_ma
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.encode import WHITE, Encoder, Prepared, prepare_image
+from dde_ds.text import encodable
 from dde_ds.untrusted import JSON_BYTES, parse_json, read_regular
 from dde_ds.warn import reason
 
@@ -72,7 +73,7 @@ class EncodingConfig:
         """Return what identifies these shards, for the manifest: shards with other settings are other shards."""
         return {
             "format": FORMAT,
-            "model": self.model,
+            "model": encodable(self.model),
             "weights": encoder.digests.full,
             "weights_half": encoder.digests.half,
             "vae_dtype": str(encoder.vae_dtype),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from dde_ds.data.pairs import PairRow, Survey, SurveyBuilder, label_of
 from dde_ds.data.storage import filesystem, is_url
 from dde_ds.errors import UserError
+from dde_ds.text import encodable
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 PROVENANCE = ("best_image_uid", "image_0_uid", "image_1_uid", "ranking_id")
@@ -56,11 +58,13 @@ class ParquetPairs:
             rows += metadata.num_rows
             # The footer has the offset, size and statistics of every column chunk, so another file has another footer.
             # Hashing the 335 GB of Pick-a-Pic before each start would take longer than many runs.
-            self.identity.append({"name": Path(file).name, "rows": metadata.num_rows, "footer": _footer_digest(metadata)})
+            self.identity.append(
+                {"name": encodable(Path(file).name), "rows": metadata.num_rows, "footer": _footer_digest(metadata)}
+            )
 
     def name(self, row: int) -> str:
         number = int(np.searchsorted([groups[-1] for groups in self.groups], row, side="right"))
-        return f"{Path(self.files[number]).name}:{row - int(self.groups[number][0])}"
+        return f"{encodable(Path(self.files[number]).name)}:{row - int(self.groups[number][0])}"
 
     def survey(self, keep_no_caption: bool = False) -> Survey:
         survey = SurveyBuilder(keep_no_caption)
@@ -88,7 +92,7 @@ class ParquetPairs:
                         inside = [index for index in range(len(batch)) if row + index in wanted]
                         for index in inside:
                             values = {name: batch[name][index].as_py() for name in columns}
-                            yield pair_row(row + index, f"{Path(file).name}:{row + index - int(groups[0])}", values)
+                            yield pair_row(row + index, f"{encodable(Path(file).name)}:{row + index - int(groups[0])}", values)
                         row += len(batch)
                         if row > max(wanted):
                             break
@@ -165,7 +169,7 @@ def find_files(name: str) -> list[str]:
 
 def _parquet_below(folder: str) -> list[str]:
     pattern = str(Path(glob.escape(folder)) / "**" / "*.parquet")
-    return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207 (leaves out hidden ones)
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())  # noqa: PTH207 (leaves out hidden ones)
 
 
 @contextlib.contextmanager
@@ -176,7 +180,7 @@ def _opened(file: str):
     opened = False
     try:
         with _open(file) as parquet:
-            opened = True
+            opened = parquet.schema_arrow is not None
             yield parquet
     except (UserError, AttributeError, NameError):  # an error that already has its message, or a bug
         raise
@@ -186,8 +190,10 @@ def _opened(file: str):
         ) from None
     except Exception as error:  # from pyarrow, the file system or a remote driver, which all raise their own
         problem = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, UnicodeDecodeError):
+            problem = f"a text or a column's name in it is not UTF-8: {error.object[:40]!r}"
         rest = "what is made is kept, a second run goes on"
-        if not opened and isinstance(error, pa.ArrowInvalid):
+        if not opened and isinstance(error, pa.ArrowInvalid | UnicodeDecodeError):
             rest = (
                 "parquet files in Pick-a-Pic's columns, one pairs.jsonl, a folder of either or a data set for `datasets` are read"
             )
@@ -198,14 +204,17 @@ def _open(file: str):
     """Open a parquet file so that its column chunks are read in small pieces: a row group of images can take hundreds
     of megabytes.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not is_url(file):
         if not Path(file).is_file():
+            if Path(file).exists():  # a pipe or a device, which would be waited for
+                raise UserError(f"--input {file}: is not a regular file")
             raise FileNotFoundError(file)
         # The path is absolute because pyarrow takes `~/` for a home folder and `v2:final/` for a URL, even if such a
-        # folder exists.
-        return pq.ParquetFile(Path(file).absolute(), buffer_size=1 << 20, pre_buffer=False)
+        # folder exists. It is bytes because pyarrow opens no text that is not UTF-8.
+        return pq.ParquetFile(pa.OSFile(os.fsencode(Path(file).absolute())), buffer_size=1 << 20, pre_buffer=False)
     fs, root = filesystem(file, "input")
     return pq.ParquetFile(fs.open(root, "rb", block_size=4 << 20), pre_buffer=False)
 

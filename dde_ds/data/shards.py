@@ -134,7 +134,7 @@ class ShardSet:
         if isinstance(self.storage, LocalFolder):
             if not self.storage.folder.is_dir():
                 raise UserError(f"{key} {self.folder}: no such folder; make shards with tools/shard_pickapic.py")
-            if self.storage.size("manifest.json") is None:
+            if not (self.storage.folder / "manifest.json").exists():
                 raise UserError(
                     f"{key} {self.folder}: no manifest.json; the sharding has not finished, run tools/shard_pickapic.py again"
                 )

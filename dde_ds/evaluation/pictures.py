@@ -99,7 +99,7 @@ def claim(pictures: ImageFolder) -> ImageFolder:
         UserError: the folder was begun with other settings or prompts, holds something else, or is not writable.
     """
     path = pictures.folder / "manifest.json"
-    if path.is_file():
+    if path.exists():
         before = open_pictures(pictures.folder)
         differing = [
             f"{key} {before.settings.get(key)!r}, now {value!r}"
@@ -142,7 +142,7 @@ def open_pictures(folder: str | Path) -> ImageFolder:
     """
     folder = Path(folder)
     path = folder / "manifest.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder}: no manifest.json in it; make images there with launchers/generate.py")
     try:
         manifest = read_json(path, MOST_BYTES)

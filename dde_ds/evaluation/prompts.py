@@ -35,7 +35,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> tuple[list[str],
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be 1 or more")
     if not path.is_file():
-        raise UserError(f"prompts {path}: no such file")
+        raise UserError(f"prompts {path}: {'is not a regular file' if path.exists() else 'no such file'}")
     prompts: dict[str, None] = {}
     repeated = 0
     for place, prompt in readers[path.suffix](path):

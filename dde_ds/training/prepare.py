@@ -40,7 +40,7 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     Raises:
         UserError: the folder holds no run or no checkpoint, or the run's objective has no reference.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").exists():
         raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
     objective = build_run_objective(load_config(folder / "config.yaml"))
     checkpoints = [path for path in checkpoint.list_checkpoints(folder / "checkpoints") if not checkpoint.misnamed(path)]

@@ -20,6 +20,7 @@ from dde_ds.cli.verify_shards import remake
 from dde_ds.data.inputs import find_pairs
 from dde_ds.data.make import EncodingConfig, make_shards
 from dde_ds.data.shards import ShardSet
+from dde_ds.evaluation.prompts import read_prompts
 from dde_ds.models.encode import Encoder, cut_captions
 
 
@@ -201,6 +202,41 @@ def test_what_is_no_parquet_is_told_what_is_read(tmp_path, name):
     ) as error:
         find_pairs([str(tmp_path / name)])
     assert "is kept" not in str(error.value)
+
+
+def test_what_is_no_file_is_called_that(images, tmp_path):
+    """As input, in a folder of inputs, and in the place of a manifest: a pipe, which would be waited for."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    written(folder / "a.parquet", table(images))
+    os.mkfifo(folder / "b.parquet")
+    for given in (folder / "b.parquet", folder, f"{folder}/*.parquet"):
+        with pytest.raises(UserError, match=rf"--input {folder}/b\.parquet: is not a regular file"):
+            find_pairs([str(given)])
+    os.mkfifo(folder / "pairs.jsonl")
+    with pytest.raises(UserError, match=r"pairs\.jsonl: not a regular file"):
+        find_pairs([str(folder)])
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json: not a regular file"):
+        ShardSet(folder)
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match=r"prompts\.txt: is not a regular file"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_names_that_are_not_utf8(images, encoder, tmp_path):
+    """Of a file: read, and written as an escape. Of a column: refused in one line."""
+    path = tmp_path / os.fsdecode(b"p\xff.parquet")
+    written(tmp_path / "p.parquet", table(images))
+    (tmp_path / "p.parquet").rename(path)
+    manifest = make(find_pairs([str(path)]), tmp_path / "out", encoder, keep_no_caption=True)
+    assert manifest["settings"]["input"][0]["name"] == r"p\udcff.parquet"
+    assert ShardSet(tmp_path / "out").describe(0, 0)["source"] == r"p\udcff.parquet:0"
+    path = tmp_path / "column.parquet"
+    pq.write_table(table(images).append_column("zzézz", [["a"] * 4]), path)
+    path.write_bytes(path.read_bytes().replace("zzézz".encode(), b"zz\xff\xfezz"))
+    with pytest.raises(UserError, match=r"a text or a column's name in it is not UTF-8: b'zz\\xff\\xfezz'"):
+        find_pairs([str(path)])
 
 
 def test_half_a_surrogate_pair_in_parquet_names_the_row(images, encoder, tmp_path):
