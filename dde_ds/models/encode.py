@@ -149,6 +149,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _low_bytes(data: bytes) -> Image.Image:
+    """The lower 8 bits of a PNG with 16 bits a colour, of which PIL keeps the upper ones: read as if its numbers began with them."""
+    image = Image.open(io.BytesIO(data), formats=("PNG",))
+    image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]
+    return image
+
+
 def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> Image.Image:
     """Return ``image`` with 8 bits a colour. 16-bit grey is scaled, and transparent parts are laid on ``background``."""
     clear = image.info.get("transparency")
@@ -158,7 +165,11 @@ def _rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> I
         if image.mode == "L":
             clear *= 255 // (2**depth - 1)
         elif image.mode == "RGB" and depth == 16:
-            clear = tuple(value >> 8 for value in clear)
+            high, low = np.asarray(image), np.asarray(_upright(_low_bytes(data)))
+            opaque = (high.astype(np.uint16) << 8 | low != clear).any(-1)
+            image.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+            del image.info["transparency"]
+            clear = None
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         image = Image.fromarray(((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))

@@ -108,6 +108,16 @@ def test_transparent_parts_lie_on_the_background():
     assert seen(half)[0, 0].tolist() == [255, 127, 127]
 
 
+def test_a_transparent_colour_of_sixteen_bits_is_that_colour_alone():
+    """Others that share its upper bytes are opaque, also where the picture is to be turned and has text that PIL refuses."""
+    row = struct.pack(">24H", *[1000, 2000, 3000] * 4, *[1001, 2000, 3000] * 2, *[1000, 2000, 3001] * 2)
+    clear, turn = (b"tRNS", struct.pack(">HHH", 1000, 2000, 3000)), (b"eXIf", exif(3).tobytes()[6:])
+    expected = [[255, 255, 255]] * 4 + [[3, 7, 11]] * 4
+    assert seen(png(16, 2, row, clear))[0].tolist() == expected
+    text = (b"zTXt", b"workflow\0\0" + zlib.compress(b"a" * 3_000_000))
+    assert seen(png(16, 2, row, clear, text, turn))[0].tolist() == expected[::-1]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 def test_grey_of_every_depth(depth):
     values = [2**depth - 1] * 4 + [0] * 4
