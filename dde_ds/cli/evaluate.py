@@ -37,6 +37,7 @@ def add_commands(commands: Any) -> None:
     make = commands.add_parser("evaluate", help="draw, score and compare models with a base: is it better, and how sure are we")
     make.add_argument("--base", required=True, metavar="[NAME=]DIR", help="diffusers folder or hub id, or a folder of its images")
     make.add_argument("--model", required=True, action="append", metavar="[NAME=]DIR", help="likewise; may be given several times")
+    make.add_argument("--variant", help="of the files of --base's weights, such as fp16; default: those without, or the only one")
     make.add_argument("--prompts", help="txt, jsonl or parquet; needed where images are to be drawn")
     add_drawing(make)
     _add_comparing(make)
@@ -62,6 +63,7 @@ def add_commands(commands: Any) -> None:
     draw.set_defaults(act=generate, report={"over_ranks": True})
     draw.add_argument("--model", required=True, help="diffusers folder or hub id")
     draw.add_argument("--revision", help="branch, tag or commit of a hub id")
+    draw.add_argument("--variant", help="of the weights' files, such as fp16; default: those without, or the only one")
     draw.add_argument("--prompts", required=True, help="txt (one a line), jsonl or parquet (caption, prompt or text)")
     draw.add_argument("--out", type=Path, required=True, help="folder for the images")
     add_drawing(draw)
@@ -100,7 +102,7 @@ def generate(args: argparse.Namespace) -> None:
     prompts, repeated = read_prompts(args.prompts, args.limit)
     ranks, device = join()
     with progress("images", ranks) as advance:
-        generate_folder(args.model, args.revision, prompts, args.out, options, ranks, device, args.batch, advance)
+        generate_folder(args.model, args.revision, prompts, args.out, options, ranks, device, args.batch, advance, args.variant)
     if ranks.is_main:
         _say_prompts(prompts, repeated)
         print(f"{len(prompts) * options.images_per_prompt} images: {args.out}")
@@ -122,6 +124,8 @@ def evaluate(args: argparse.Namespace) -> None:
     options = draw_options(args)
     sources = name_sources([args.base, *args.model])
     drawn = {name: source for name, source in sources.items() if not (Path(source) / "manifest.json").exists()}
+    if args.variant and next(iter(sources)) not in drawn:
+        raise UserError("--variant: --base is a folder of images, nothing is drawn from it; leave it out")
     if drawn and not args.prompts:
         raise UserError(f"--prompts: needed to draw the images of {', '.join(drawn)}")
     given = [name for name in ("prompts", "limit", *DRAWING) if getattr(args, name) is not None]
@@ -136,7 +140,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for name, source in drawn.items():
         folders[name] = args.out / "images" / name
         with progress(f"images of {name}", ranks) as advance:
-            generate_folder(source, None, prompts, folders[name], options, ranks, device, args.batch, advance)
+            variant = args.variant if name == next(iter(sources)) else None
+            generate_folder(source, None, prompts, folders[name], options, ranks, device, args.batch, advance, variant)
     for name, folder in folders.items():
         pictures = open_pictures(folder)
         require_whole(pictures)

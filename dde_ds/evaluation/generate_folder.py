@@ -73,17 +73,19 @@ def generate_folder(
     device: torch.device,
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    variant: str | None = None,
 ) -> ImageFolder:
     """Make every image of the folder that is missing or damaged. Every rank calls this.
 
-    Args:
-        model: diffusers folder or hub id.
-        revision: branch, tag or commit of a hub id.
-        batch: images drawn at a time. Take as many as fit into memory.
-        on_progress: called with the number of this rank's images that are done, and the number of all its images.
+        Args:
+                model: diffusers folder or hub id.
+            revision: branch, tag or commit of a hub id.
+            batch: images drawn at a time. Take as many as fit into memory.
+            on_progress: called with the number of this rank's images that are done, and the number of all its images.
+            variant: of the weights' files, such as ``fp16``. None finds it.
 
-    Raises:
-        UserError: the model cannot be loaded or cannot draw the resolution, or the folder was begun with other settings.
+        Raises:
+            UserError: the model cannot be loaded or cannot draw the resolution, or the folder was begun with other settings.
     """
     if batch < 1:
         raise UserError(f"batch {batch}: must be 1 or more")
@@ -91,7 +93,7 @@ def generate_folder(
 
     family = family_of(model, revision)
     side = side_of(model, revision, options)
-    pipeline = load_pipeline(model, revision)
+    pipeline = load_pipeline(model, revision, variant)
     weights = first_does(lambda: weights_digest(pipeline))
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
     precision = options.precision or ("fp32" if device.type == "cpu" else "fp16")

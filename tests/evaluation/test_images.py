@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dde_ds.cli import evaluate
+from dde_ds.cli import evaluate, main
 from dde_ds.cli.parsing import options_of
 from dde_ds.cli.reporting import report_errors
 from dde_ds.distributed.environment import DistributedEnv
@@ -24,7 +24,7 @@ from dde_ds.evaluation.generate import initial_noise
 from dde_ds.evaluation.generate_folder import DrawOptions, generate_folder
 from dde_ds.evaluation.pictures import ImageFolder, claim, open_pictures, require_whole
 from tests.conftest import ROOT
-from tests.support.bases import copied, scaled
+from tests.support.bases import copied, in_half, scaled
 from tests.support.launching import LAUNCHER, environment, free_port
 from tests.support.pipelines import save_sd
 
@@ -95,6 +95,32 @@ def test_any_batch_and_any_share_give_the_same_images(tmp_path, drawn, sd_model)
     assert {p.name: p.read_bytes() for p in (drawn / "images").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "again" / "images").iterdir()
     }
+
+
+def test_a_variant_is_drawn_where_it_is_asked_for(tmp_path, sd_model, capsys):
+    both, half = in_half(sd_model, tmp_path / "both", keep=True), in_half(sd_model, tmp_path / "half")
+    (tmp_path / "prompts.txt").write_text("a kite")
+    weights = {}
+    for name, model, options in (("plain", both, []), ("chosen", both, ["--variant", "fp16"]), ("found", half, [])):
+        small = ["--images-per-prompt", "1", "--steps", "1", "--prompts", str(tmp_path / "prompts.txt")]
+        assert main(["generate", "--model", str(model), "--out", str(tmp_path / name), *small, *options]) == 0
+        weights[name] = json.loads((tmp_path / name / "manifest.json").read_text())["settings"]["weights"]
+    assert weights["chosen"] == weights["found"] != weights["plain"]
+    assert main(["generate", "--model", str(both), "--out", str(tmp_path / "none"), *small, "--variant", "ema"]) == 1
+    assert "model.variant is 'ema'" in capsys.readouterr().err
+    scored = [
+        "evaluate",
+        "--base",
+        str(tmp_path / "plain"),
+        "--model",
+        str(half),
+        "--scorers",
+        "clip",
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert main([*scored, *small, "--variant", "fp16"]) == 1
+    assert "--variant: --base is a folder of images, nothing is drawn from it" in capsys.readouterr().err
 
 
 def test_order_of_prompts_changes_no_image(tmp_path, drawn, sd_model):
