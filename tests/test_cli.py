@@ -168,6 +168,13 @@ def test_who_reads_the_output_may_leave(command):
     assert ended.stdout in ("141\n", "0\n")
 
 
+def test_a_full_disk_behind_the_output():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        words = [sys.executable, "-m", "dde_ds.cli", "recipe"]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (1, "error: no space left on device; make room, then start it again\n")
+
+
 def test_a_folder_in_the_place_of_a_shard(tmp_path, parquet, sd_model, capsys):
     output = tmp_path / "shards"
     shard(parquet, sd_model, output)

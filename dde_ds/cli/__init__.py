@@ -29,10 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dde_ds.cli.commands import run
 
     try:
-        try:
-            return run(sys.argv[1:] if arguments is None else arguments)
-        finally:
-            sys.stdout.flush()  # here, where it can still be answered for
+        return run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
         from dde_ds.cli.reporting import unread, write_nowhere
 

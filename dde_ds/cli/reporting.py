@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -16,6 +17,9 @@ from dde_ds.distributed.environment import read_environment
 from dde_ds.errors import OtherRankError, RankError, UserError
 from dde_ds.text import without_passwords
 from dde_ds.training.signals import SIGNALS, asked
+from dde_ds.warn import reason
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def report_errors(
@@ -40,7 +44,9 @@ def report_errors(
     rank = 0
     try:
         rank = read_environment().rank if over_ranks else 0
-        return act() or 0
+        code = act() or 0
+        sys.stdout.flush()  # here, where it can still be answered for
+        return code
     except UserError as error:
         return _leave(error, rank, of_a_run, options or {})
     except KeyboardInterrupt:
@@ -48,6 +54,13 @@ def report_errors(
             print(f"stopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
         return _end(130, of_a_run)
     except Exception as error:  # a library may raise anything
+        if isinstance(error, OSError) and error.errno in FULL:  # anything that writes may meet it: no bug
+            named = f"{error.filename}: " if error.filename else ""
+            try:
+                sys.stdout.flush()
+            except OSError:  # it was the output itself, which Python would try to write again
+                write_nowhere([1])
+            return _leave(RankError(f"{named}{reason(error).lower()}; make room, then start it again"), rank, of_a_run)
         if not of_a_run:
             raise
         if isinstance(error, BrokenPipeError) and (outputs := unread()):

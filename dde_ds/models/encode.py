@@ -150,9 +150,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _low_bytes(data: bytes) -> Image.Image:
-    """The lower 8 bits of a PNG with 16 bits a colour, of which PIL keeps the upper ones: read as if its numbers began with them."""
+    """Return the lower 8 bits of a PNG with 16 bits a colour. PIL itself keeps the upper ones."""
     image = Image.open(io.BytesIO(data), formats=("PNG",))
-    image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
     return image
 
 
