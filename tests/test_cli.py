@@ -141,6 +141,15 @@ def test_options_are_taken_by_their_whole_names_only(tmp_path, capsys):
     assert (started.returncode, "unrecognized arguments: --resum" in started.stderr) == (2, True)
 
 
+def test_arguments_are_shown_as_escapes(capsys):
+    for arguments in (["recipe", "--x\x1b[31m"], ["recipe", "a", "b\x1b[31m"], ["plan", "x.yaml", "--gpus", "\x1b[31m"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        shown = capsys.readouterr().err
+        assert "\x1b" not in shown
+        assert r"\x1b[31m" in shown
+
+
 def test_every_parser_takes_whole_names_only():
     parser = build_parser()
     (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))

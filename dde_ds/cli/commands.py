@@ -21,7 +21,6 @@ from dde_ds.cli import (
 )
 from dde_ds.cli.parsing import Parser, options_of
 from dde_ds.cli.reporting import report_errors
-from dde_ds.text import without_passwords
 
 COMMANDS = (train, demo, recipe, shard, verify_shards, inspect_shards, validate, plan, explain, export, doctor, evaluate, push)
 
@@ -35,7 +34,7 @@ def run(arguments: list[str]) -> int:
     if unknown := [
         word for word in rest if not hasattr(args, "overrides") or word.startswith("-") or not ("=" in word or may_be_left)
     ]:
-        parser.error(without_passwords(f"unrecognized arguments: {' '.join(unknown)}"))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     # A command for one process must not read the launcher's variables, because only some of them may be set.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from dde_ds import __version__
+from dde_ds.text import printable, without_passwords
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.add_argument("--version", action="version", version=f"dde_ds {__version__}")
         self.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """End with a line about the arguments, of which one may be a file's name that a glob found."""
+        super().error(without_passwords(printable(message)))
 
 
 def options_of(parser: argparse.ArgumentParser) -> dict[str, str]:
