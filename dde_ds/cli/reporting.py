@@ -45,7 +45,8 @@ def report_errors(
     try:
         rank = read_environment().rank if over_ranks else 0
         code = act() or 0
-        sys.stdout.flush()  # here, where it can still be answered for
+        if not of_a_run:  # which goes on without its output, and has its own end
+            sys.stdout.flush()  # here, where it can still be answered for
         return code
     except UserError as error:
         return _leave(error, rank, of_a_run, options or {})
