@@ -77,15 +77,15 @@ def generate_folder(
 ) -> ImageFolder:
     """Make every image of the folder that is missing or damaged. Every rank calls this.
 
-        Args:
-                model: diffusers folder or hub id.
-            revision: branch, tag or commit of a hub id.
-            batch: images drawn at a time. Take as many as fit into memory.
-            on_progress: called with the number of this rank's images that are done, and the number of all its images.
-            variant: of the weights' files, such as ``fp16``. None finds it.
+    Args:
+            model: diffusers folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        batch: images drawn at a time. Take as many as fit into memory.
+        on_progress: called with the number of this rank's images that are done, and the number of all its images.
+        variant: of the weights' files, such as ``fp16``. None finds it.
 
-        Raises:
-            UserError: the model cannot be loaded or cannot draw the resolution, or the folder was begun with other settings.
+    Raises:
+        UserError: the model cannot be loaded or cannot draw the resolution, or the folder was begun with other settings.
     """
     if batch < 1:
         raise UserError(f"batch {batch}: must be 1 or more")
