@@ -210,7 +210,7 @@ def _open(file: str):
     if not is_url(file):
         if not Path(file).is_file():
             if Path(file).exists():  # a pipe or a device, which would be waited for
-                raise UserError(f"--input {file}: is not a regular file")
+                raise UserError(f"input {file}: is not a regular file")
             raise FileNotFoundError(file)
         # The path is absolute because pyarrow takes `~/` for a home folder and `v2:final/` for a URL, even if such a
         # folder exists. It is bytes because pyarrow opens no text that is not UTF-8.

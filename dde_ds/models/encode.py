@@ -152,7 +152,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _low_bytes(data: bytes) -> Image.Image:
     """Return the lower 8 bits of a PNG with 16 bits a colour. PIL itself keeps the upper ones."""
     image = Image.open(io.BytesIO(data), formats=("PNG",))
-    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # pyright: ignore[reportAttributeAccessIssue]
     return image
 
 

@@ -211,7 +211,7 @@ def test_what_is_no_file_is_called_that(images, tmp_path):
     written(folder / "a.parquet", table(images))
     os.mkfifo(folder / "b.parquet")
     for given in (folder / "b.parquet", folder, f"{folder}/*.parquet"):
-        with pytest.raises(UserError, match=rf"--input {folder}/b\.parquet: is not a regular file"):
+        with pytest.raises(UserError, match=rf"input {folder}/b\.parquet: is not a regular file"):
             find_pairs([str(given)])
     os.mkfifo(folder / "pairs.jsonl")
     with pytest.raises(UserError, match=r"pairs\.jsonl: not a regular file"):

@@ -235,7 +235,7 @@ def test_a_mended_prompts_file_works_with_the_same_folder(tmp_path, sd_model, ca
 
 def generate(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--revision", "--prompts"):
+    for name in ("--model", "--revision", "--variant", "--prompts"):
         parser.add_argument(name)
     parser.add_argument("--out", type=Path)
     evaluate.add_drawing(parser)
