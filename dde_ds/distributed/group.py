@@ -81,7 +81,7 @@ def start(timeout_minutes: float = TIMEOUT_MINUTES) -> tuple[DistributedEnv, tor
         problem = " ".join(str(error).split())
         if "EADDRINUSE" in problem or "address already in use" in problem.lower():
             raise RankError(
-                f"port {ranks.port} on {ranks.address} is taken, by another run maybe: choose a free one, with --master_port for deepspeed "
+                f"TCP port {ranks.port} on {ranks.address} is taken, by another run maybe: choose a free one, with --master_port for deepspeed "
                 "and torchrun, --port for launchers/node.py, MASTER_PORT for srun and mpirun"
             ) from None
         raise RankError(

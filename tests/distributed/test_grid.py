@@ -22,6 +22,8 @@ from tests.support.launching import launch_many
 from tests.support.reference_loop import plain_steps
 
 LOSS, NORM = 1e-5, 1e-4
+BIAS = 2e-6
+"""Limit of the mean distance over all settings that share a value: rounding cancels in it, and a wrong weight does not."""
 COLUMNS = [field.name for field in fields(Setting)]
 
 
@@ -54,6 +56,16 @@ def assert_follows(found: list[tuple[float, float]], kind: str, loss: float, nor
     assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=norm)
 
 
+def residual_means(found: dict[Setting, list]) -> dict[tuple[str, object], float]:
+    """Mean distance of the losses from the record, by column and value; the first step's are equal to the last bit and left out."""
+    rest: dict[tuple[str, object], list[float]] = {}
+    for setting, steps in found.items():
+        distances = [loss - expected for (loss, _), (expected, _) in zip(steps, recorded(setting.kind), strict=True)][1:]
+        for column in COLUMNS:
+            rest.setdefault((column, getattr(setting, column)), []).extend(distances)
+    return {key: sum(distances) / len(distances) for key, distances in rest.items()}
+
+
 def test_the_few_settings_cover_every_pair():
     few = covering()
     for a, b in combinations(COLUMNS, 2):
@@ -84,6 +96,15 @@ def test_a_setting_changes_nothing(few, setting):
     assert_follows(few[setting], setting.kind, LOSS, NORM)
 
 
+@pytest.mark.slow
+def test_what_a_setting_leaves_is_rounding(few):
+    means = residual_means(few)
+    assert {key: mean for key, mean in means.items() if abs(mean) > BIAS} == {}
+    # A loss that is wrong by a thousandth would be seen.
+    wrong = {setting: [(loss * 1.001, norm) for loss, norm in steps] for setting, steps in few.items()}
+    assert min(map(abs, residual_means(wrong).values())) > BIAS
+
+
 @pytest.mark.grid
 def test_rounding_at_the_default_beta(parquet, tmp_path, capsys):
     """What ds_configs/README.md says of a trained base: β and the weights of the timesteps multiply float32's rounding."""
@@ -110,16 +131,16 @@ def test_rounding_at_the_default_beta(parquet, tmp_path, capsys):
 def test_no_setting_changes_anything(configs, tmp_path, capsys):
     """All of them, and what is left of a difference between two values of a column is rounding, not bias."""
     found = launched(EVERY, configs, tmp_path)
-    rest = {
-        setting: [loss - expected for (loss, _), (expected, _) in zip(steps, recorded(setting.kind), strict=True)][1:]
+    distances = [
+        abs(loss - expected)
         for setting, steps in found.items()
-    }
+        for (loss, _), (expected, _) in zip(steps, recorded(setting.kind), strict=True)
+    ]
+    means = residual_means(found)
     with capsys.disabled():
-        print(f"\n{len(found)} settings, largest distance of a loss {max(abs(x) for values in rest.values() for x in values):.1e}")
+        print(f"\n{len(found)} settings, largest distance of a loss {max(distances):.1e}")
         for column in COLUMNS:
-            means = {}
-            for setting, values in rest.items():
-                means.setdefault(getattr(setting, column), []).extend(values)
-            print(column, {value: f"{sum(values) / len(values):+.1e}" for value, values in means.items()})
+            print(column, {value: f"{mean:+.1e}" for (name, value), mean in means.items() if name == column})
+    assert {key: mean for key, mean in means.items() if abs(mean) > BIAS} == {}
     for setting, steps in found.items():
         assert_follows(steps, setting.kind, LOSS, NORM)

@@ -107,5 +107,7 @@ def test_a_port_that_is_taken_is_named_at_once(config, tmp_path):
         _, stderr = task.communicate(timeout=PATIENCE)
     assert task.returncode == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: port {port} on localhost is taken, by another run maybe: choose a free one, with --master_port")
+    assert line.startswith(
+        f"error: TCP port {port} on localhost is taken, by another run maybe: choose a free one, with --master_port"
+    )
     assert not (tmp_path / "run").exists()

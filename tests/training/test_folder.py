@@ -192,7 +192,10 @@ def test_a_request_to_stop_in_the_first_moments_counts(tmp_path, sd_model, sd_sh
         process.send_signal(asked[name])
     for name, process in started.items():
         stdout, stderr = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, stdout) == (75, "stopped as asked before a step was made; go on with --resume auto\n"), stderr
+        assert process.returncode == 75, stderr
+        # On a busy machine the ranks of node.py may give up waiting for one another first.
+        whens = ("a step was made", *(["the ranks had met"] if name == "node.py" else []))
+        assert stdout in [f"stopped as asked before {when}; go on with --resume auto\n" for when in whens]
         assert not (tmp_path / name).exists()
 
 
