@@ -89,6 +89,11 @@ class ModelConfig:
     channels_last: bool = False
     """Run convolutions in the memory format of tensor cores. Use it if a few measured steps on your GPU are faster with it."""
 
+    float32_output: bool = True
+    """Compute the last layer of a bf16 policy and reference in float32, from its bf16 weights, and compare float32 predictions. Rounding
+    them to bf16 would add noise to z: a standard deviation of 0.6 at t = 999 of the demo's model. The layers before it round as ever. It
+    costs about 0.01 % of the compute, and changes nothing in fp32."""
+
     def __post_init__(self):
         _require(
             self.variant is None or re.fullmatch(r"[\w-]+", self.variant) is not None,

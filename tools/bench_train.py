@@ -47,7 +47,7 @@ from dde_ds.engine.update import apply_if_finite, gradient_accumulation
 from dde_ds.engine.zero import complete_config, initialize
 from dde_ds.errors import UserError
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.compute_options import compile_blocks, use_channels_last
+from dde_ds.models.compute_options import compile_blocks, use_channels_last, use_float32_output
 from dde_ds.models.silence import silence_libraries
 from dde_ds.models.unet import load_unet, predict
 from dde_ds.objective.objective import build_objective
@@ -304,6 +304,8 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, precomput
     """
     unet, reference = load(args), None if precomputed else load(args)
     for model in (unet, reference) if reference else (unet,):
+        if args.precision == "bf16":
+            use_float32_output(model)
         if args.channels_last:
             use_channels_last(model)
         if args.compile:

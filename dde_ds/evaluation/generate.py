@@ -74,7 +74,8 @@ class PromptSet:
         def after_step(pipeline, step, timestep, tensors) -> dict:
             if poll:
                 poll()
-            return tensors
+            # A UNet with a float32 output makes latents of float32, which its first layer would refuse.
+            return {"latents": tensors["latents"].to(self._dtype)}
 
         pipeline, config = self._pipeline, unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)

@@ -1,14 +1,16 @@
-"""What makes a UNet's passes faster and leaves its numbers alone. Policy and reference must be treated alike: one model in two
-arithmetics does not begin at the same predictions.
+"""How a UNet computes: what makes its passes faster and leaves its numbers alone, and what keeps its output from being rounded. Policy and
+reference must be treated alike: one model in two arithmetics does not begin at the same predictions.
 
 Attention needs nothing: diffusers takes PyTorch's scaled_dot_product_attention by itself.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -45,3 +47,20 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+
+
+def use_float32_output(unet: UNet2DConditionModel) -> None:
+    """Compute the last layer, ``conv_out``, in float32, so that a bfloat16 UNet's predictions are float32. A float32 UNet stays as it is.
+
+    A prediction near the noise, as at the noisy end, differs from it by less than bfloat16 resolves: the loss would compare roundings.
+    The weights keep their type, names and class, so that engines, checkpoints and exports see no change. Call it after
+    :func:`dde_ds.models.lora.add_adapters`: adapters of this layer are computed in float32 as well.
+    """
+    for layer in unet.conv_out.modules():  # one layer, or peft's wrapper with the layer and its adapters inside
+        if isinstance(layer, nn.Conv2d):
+            layer.forward = MethodType(_float32_convolution, layer)
+
+
+def _float32_convolution(layer: nn.Conv2d, value: Tensor) -> Tensor:
+    # Cast here and not before: ZeRO-3 gathers the weights for this call alone. TF32 loses nothing of bfloat16 factors.
+    return layer._conv_forward(value.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())

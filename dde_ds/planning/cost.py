@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dde_ds.models.checkpointing import set_checkpointing
+from dde_ds.models.compute_options import use_float32_output
 from dde_ds.models.family import Conditioning, conditioning_shapes
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.unet import predict
@@ -92,10 +93,15 @@ def training_pass(
     tokens: int = TOKENS,
     pairs: int = 1,
     adapters: Adapters | None = None,
+    float32_output: bool = True,
 ) -> Pass:
     """Memory and FLOPs of one micro-batch, winners and losers in one call, in a mode of
-    :func:`dde_ds.models.checkpointing.set_checkpointing`. All three numbers grow in proportion to ``pairs``."""
-    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters)
+    :func:`dde_ds.models.checkpointing.set_checkpointing`. All three numbers grow in proportion to ``pairs``.
+
+    Args:
+        float32_output: as ``model.float32_output``: counts the float32 copies of the last layer's input and weights, and its output.
+    """
+    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters, float32_output)
 
 
 def made_up_conditioning(config: Any, latents: int, tokens: int = TOKENS) -> Conditioning:
@@ -182,6 +188,7 @@ def _training_pass(
     tokens: int,
     pairs: int,
     adapters: Adapters | None,
+    float32_output: bool,
 ) -> Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -193,6 +200,8 @@ def _training_pass(
                 empty = torch.empty(value.shape, dtype=dtype)
                 setattr(module, name, torch.nn.Parameter(empty, requires_grad=value.requires_grad))
         set_checkpointing(unet.train(), checkpointing)
+        if float32_output:
+            use_float32_output(unet)
         conditioning = made_up_conditioning(json.loads(key), 2 * pairs, tokens)
         return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), conditioning)
 

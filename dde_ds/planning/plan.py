@@ -56,6 +56,8 @@ class Workload:
 
     adapters: cost.Adapters | None = None
     """Adapters that are trained instead of the UNet; None if the whole UNet is trained."""
+    float32_output: bool = True
+    """Whether the last layer is computed in float32, as ``model.float32_output``."""
 
     @property
     def sizes(self) -> cost.Sizes:
@@ -72,7 +74,15 @@ class Workload:
 
     def training_pass(self, checkpointing: str, dtype: torch.dtype) -> cost.Pass:
         """Return memory and FLOPs of the policy's forward and backward pass on one pair."""
-        return cost.training_pass(self.unet, self.latent, checkpointing, dtype, self.tokens, adapters=self.adapters)
+        return cost.training_pass(
+            self.unet,
+            self.latent,
+            checkpointing,
+            dtype,
+            self.tokens,
+            adapters=self.adapters,
+            float32_output=self.float32_output,
+        )
 
 
 def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,16 +43,19 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
     else:
         unet = load_unet_config(run.model.path, run.model.revision)
         tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
-    adapters = Adapters(run.lora.rank, run.lora.targets) if run.lora else None
+    trained: dict[str, Any] = {
+        "adapters": Adapters(run.lora.rank, run.lora.targets) if run.lora else None,
+        "float32_output": run.model.float32_output,
+    }
     if shards is None:
         latent = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-        return Workload(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), adapters=adapters)
+        return Workload(unet, latent, tokens, stored_pair_bytes(unet, latent, tokens), **trained)
     manifests = [shard_set.manifest for shard_set in getattr(shards, "sets", [shards])]
     pairs, prompts = sum(shards.counts), sum(manifest["prompts"]["distinct"] for manifest in manifests)
     total = sum(map(shard_bytes, manifests))
     of_prompts = sum(row["bytes"] for manifest in manifests for row in manifest["prompts"]["files"])
     pair_bytes = (total - of_prompts) / pairs + of_prompts / prompts
-    return Workload(unet, shards.latent_shape, tokens, pair_bytes, total, pairs, adapters)
+    return Workload(unet, shards.latent_shape, tokens, pair_bytes, total, pairs, **trained)
 
 
 def chosen_checkpointing(

@@ -148,6 +148,8 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
         "precision of the reference": run.reference_precision,
         "model.compile": run.model.compile,  # compiled blocks round in other places
         "model.channels_last": run.model.channels_last,
+        # Of a float32 reference it changes nothing.
+        "model.float32_output": run.model.float32_output and run.reference_precision == "bf16",
         "data": shards.digest,
         "data.block_shards": run.data.block_shards,
         "data.caption_dropout": run.data.caption_dropout,

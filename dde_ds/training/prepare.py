@@ -18,7 +18,7 @@ from dde_ds.files import write_atomically
 from dde_ds.models import unet as models
 from dde_ds.models.base import family_of
 from dde_ds.models.checkpointing import set_checkpointing
-from dde_ds.models.compute_options import compile_blocks, use_channels_last
+from dde_ds.models.compute_options import compile_blocks, use_channels_last, use_float32_output
 from dde_ds.models.lora import add_adapters
 from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.rows import is_correction, read_rows
@@ -78,6 +78,8 @@ def apply_compute_options(run: RunConfig, unet: UNet2DConditionModel) -> None:
     """Give a UNet the options that policy and reference must share, so that both begin with the same predictions."""
     if run.model.channels_last:
         use_channels_last(unet)
+    if run.model.float32_output:
+        use_float32_output(unet)
     if run.model.compile:
         compile_blocks(unet)
     # From Ampere on, cuDNN's default is TF32, which keeps three digits of each factor.

@@ -149,6 +149,16 @@ def test_a_place_that_cannot_be_written_is_found_at_once(run, tmp_path):
         opened(run)
 
 
+def test_a_precomputed_reference_knows_whether_predictions_were_rounded(run):
+    """In float32 none are."""
+    opened(run)
+    opened(changed(run, "model.float32_output=false"))
+    Path(run.reference.precomputed).unlink()
+    opened(changed(run, "precision=bf16"))
+    with pytest.raises(UserError, match=r"was made with model\.float32_output True, this run has False"):
+        opened(changed(run, "precision=bf16", "model.float32_output=false"))
+
+
 def test_replaced_pairs_and_a_precomputed_reference_exclude_each_other(run):
     with pytest.raises(UserError, match="must be 0 with"):
         changed(run, "data.max_bad_samples=3")
