@@ -15,6 +15,7 @@ from dde_ds.cli import (
     push,
     recipe,
     shard,
+    suggest_beta,
     train,
     validate,
     verify_shards,
@@ -22,7 +23,22 @@ from dde_ds.cli import (
 from dde_ds.cli.parsing import Parser, options_of
 from dde_ds.cli.reporting import report_errors
 
-COMMANDS = (train, demo, recipe, shard, verify_shards, inspect_shards, validate, plan, explain, export, doctor, evaluate, push)
+COMMANDS = (
+    train,
+    demo,
+    recipe,
+    shard,
+    verify_shards,
+    inspect_shards,
+    validate,
+    plan,
+    explain,
+    suggest_beta,
+    export,
+    doctor,
+    evaluate,
+    push,
+)
 
 
 def run(arguments: list[str]) -> int:

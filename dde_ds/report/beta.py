@@ -1,0 +1,73 @@
+"""Suggest β by its effect: the same β means another thing for each objective, whose gains g_t differ by orders of magnitude."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from dde_ds.config import load_config
+from dde_ds.errors import UserError
+from dde_ds.objective.specs import OBJECTIVES
+from dde_ds.rows import is_metrics, read_rows
+
+MARGIN = "rewards/margins"
+"""Column of ``metrics.jsonl`` with the mean of -(β/2) g_t m: z without the correction."""
+
+
+class BetaEffect(NamedTuple):
+    """What a run's β came to in its first steps."""
+
+    objective: str
+    beta: float
+    mean_z: float
+    """Mean of -(β/2) g_t m over the pairs of the rows: z without the correction. Above 0."""
+    rows: int
+    first: int
+    last: int
+    """First and last step of the rows."""
+
+    def beta_for(self, mean_z: float) -> float:
+        """Return the β at which the mean would have been ``mean_z``."""
+        return self.beta * mean_z / self.mean_z
+
+
+def measure_beta(folder: Path, steps: int = 40) -> BetaEffect:
+    """Return what β came to in the second half of a run's first ``steps`` steps, or of those that it has made if they are fewer.
+
+    The mean of z without the correction is linear in β as long as the margins m stay what they are. That is assumed. It holds while |z| is
+    small: σ(-z) is then near one half, so that β only scales the gradient, and AdamW's step does not depend on that scale. It fails where pairs
+    are saturated, so take few steps; and where β is so low that gradients vanish beside AdamW's ε. Rate and warm-up must stay as they are.
+
+    The correction is left out: it is one offset for all pairs of a timestep, it begins at 0, and not every objective has one.
+
+    Raises:
+        UserError: no run folder, an objective without a reference, no rows in these steps, or a mean that is not above 0.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
+    if steps < 1:
+        raise UserError(f"steps {steps}: must be 1 or more")
+    objective = load_config(folder / "config.yaml").objective
+    if objective.name in OBJECTIVES and not OBJECTIVES[objective.name].needs_reference:
+        raise UserError(f"run {folder}: {objective.name} compares with no reference and has no z")
+    rows = read_rows(folder / "metrics.jsonl", is_metrics)
+    steps = min(steps, max((row["step"] for row in rows), default=steps))
+    begin = steps // 2
+    # A row is the mean of the steps since the last one.
+    spans, before = [], 0
+    for row in rows:
+        if begin < row["step"] <= steps and math.isfinite(row.get(MARGIN, math.nan)):
+            spans.append((row["step"], row["step"] - before, row[MARGIN]))
+        before = row["step"]
+    if not spans:
+        there = [row["step"] for row in rows if MARGIN in row]
+        known = f"the first row with one is of step {there[0]}" if there else "the run has none yet"
+        raise UserError(f"run {folder}: no row of metrics.jsonl for steps {begin + 1} to {steps} holds {MARGIN}; {known}")
+    mean = sum(length * value for _, length, value in spans) / sum(length for _, length, _ in spans)
+    if mean <= 0:
+        raise UserError(
+            f"run {folder}: the mean z is {mean:.4g} in steps {spans[0][0]} to {spans[-1][0]}, not above 0: its pairs are not ahead, and no β "
+            "changes that; take more steps, or larger batches"
+        )
+    return BetaEffect(objective.name, objective.beta, mean, len(spans), spans[0][0], spans[-1][0])
