@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dde_ds.errors import UserError, nearest
 from dde_ds.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -111,12 +111,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    placement: str = "auto"
+    placement: Literal["auto", "replicated", "sharded", "cpu"] = "auto"
     """Place of the frozen copy of the model. ``replicated``: on every GPU (SDXL in bf16: 5.1 GB). ``sharded``: over all GPUs. ``cpu``: in
     the host's memory, loaded block by block. ``auto`` shards it beside a ZeRO-3 policy, keeps it on the CPU beside a policy whose weights
     are there, and replicates it otherwise. Changes memory and speed, not the result."""
 
-    dtype: str = "policy"
+    dtype: Literal["policy", "bf16", "fp32"] = "policy"
     """Precision of the reference. ``policy`` uses the run's: both models then compute exactly alike, and training begins at a margin of 0.
     ``bf16`` halves the reference's memory beside a float32 policy; ``fp32`` doubles it beside a bf16 one. Either way the first loss is
     log 2 up to rounding, which β and w_t multiply."""
@@ -126,15 +126,6 @@ class ReferenceConfig:
     errors that the run needs, the run loads the reference and writes them there. If it has all, the run loads no reference: that saves one
     forward pass of two and the reference's memory. With another ``batch.micro_batch_size``, or on other hardware, the model itself would round
     differently. ``sft`` has no reference and ignores this key."""
-
-    def __post_init__(self):
-        _require(
-            self.placement in ("auto", "replicated", "sharded", "cpu"),
-            "reference.placement",
-            self.placement,
-            "must be auto, replicated, sharded or cpu",
-        )
-        _require(self.dtype in ("policy", "bf16", "fp32"), "reference.dtype", self.dtype, "must be policy, bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -151,13 +142,13 @@ class ObjectiveConfig:
     correction_ema: float = 0.9
     """Decay ρ of the correction's moving average, for each optimizer step that saw the timestep. Raise it for small batches."""
 
-    variance: str = "posterior"
+    variance: Literal["posterior", "beta"] = "posterior"
     """Choice of σ_t² in the stepwise weight: ``posterior`` or ``beta``."""
 
     discount: float | None = None
     """Discount γ of ``discounted`` for each training timestep. Default: 0.9^(50/T)."""
 
-    discount_mode: str = "weight"
+    discount_mode: Literal["weight", "sample"] = "weight"
     """``weight`` puts the discount inside log σ; ``sample`` draws timesteps in proportion to it."""
 
     timestep_range: tuple[int, int] | None = None
@@ -299,7 +290,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to. 0 does not clip."""
 
-    type: str = "adamw"
+    type: Literal["adamw", "adamw_8bit"] = "adamw"
     """``adamw`` or ``adamw_8bit``. The moments of ``adamw_8bit`` take 2 bytes a parameter instead of 8, over all ranks together. That pays off
     on up to four GPUs; SDXL needs two. It runs under ZeRO-1 or 2 without offload, and needs the extra ``lowbit``."""
 
@@ -310,7 +301,6 @@ class OptimizerConfig:
         _positive("optimizer.eps", self.eps)
         _number("optimizer.weight_decay", self.weight_decay, 0)
         _number("optimizer.max_grad_norm", self.max_grad_norm, 0)
-        _require(self.type in ("adamw", "adamw_8bit"), "optimizer.type", self.type, "must be adamw or adamw_8bit")
 
     def rate(self, step: int) -> float:
         """Return the learning rate of optimizer step ``step``, counted from 0: linear warm-up, then constant."""
@@ -479,7 +469,7 @@ class RunConfig:
     deepspeed: str = "ds_configs/zero2.json"
     """DeepSpeed configuration file. Batch, optimizer, precision and clipping are filled in there from this configuration."""
 
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     """``bf16`` or ``fp32``, for the policy, and for the reference unless ``reference.dtype`` differs. ``fp32`` does not use TF32."""
 
     max_hours: float | None = None
@@ -501,7 +491,6 @@ class RunConfig:
         ):
             _require("://" not in (path or ""), key, path, "must be a path of this machine: nothing is written to a URL")
         _number("steps", self.steps, 1)
-        _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "must be 'bf16' or 'fp32'")
         if self.max_hours is not None:
             _positive("max_hours", self.max_hours)
         _positive("timeout_minutes", self.timeout_minutes, LONGEST_TIMEOUT)
@@ -556,6 +545,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_of(data: Any) -> RunConfig:
     """Return a run from plain data, such as a checkpoint's ``state.json``, checked as :func:`load_config` does."""
     return _build(RunConfig, data, "")
+
+
+def section_of(kind: type, data: dict, key: str) -> Any:
+    """Return a section such as :class:`ReferenceConfig` from plain data, checked as :func:`load_config` does. ``key`` names it."""
+    return _build(kind, data, f"{key}.")
 
 
 def _override(data: dict, override: str) -> None:
@@ -618,6 +612,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return tuple(_convert(item, parts[0], f"{key}[{i}]") for i, item in enumerate(value))
     if _is_section(kind):
         return _build(kind, value, key + ".")
+    if typing.get_origin(kind) is Literal:
+        *first, last = map(repr, typing.get_args(kind))
+        _require(value in typing.get_args(kind), key, value, f"must be {', '.join(first)} or {last}")
+        return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)  # neither NaN nor infinity came here
     if kind is str and isinstance(value, str):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from dde_ds.config import ReferenceConfig
+from dde_ds.config import ReferenceConfig, section_of
 from dde_ds.models.family import BLOCKS
 
 # A forward pass uses each weight once, so no weight is kept for a second use. The next weights are fetched while the current block
@@ -42,7 +42,7 @@ def reference_config(config: dict, placement: str = "auto", dtype: str = "policy
     Raises:
         UserError: an unknown placement or type.
     """
-    ReferenceConfig(placement=placement, dtype=dtype)  # refuses unknown values
+    section_of(ReferenceConfig, {"placement": placement, "dtype": dtype}, "reference")  # refuses unknown values
     batch = "train_micro_batch_size_per_gpu" if "train_micro_batch_size_per_gpu" in config else "train_batch_size"
     kept: dict[str, Any] = {key: copy.deepcopy(config[key]) for key in ("bf16", "fp16", "steps_per_print", batch) if key in config}
     if dtype != "policy":
