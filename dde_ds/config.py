@@ -134,7 +134,8 @@ class ObjectiveConfig:
     """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted`` or ``sft``."""
 
     beta: float = 2000.0
-    """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier."""
+    """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier.
+    The same β means another thing for each objective: ``dde-ds suggest-beta`` says what it came to in a run's first steps."""
 
     correction_weight: float = 1.0
     """Weight η of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""

@@ -31,7 +31,7 @@ def suggest_beta(args: argparse.Namespace) -> None:
         f" ({found.rows} {'row' if found.rows == 1 else 'rows'}, steps {found.first} to {found.last})"
     )
     for target in TARGETS:
-        print(f"mean z {target:g}: β = {found.beta_for(target):.3g}")
+        print(f"mean z {target:g}: β = {float(f'{found.beta_for(target):.3g}'):g}")
     if found.mean_z > LARGE:
         print(
             f"note: a mean z above {LARGE:g} slows learning down, and a lower β would not: take fewer steps, or a run with a lower β"
