@@ -12,36 +12,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dde_ds.objective.passes_torch import accumulator, gradient_factor
+from dde_ds.objective.passes_torch import Sums, Wanted, accumulator, gradient_factor, implied_moved, moved_factor, rows_of
 from dde_ds.objective.schedule import NoiseTarget
 
 PART = 4096
 
 
-def errors(policy: Tensor, reference: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
-    """Mean squared errors, (N,), of the policy, and of the reference where there is one."""
-    size = policy[0].numel()
-    predictions = 1 if reference is None else 2
-    parts = torch.empty(predictions, len(policy), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
+def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: Wanted) -> Sums:
+    """Return mean squared errors, (N,), of the policy and of the reference where there is one, and what is ``wanted``."""
+    size, rows, samples = policy[0].numel(), rows_of(policy, target, wanted), len(policy)
+    # One below the other: the policy's errors, the reference's, what has moved, and the inner products.
+    lengths = [samples, samples * (reference is not None), samples * wanted.moved, rows * wanted.inner]
+    parts = torch.empty(sum(lengths), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _errors_kernel[(len(target.noise), parts.shape[2])](
+        _sums_kernel[(rows, parts.shape[1])](
             **_arguments(tensors, policy, target),
             parts=parts,
             compare=reference is not None,  # pyright: ignore[reportArgumentType]  # triton wraps constants
-            **_constants(policy, target),
+            moved=wanted.moved,
+            inner_product=wanted.inner,
+            shared=len(target.noise) == rows,
+            **_constants(policy, target, rows),
         )
-    found = parts.sum(2) / size
-    return found[0], None if reference is None else found[1]
+    own, other, moved, inner = (parts.sum(1) / size).split(lengths)
+    return (
+        own,
+        None if reference is None else other,
+        implied_moved(moved, target) if wanted.moved else None,
+        inner if wanted.inner else None,
+    )
 
 
-def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
-    """Gradient with respect to ``policy``, in its dtype, where the errors' gradient is ``grad``, (N,)."""
-    result = torch.empty_like(policy)
-    tensors = {"policy": policy, "result": result, "noise": target.noise, "noisy": target.noisy}
+def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return the gradient with respect to ``policy``, in its dtype, as :func:`dde_ds.objective.passes_torch.gradient` does."""
+    result, rows = torch.empty_like(policy), len(target.noise)
+    reference = None if moved is None else moved[0]
+    tensors = {"policy": policy, "reference": reference, "result": result, "noise": target.noise, "noisy": target.noisy}
     with torch.cuda.device_of(policy):
-        _gradient_kernel[(len(target.noise), triton.cdiv(policy[0].numel(), PART))](
-            **_arguments(tensors, policy, target), factor=gradient_factor(policy, target, grad), **_constants(policy, target)
+        _gradient_kernel[(rows, triton.cdiv(policy[0].numel(), PART))](
+            **_arguments(tensors, policy, target),
+            factor=gradient_factor(policy, target, grad),
+            moved_factor=None if moved is None else moved_factor(policy, target, moved[1]),
+            moved=moved is not None,
+            **_constants(policy, target, rows),
         )
     return result
 
@@ -54,7 +68,6 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
         "size": policy[0].numel(),
         "middle": middle,
         "inner": inner,
-        "noise_rows": len(target.noise),
         "scale": target.scale,
         "shift": target.shift,
     }
@@ -68,11 +81,18 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
     return arguments | {"linear": linear}
 
 
-def _constants(policy: Tensor, target: NoiseTarget) -> dict:
+def _constants(policy: Tensor, target: NoiseTarget, rows: int) -> dict:
     exact = tl.float64 if policy.dtype == torch.float64 else tl.float32
-    halves = len(policy) // len(target.noise)
     # Products and sums are rounded each for itself, so that a kernel with a reference and one without, which are compiled apart, round alike.
-    return {"halves": halves, "implied": target.scale is not None, "exact": exact, "part": PART, "enable_fp_fusion": False}
+    halves = len(policy) // rows
+    return {
+        "rows": rows,
+        "halves": halves,
+        "implied": target.scale is not None,
+        "exact": exact,
+        "part": PART,
+        "enable_fp_fusion": False,
+    }
 
 
 @triton.jit
@@ -93,44 +113,63 @@ def _load(tensor, element, row, strides, size, middle, inner, linear: tl.constex
 
 
 @triton.jit
-def _errors_kernel(
+def _sums_kernel(
     policy, policy_strides, reference, reference_strides, noise, noise_strides, noisy, noisy_strides, scale, shift,
-    parts, size, middle, inner, noise_rows,
-    halves: tl.constexpr, compare: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
+    parts, size, middle, inner, rows,
+    halves: tl.constexpr, compare: tl.constexpr, moved: tl.constexpr, inner_product: tl.constexpr, shared: tl.constexpr,
+    implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     element = tl.program_id(1) * part + tl.arange(0, part)
+    samples = halves * rows
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
-    for half in tl.static_range(halves):  # pyright: ignore[reportGeneralTypeIssues]  # the winner and the loser that share this noise
-        row = first + half * noise_rows
+    for half in tl.static_range(halves):  # pyright: ignore[reportGeneralTypeIssues]  # the winner and the loser of a pair
+        row = first + half * rows
+        if half > 0 and not shared:
+            epsilon = _load(noise, element, row, noise_strides, size, middle, inner, linear, exact)
         aim = epsilon
         factor = 1.0
         if implied:
             factor = tl.load(scale + row).to(exact)
             aim -= tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
         place = row * tl.num_programs(1) + tl.program_id(1)
-        off = factor * _load(policy, element, row, policy_strides, size, middle, inner, linear, exact) - aim
+        own = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
+        off = factor * own - aim
         tl.store(parts + place, tl.sum(off * off, 0))
+        if inner_product:
+            if half == 0:
+                winner = off
+            else:
+                below = (1 + compare + moved) * samples + first
+                tl.store(parts + below * tl.num_programs(1) + tl.program_id(1), tl.sum(winner * off, 0))
         if compare:
-            off = factor * _load(reference, element, row, reference_strides, size, middle, inner, linear, exact) - aim
-            tl.store(parts + halves * noise_rows * tl.num_programs(1) + place, tl.sum(off * off, 0))
+            other = _load(reference, element, row, reference_strides, size, middle, inner, linear, exact)
+            off = factor * other - aim
+            tl.store(parts + samples * tl.num_programs(1) + place, tl.sum(off * off, 0))
+            if moved:
+                off = own - other
+                tl.store(parts + 2 * samples * tl.num_programs(1) + place, tl.sum(off * off, 0))
 
 
 @triton.jit
 def _gradient_kernel(
-    policy, policy_strides, result, result_strides, noise, noise_strides, noisy, noisy_strides, scale, shift,
-    factor, size, middle, inner, noise_rows,
-    halves: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
+    policy, policy_strides, reference, reference_strides, result, result_strides, noise, noise_strides, noisy, noisy_strides,
+    scale, shift, factor, moved_factor, size, middle, inner, rows,
+    halves: tl.constexpr, moved: tl.constexpr, implied: tl.constexpr, linear: tl.constexpr, exact: tl.constexpr, part: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     element = tl.program_id(1) * part + tl.arange(0, part)
     epsilon = _load(noise, element, first, noise_strides, size, middle, inner, linear, exact)
     for half in tl.static_range(halves):  # pyright: ignore[reportGeneralTypeIssues]  # triton's compiler unrolls it
-        row = first + half * noise_rows
-        off = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
+        row = first + half * rows
+        own = _load(policy, element, row, policy_strides, size, middle, inner, linear, exact)
+        off = own
         if implied:
             off = off * tl.load(scale + row).to(exact)
             off += tl.load(shift + row).to(exact) * _load(noisy, element, row, noisy_strides, size, middle, inner, linear, exact)
         off = (off - epsilon) * tl.load(factor + row).to(exact)
+        if moved:
+            other = _load(reference, element, row, reference_strides, size, middle, inner, linear, exact)
+            off += tl.load(moved_factor + row).to(exact) * (own - other)
         place = _place(element, row, result_strides, middle, inner, linear)
         tl.store(result + place, off.to(result.dtype.element_ty), mask=element < size)

@@ -9,7 +9,7 @@ import torch
 
 from dde_ds import UserError
 from dde_ds.objective import fused, passes_torch
-from dde_ds.objective.fused import noise_errors
+from dde_ds.objective.fused import noise_errors, noise_sums
 from dde_ds.objective.schedule import NoiseTarget
 
 
@@ -176,3 +176,77 @@ def test_small_predictions_have_the_numbers_of_large_ones(monkeypatch, dtype):
     for by_block, small in zip(*found, strict=True):
         torch.testing.assert_close(small, by_block, rtol=torch.finfo(dtype).eps, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+
+
+def plain_moved(policy, reference, target):
+    scale = 1 if target.scale is None else target.scale.view(-1, 1, 1, 1)
+    return (scale * policy - scale * reference).square().mean((1, 2, 3))
+
+
+def plain_inner(policy, target):
+    noise = target.noise.repeat(len(policy) // len(target.noise), 1, 1, 1)
+    if target.scale is not None:
+        policy = target.scale.view(-1, 1, 1, 1) * policy + target.shift.view(-1, 1, 1, 1) * target.noisy
+    winner, loser = (policy - noise).chunk(2)
+    return (winner * loser).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((6, 3, 5, 7), "channels last"), ((2, 5, 1, 1700), "every other element")])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("implied", [True, False])
+def test_what_has_moved_and_inner_products(device, shape, layout, shared, implied):
+    policy, reference, target = made_up(device, shape, shared, implied)
+    laid_out = LAYOUTS[layout](policy.detach()).requires_grad_()
+    found = noise_sums(laid_out, reference, target, teach_moved=True, inner=True)
+    torch.testing.assert_close(found.policy, plain(policy, target))
+    torch.testing.assert_close(found.reference, plain(reference, target))
+    torch.testing.assert_close(found.moved, plain_moved(policy, reference, target))
+    torch.testing.assert_close(found.inner, plain_inner(policy, target).detach())
+    assert not found.inner.requires_grad and not found.reference.requires_grad
+    # Each with weights of its own, together and alone.
+    for weights in ([1.0, -0.7], [1.0, 0.0], [0.0, 1.0]):
+        ramp = torch.arange(1.0, len(policy) + 1, dtype=torch.float64, device=device)
+        losses = [
+            weights[0] * (ramp * errors).sum() + weights[1] * (moved / ramp).sum()
+            for errors, moved in ((found.policy, found.moved), (plain(policy, target), plain_moved(policy, reference, target)))
+        ]
+        (grad,) = torch.autograd.grad(losses[0], laid_out, retain_graph=True)
+        torch.testing.assert_close(grad, torch.autograd.grad(losses[1], policy)[0])
+    (alone,) = torch.autograd.grad(found.moved.sum(), laid_out)
+    torch.testing.assert_close(alone, torch.autograd.grad(plain_moved(policy, reference, target).sum(), policy)[0])
+
+
+@pytest.mark.parametrize("implied", [True, False])
+def test_gradcheck_of_what_has_moved(device, implied):
+    policy, reference, target = made_up(device, (4, 2, 3, 3), implied=implied)
+    assert torch.autograd.gradcheck(lambda p: noise_sums(p, reference, target, teach_moved=True)[::2], policy)
+    assert not noise_sums(policy, reference, target, moved=True).moved.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implied", [True, False])
+def test_what_is_asked_for_beside_changes_no_bit_of_the_errors(device, dtype, implied):
+    policy, reference, target = made_up(device, (4, 4, 40, 40), implied=implied, dtype=dtype)
+    found = []
+    for wanted in ({}, {"moved": True}, {"teach_moved": True, "inner": True}):
+        sums = noise_sums(policy, reference, target, **wanted)
+        found.append((sums.policy, sums.reference, torch.autograd.grad(sums.policy.sum(), policy)[0]))
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_the_reference_is_kept_for_the_backward_pass_only_where_it_is_taught(device, monkeypatch):
+    monkeypatch.setattr(fused, "SMALL_ELEMENTS", 0)
+    policy, reference, target = made_up(device, (4, 2, 3, 3))
+    for taught in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            noise_sums(policy, reference, target, moved=True, teach_moved=taught, inner=True)
+        assert (reference.data_ptr() in [tensor.data_ptr() for tensor in kept]) == taught
+
+
+def test_an_inner_product_needs_pairs(device):
+    policy, _, target = made_up(device, (3, 2, 3, 3), shared=False)
+    with pytest.raises(UserError, match="as many losers"):
+        noise_sums(policy, None, target, inner=True)

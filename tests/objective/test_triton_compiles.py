@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dde_ds import NoiseSchedule
+from dde_ds.objective.passes_torch import Wanted
 from dde_ds.objective.schedule import NoiseTarget
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -46,8 +47,12 @@ class Compiled:
         self.binaries.add(self.kernel.warmup(**arguments).asm["cubin"])
 
 
+EVERYTHING = Wanted(moved=True, teach_moved=True, inner=True)
+
+
 def calls():
-    """Predictions of policy and reference with their target, as the JIT tells them apart: by type, by what is 1, by width of strides."""
+    """Predictions of policy and reference with their target, as the JIT tells them apart: by type, by what is 1, by width of strides. Then
+    what more is wanted of them, where there is more."""
     policy, reference, noisy = torch.zeros(3, 4, 4, 8, 8).bfloat16()
     noise, timesteps = torch.zeros(2, 4, 8, 8), torch.tensor([300, 700]).repeat(2)
     yield policy, reference, NoiseTarget(noise)
@@ -62,6 +67,10 @@ def calls():
     # Strides of dimensions of one element, which are never multiplied with more than 0.
     far = torch.zeros(64).as_strided((1, 1, 8, 8), (BEYOND_32_BITS, BEYOND_32_BITS, 8, 1))
     yield far, far.mT, NoiseTarget(far)
+    yield policy, reference, NoiseTarget(noise), EVERYTHING
+    yield policy, None, NoiseTarget(noise), Wanted(inner=True)
+    yield policy, reference, NoiseTarget(noise.repeat(2, 1, 1, 1)), EVERYTHING  # each its own noise
+    yield policy, reference, target, EVERYTHING
 
 
 def compile_all():
@@ -70,14 +79,16 @@ def compile_all():
     from dde_ds.objective import passes_triton
 
     driver.set_active(Hopper())
-    passes_triton._errors_kernel = errors = Compiled(passes_triton._errors_kernel)
+    passes_triton._sums_kernel = sums = Compiled(passes_triton._sums_kernel)
     passes_triton._gradient_kernel = gradient = Compiled(passes_triton._gradient_kernel)
     found = list(calls())
-    for policy, reference, target in found:
-        passes_triton.errors(policy, reference, target)
-        passes_triton.gradient(policy, target, torch.zeros(len(policy)))
-    assert len(errors.binaries) == len(found), "calls that were to differ had the same kernel"
-    assert len(gradient.binaries) == len(found) - 1  # to it a reference makes no difference
+    for policy, reference, target, *wanted in found:
+        passes_triton.sums(policy, reference, target, *(wanted or [Wanted()]))
+        grad = torch.zeros(len(policy))
+        passes_triton.gradient(policy, target, grad, (reference, grad) if wanted and wanted[0].teach_moved else None)
+    assert len(sums.binaries) == len(found), "calls that were to differ had the same kernel"
+    # To it a reference makes no difference, unless what has moved is taught, and an inner product none at all.
+    assert len(gradient.binaries) == len(found) - 2
 
 
 def test_for_hopper():
