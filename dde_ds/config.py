@@ -131,7 +131,8 @@ class ReferenceConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "dde"
-    """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted`` or ``sft``."""
+    """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted``, ``sft``, ``dspo``, ``kto`` or ``mapo``. ``sft`` and
+    ``mapo`` compare with no reference and ignore β; ``dspo`` needs a β far below 1."""
 
     beta: float = 2000.0
     """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier.
@@ -155,6 +156,25 @@ class ObjectiveConfig:
     timestep_range: tuple[int, int] | None = None
     """Range [lo, hi) that timesteps are drawn from. Default: all. Narrow it to train one segment of the trajectory."""
 
+    link: str = "logistic"
+    """Loss of a pair's z: ``logistic``, ``robust``, ``ipo``, ``hinge``, ``sigmoid`` or ``dmpo``. ``sigmoid`` lets go of pairs that are far on
+    the wrong side, on which ``logistic`` spends most of its gradient. Not for ``sft``, ``dspo``, ``kto`` and ``mapo``."""
+
+    label_smoothing: float = 0.0
+    """Share ε of labels that are taken to be wrong, in [0, 0.5), for the links ``logistic``, ``robust`` and ``dmpo``. Raise it if annotators
+    often disagree."""
+
+    soft_labels: bool = False
+    """Use each pair's share of votes from the shards in the place of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold it."""
+
+    winner_preserving: float | None = None
+    """Share μ in [0, 1] of SDPO's safeguard. It scales the loser's gradient down where that would raise the winner's error. Of SDPO's runs:
+    0.9 for SD1.5, 0.6 for SDXL. None turns it off."""
+
+    single_shot: str = "weight"
+    """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z is then the true log
+    ratio for Gaussian data of unit variance."""
+
     shared_noise: bool = True
     """Give winner and loser of a pair the same noise. This lowers the variance of their difference and is the field's standard."""
 
@@ -162,6 +182,9 @@ class ObjectiveConfig:
         _positive("objective.beta", self.beta)
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _number("objective.correction_weight", self.correction_weight, 0)
+        _require(0 <= self.label_smoothing < 0.5, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 0.5)")
+        within = self.winner_preserving is None or 0 <= self.winner_preserving <= 1
+        _require(within, "objective.winner_preserving", self.winner_preserving, "must lie in [0, 1], or be null")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from torch import Tensor
 from dde_ds.errors import UserError, nearest
 from dde_ds.objective import losses
 from dde_ds.objective.correction import ERROR_NAMES, CorrectionTable
-from dde_ds.objective.fused import noise_errors
+from dde_ds.objective.fused import noise_sums
+from dde_ds.objective.links import LINKS, bind
+from dde_ds.objective.reference_point import ReferencePoint
 from dde_ds.objective.schedule import NoiseSchedule
-from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec
+from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec, calibrated, single_shot
 
 SATURATED = 0.01
 TIMESTEP_BUCKETS = 10
@@ -28,18 +30,34 @@ class ObjectiveOutput:
     """Scalar, mean over the pairs of this call; carries the gradient."""
 
     logits: Tensor
-    """z of each pair, (B,), detached. Empty for ``sft``."""
+    """z of each pair, (B,), detached. Empty for ``sft``, which has none."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
 
     by_timestep: Tensor | None = None
     """(len(BY_TIMESTEP),10): sums over the pairs of each tenth of the timesteps, so that micro-batches and ranks can be added up.
-    None for ``sft``."""
+    None where there is no reference."""
 
     reference_errors: Tensor | None = None
     """d(ref,w) of each pair, then d(ref,l), (2B,), as the loss took them: what a later call may be given in the place of a
-    prediction. None for ``sft``."""
+    prediction. None where there is no reference."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How z becomes a loss. What each means, :func:`build_objective` says."""
+
+    link: str = "logistic"
+    label_smoothing: float = 0.0
+    soft_labels: bool = False
+    winner_preserving: float | None = None
+    single_shot: str = "weight"
+
+
+NEEDS_PREDICTION = "compares the two models' predictions with each other"
+
+SINGLE_SHOTS = ("weight", "calibrated")
 
 
 class Objective:
@@ -55,21 +73,29 @@ class Objective:
         discount: float,
         discount_mode: str,
         timestep_range: tuple[int, int],
+        options: LossOptions,
     ):
-        spec = OBJECTIVES[name]
-        self.name, self.schedule, self.beta = name, schedule, beta
-        self.correction_weight = correction_weight if spec.corrected else 0.0
+        self.spec = spec = OBJECTIVES[name]
+        self.name, self.schedule, self.beta, self.options = name, schedule, beta, options
+        is_calibrated = options.single_shot == "calibrated"
+        self.correction_weight = (1 + is_calibrated) * correction_weight if spec.corrected else 0.0
         self.timestep_probabilities = _timestep_probabilities(spec, schedule, discount, discount_mode, timestep_range)
         """p(t), (T,) float64: what the trainer samples timesteps from."""
-        self.needs_reference, self.link = spec.needs_reference, spec.link
+        self.needs_reference = spec.needs_reference
+        self.link = bind(LINKS[options.link], beta, options.label_smoothing)
+        """The loss of z, and its gradient weight, of an objective without a loss of its own."""
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
         drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
-        self._gain = torch.ones(schedule.num_train_timesteps, dtype=torch.float64) if drawn else spec.gain(schedule, discount)
+        gain = calibrated if is_calibrated else spec.gain
+        self._gain = torch.ones(schedule.num_train_timesteps, dtype=torch.float64) if drawn else gain(schedule, discount)
+        self._reference_point = ReferencePoint() if spec.has_reference_point else None
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
         self._gain = self._gain.to(device)
         self.table.to(device)
+        if self._reference_point:
+            self._reference_point.to(device)
         self.schedule = self.schedule.to(device)
         return self
 
@@ -82,39 +108,79 @@ class Objective:
         noisy_latents: Tensor | None = None,
         *,
         reference_errors: Tensor | None = None,
+        soft_labels: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Loss of B pairs.
 
         Args:
             policy_pred: the policy's output, (2B,C,H,W): B winners, then their B losers.
-            reference_pred: the reference's output, same shape, no gradient; None for ``sft``, or where its errors are given.
+            reference_pred: the reference's output, same shape, no gradient; None for ``sft`` and ``mapo``, or where its errors are given.
             noise: ε, (B,C,H,W), shared by winner and loser; or (2B,C,H,W) where each has its own.
             timesteps: (B,) int64, shared by winner and loser.
             noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
             reference_errors: d(ref,·), (2B,), in the place of ``reference_pred``: what an earlier call with the same noise and
                 timesteps gave out under this name. The loss is then the same, on a CPU to the last bit;
                 on a GPU a test tells.
+            soft_labels: how sure each pair's label is, such as the winner's share of votes, (B,) in [0, 1]: exactly where the option
+                ``soft_labels`` is on. Their range is checked on the CPU alone, since a look at a GPU's numbers waits for it.
 
         Raises:
-            UserError: shapes that do not fit together.
+            UserError: shapes that do not fit together, or labels out of range.
         """
         self._check(policy_pred, reference_pred, reference_errors, noise, timesteps, noisy_latents)
+        self._check_labels(soft_labels, len(timesteps))
         if self._gain.device != policy_pred.device:
             self.to(policy_pred.device)
         target = self.schedule.target(noise, timesteps.repeat(2), noisy_latents)
-        policy_error, reference_error = noise_errors(policy_pred, reference_pred if self.needs_reference else None, target)
-        if not self.needs_reference:
-            return self._supervised(policy_error)
-
-        if reference_error is None:
+        sums = noise_sums(
+            policy_pred,
+            reference_pred if self.needs_reference else None,
+            target,
+            teach_moved=self.spec.needs_prediction,
+            inner=self.options.winner_preserving is not None,
+        )
+        policy_error, reference_error = sums.policy, sums.reference
+        if sums.inner is not None:
+            share = self.options.winner_preserving
+            policy_error = losses.preserve_winner(policy_error, sums.inner, policy_pred[0].numel(), share)
+        if self.needs_reference and reference_error is None:
             assert reference_errors is not None  # one of the two is there: _check
             reference_error = reference_errors.to(policy_error.dtype)
-        m = losses.margin(policy_error, reference_error)
-        z = self.logits(m, timesteps)
-        loss = self.link.loss(z).mean()
-        errors = torch.cat([policy_error.detach(), reference_error]).view(4, -1)
-        self.table.add(timesteps, m.detach(), errors)
-        return ObjectiveOutput(loss, z.detach(), *self._metrics(loss.detach(), z.detach(), errors, timesteps), reference_error)
+
+        of_each, z = self.pair_losses(timesteps, policy_error, reference_error, sums.moved, soft_labels)
+        loss, z, policy_error = of_each.mean(), z.detach(), policy_error.detach()
+        if reference_error is None:
+            return ObjectiveOutput(loss, z, self._unreferenced_metrics(loss.detach(), z, policy_error))
+        errors = torch.cat([policy_error, reference_error]).view(4, -1)
+        self.table.add(timesteps, losses.margin(policy_error, reference_error), errors)
+        if self._reference_point:
+            self._reference_point.add(reference_error - policy_error)
+        return ObjectiveOutput(loss, z, *self._metrics(loss.detach(), z, errors, timesteps), reference_error)
+
+    def pair_losses(
+        self,
+        timesteps: Tensor,
+        policy: Tensor,
+        reference: Tensor | None,
+        moved: Tensor | None = None,
+        soft_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of each pair, (B,), and the z that metrics tell of it, (B,), or (0,) for ``sft``, by the state as it stands.
+
+        Args:
+            timesteps: (B,).
+            policy, reference, moved: d(θ,·), d(ref,·) and ‖ε_θ - ε_ref‖², (2B,) each, winners then losers. ``reference`` is None
+                where there is none; ``moved`` is needed by ``dspo`` alone.
+            soft_labels: (B,).
+        """
+        z = None if reference is None else self.logits(losses.margin(policy, reference), timesteps)
+        if self.spec.own_loss:
+            point = self._reference_point.value.to(policy.dtype) if self._reference_point else None
+            steps = self.schedule.num_train_timesteps
+            return self.spec.own_loss(losses.Terms(policy, reference, moved, z, self.beta, steps, point))
+        assert z is not None  # an objective without a reference has a loss of its own
+        of_each = self.link.loss(z) if soft_labels is None else self.link.loss(z, soft_labels.to(z.dtype))
+        return of_each, z
 
     def logits(self, margin: Tensor, timesteps: Tensor) -> Tensor:
         """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands."""
@@ -129,22 +195,30 @@ class Objective:
         """At the end of each optimizer step: all-reduce the step's sums and update the correction table. Collective."""
         if self.needs_reference:
             self.table.commit()
+        if self._reference_point:
+            self._reference_point.commit()
 
     def discard(self) -> None:
         """In the place of :meth:`commit` where the optimizer skipped the step: forget what the step added to the table."""
         self.table.discard()
+        if self._reference_point:
+            self._reference_point.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.table.state_dict()
+        point = {"reference_point": self._reference_point.value.cpu().clone()} if self._reference_point else {}
+        return {**self.table.state_dict(), **point}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.table.load_state_dict(state)
+        if self._reference_point:
+            self._reference_point.discard()
+            self._reference_point.value.copy_(state["reference_point"])
 
-    def _supervised(self, policy_error: Tensor) -> ObjectiveOutput:
+    @torch.no_grad()
+    def _unreferenced_metrics(self, loss: Tensor, z: Tensor, policy_error: Tensor) -> dict[str, Tensor]:
         winner, loser = policy_error.chunk(2)
-        metrics = {"error/policy_chosen": winner.detach().mean(), "error/policy_rejected": loser.detach().mean()}
-        loss = winner.mean()
-        return ObjectiveOutput(loss, winner.new_empty(0), {"loss": loss.detach(), **metrics})
+        metrics = {"loss": loss, "error/policy_chosen": winner.mean(), "error/policy_rejected": loser.mean()}
+        return metrics | ({"rewards/accuracies": losses.share_ahead(z).mean()} if len(z) else {})
 
     @torch.no_grad()
     def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -166,6 +240,8 @@ class Objective:
             # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
             "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).to(z.dtype).mean(),
         }
+        if self._reference_point:
+            metrics["kto/reference_point"] = self._reference_point.value
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
         by_timestep = z.new_zeros(len(BY_TIMESTEP), TIMESTEP_BUCKETS)
         bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.num_train_timesteps
@@ -185,7 +261,9 @@ class Objective:
                 f"noise has shape {tuple(noise.shape)}, policy_pred {tuple(policy_pred.shape)}: expected (B or 2B,C,H,W)"
             )
         if self.needs_reference and reference_pred is None and reference_errors is None:
-            raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None (only 'sft' has none)")
+            raise UserError(f"objective {self.name!r} compares with a reference, but reference_pred is None")
+        if self.spec.needs_prediction and reference_pred is None:
+            raise UserError(f"objective {self.name!r} {NEEDS_PREDICTION}: reference_errors are not enough, give reference_pred")
         if reference_pred is not None and reference_errors is not None:
             raise UserError("objective got both reference_pred and reference_errors: which of them counts? Give one")
         if self.needs_reference and reference_pred is not None and reference_pred.shape != policy_pred.shape:
@@ -196,6 +274,30 @@ class Objective:
             )
         if self.schedule.prediction_type != "epsilon" and (noisy_latents is None or noisy_latents.shape != policy_pred.shape):
             raise UserError(f"a {self.schedule.prediction_type} model needs noisy_latents of shape {tuple(policy_pred.shape)}")
+
+    def _check_labels(self, soft_labels: Tensor | None, pairs: int) -> None:
+        if (soft_labels is not None) != self.options.soft_labels:
+            given = (
+                "given, but objective.soft_labels is off" if soft_labels is not None else "missing, but objective.soft_labels is on"
+            )
+            raise UserError(f"soft_labels are {given}")
+        if soft_labels is None:
+            return
+        if soft_labels.shape != (pairs,):
+            raise UserError(f"soft_labels has shape {tuple(soft_labels.shape)}: expected ({pairs},)")
+        if soft_labels.device.type == "cpu":
+            check_soft_labels(soft_labels)
+
+
+def check_soft_labels(labels: Tensor) -> None:
+    """Refuse labels that are no shares. Waits for the device that they are on.
+
+    Raises:
+        UserError: one is out of [0, 1], or no number.
+    """
+    wrong = labels[~((labels >= 0) & (labels <= 1))]
+    if len(wrong):
+        raise UserError(f"soft label {wrong[0].item():g}: must lie in [0, 1], the share of votes for the winner")
 
 
 def build_objective(
@@ -208,12 +310,18 @@ def build_objective(
     discount: float | None = None,
     discount_mode: str = "weight",
     timestep_range: tuple[int, int] | None = None,
+    link: str = "logistic",
+    label_smoothing: float = 0.0,
+    soft_labels: bool = False,
+    winner_preserving: float | None = None,
+    single_shot: str = "weight",
 ) -> Objective:
     """An objective by its name.
 
     Args:
         name: ``dde`` (eq. 11), its ablations ``dde_single`` (no correction) and ``dde_step`` (no single-shot weight), the
-            baselines ``uniform`` (eq. 12: Diffusion-DPO, D3PO), ``discounted`` and ``sft``.
+            baselines ``uniform`` (eq. 12: Diffusion-DPO, D3PO), ``discounted`` and ``sft``, and the neighbours ``dspo``, ``kto``
+            and ``mapo``. The last four have a loss of their own, which no option below changes but ``timestep_range``.
         schedule: the noise schedule of the model that is trained.
         beta: strength of the preference term, for errors that are *means* over a latent's elements (Diffusion-DPO: 2000 for
             SD1.5, 5000 for SDXL).
@@ -224,9 +332,15 @@ def build_objective(
         discount: γ per training timestep of ``discounted``; default 0.9^(50/T), that is 0.9 per step of a 50-step sampler.
         discount_mode: ``weight`` puts γ^(T-1-t) inside log σ; ``sample`` draws t in proportion to it. Not the same objective.
         timestep_range: [lo, hi) that timesteps are drawn from; default all.
+        link: from z to the loss, a row of :data:`dde_ds.objective.links.LINKS`.
+        label_smoothing: ε in [0, 0.5), share of pairs whose label is taken to be wrong; for ``logistic``, ``robust`` and ``dmpo``.
+        soft_labels: each call gives its pairs' own labels, in the place of 1-ε; for ``logistic`` and ``dmpo``.
+        winner_preserving: μ in [0, 1] of :func:`dde_ds.objective.losses.preserve_winner`; default: losers' gradients stay whole.
+        single_shot: ``weight``, w_t with η as given (eq. 11), or ``calibrated``, 1/ᾱ_t with twice η; for ``dde`` and ``dde_single``. For
+            Gaussian data of unit variance z/β is then 0.995 to 1.004 of a pair's true log ratio; with ``weight`` it is 0.44 to 0.99.
 
     Raises:
-        UserError: an unknown name or an option out of range.
+        UserError: an unknown name, an option out of range, or one that has no meaning with the objective.
     """
     if name not in OBJECTIVES:
         raise UserError(f"objective.name {name!r}{nearest(str(name), OBJECTIVES)}")
@@ -244,7 +358,42 @@ def build_objective(
     low, high = (0, schedule.num_train_timesteps) if timestep_range is None else timestep_range
     if not 0 <= low < high <= schedule.num_train_timesteps:
         raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.num_train_timesteps})")
-    return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high))
+    options = LossOptions(link, label_smoothing, soft_labels, winner_preserving, single_shot)
+    _check_options(name, options)
+    return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high), options)
+
+
+def _check_options(name: str, options: LossOptions) -> None:
+    """Raises:
+    UserError: an option out of range, or one that has no meaning with the objective or with another option.
+    """
+    if options.link not in LINKS:
+        raise UserError(f"objective.link {options.link!r}{nearest(str(options.link), LINKS)}")
+    if options.single_shot not in SINGLE_SHOTS:
+        raise UserError(f"objective.single_shot {options.single_shot!r}{nearest(str(options.single_shot), SINGLE_SHOTS)}")
+    if not 0 <= options.label_smoothing < 0.5:
+        raise UserError(f"objective.label_smoothing is {options.label_smoothing}: it must lie in [0, 0.5)")
+    if options.winner_preserving is not None and not 0 <= options.winner_preserving <= 1:
+        raise UserError(f"objective.winner_preserving is {options.winner_preserving}: it must lie in [0, 1]")
+    spec, chosen = OBJECTIVES[name], LINKS[options.link]
+    of_the_link = {key: getattr(options, key) for key in ("link", "label_smoothing", "soft_labels", "winner_preserving")}
+    for key, value in of_the_link.items():
+        if spec.own_loss and value != getattr(LossOptions, key):
+            raise UserError(f"objective.{key} is {value!r}: {name} has a loss of its own, on which it has no effect; leave it out")
+    if options.label_smoothing and not chosen.smoothing:
+        raise UserError(
+            f"objective.label_smoothing is {options.label_smoothing}: objective.link {options.link} has no label; only "
+            f"{', '.join(key for key, row in LINKS.items() if row.smoothing)} have one"
+        )
+    if options.soft_labels and not chosen.soft_labels:
+        raise UserError(
+            f"objective.soft_labels is true: objective.link {options.link} takes no labels of its pairs; only "
+            f"{', '.join(key for key, row in LINKS.items() if row.soft_labels)} do"
+        )
+    if options.soft_labels and options.label_smoothing:
+        raise UserError(f"objective.label_smoothing is {options.label_smoothing}: a pair's own label takes its place; leave it out")
+    if options.single_shot != "weight" and spec.gain is not single_shot:
+        raise UserError(f"objective.single_shot is {options.single_shot!r}: {name} has no single-shot weight; leave it out")
 
 
 def _timestep_probabilities(
@@ -273,4 +422,9 @@ def configured_objective(options: Any, scheduler: dict) -> Objective:
         discount=options.discount,
         discount_mode=options.discount_mode,
         timestep_range=options.timestep_range,
+        link=options.link,
+        label_smoothing=options.label_smoothing,
+        soft_labels=options.soft_labels,
+        winner_preserving=options.winner_preserving,
+        single_shot=options.single_shot,
     )

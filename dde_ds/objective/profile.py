@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dde_ds.objective.losses import margin
 from dde_ds.objective.objective import Objective
 
 
@@ -16,10 +15,11 @@ class Profile:
     """One value a timestep, (T,) float64 each."""
 
     credit: Tensor
-    """|∂loss/∂d| = (β/2) g_t σ(-z_t), d the policy's error on the winner (or the loser) of one pair."""
+    """|∂loss/∂d|, d the policy's error on the winner (or the loser) of one pair: (β/2) g_t σ(-z_t) for the logistic link."""
 
     push: Tensor
-    """σ(-z_t), what the logistic leaves of the gradient: near 0 a pair is learnt, near 1 it is far on the wrong side. NaN where there is none."""
+    """-∂loss/∂z_t, what the link leaves of the gradient. Of the logistic σ(-z_t): near 0 a pair is learnt, near 1 it is far on the wrong side.
+    NaN where there is none."""
 
     @property
     def peak(self) -> int:
@@ -47,6 +47,8 @@ def credit_profile(objective: Objective, margins: Tensor) -> Profile:
         return Profile(torch.ones(len(every), dtype=torch.float64), torch.full((len(every),), torch.nan, dtype=torch.float64))
     winner = margins.double().clone().requires_grad_()
     others = torch.zeros_like(margins, dtype=torch.float64)
-    z = objective.logits(margin(torch.cat([winner, others]), torch.cat([others, others])), every)
-    (credit,) = torch.autograd.grad(objective.link.loss(z).sum(), winner)
-    return Profile(credit, objective.link.weight(z.detach()))
+    none = torch.cat([others, others])
+    of_each, z = objective.pair_losses(every, torch.cat([winner, others]), none, none)
+    (credit,) = torch.autograd.grad(of_each.sum(), winner)
+    push = torch.full_like(credit, torch.nan) if objective.spec.own_loss else objective.link.weight(z.detach())
+    return Profile(credit.abs(), push)

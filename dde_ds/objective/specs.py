@@ -11,18 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dde_ds.objective.losses import logistic_loss, logistic_weight
+from dde_ds.objective import losses
+from dde_ds.objective.losses import Terms
 from dde_ds.objective.schedule import NoiseSchedule
 
 Gain = Callable[[NoiseSchedule, float], Tensor]
 """g_t for every timestep, (T,) float64, from the schedule and the discount γ."""
 
 
-class Link(NamedTuple):
-    """From z, (B,), to each pair's loss, and to what it leaves of the gradient, -∂loss/∂z, (B,)."""
-
-    loss: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor], Tensor]
+OwnLoss = Callable[[Terms], tuple[Tensor, Tensor]]
+"""Loss of each pair, (B,), and the z that metrics tell of it, (B,), or (0,) where there is none."""
 
 
 class ObjectiveSpec(NamedTuple):
@@ -46,12 +44,25 @@ class ObjectiveSpec(NamedTuple):
     needs_reference: bool = True
     """Compare with a frozen reference. False: the loss is the policy's error on the winner alone."""
 
-    link: Link = Link(logistic_loss, logistic_weight)
+    own_loss: OwnLoss | None = None
+    """A loss of its own. None: the link of z, which the option ``link`` names."""
+
+    needs_prediction: bool = False
+    """Its loss holds ‖ε_θ - ε_ref‖², for which the reference's errors alone are too little."""
+
+    has_reference_point: bool = False
+    """Keep the mean lead of all samples, :mod:`.reference_point`."""
 
 
 def single_shot(schedule: NoiseSchedule, discount: float) -> Tensor:
     """Return w_t = 1/SNR(t), (T,) float64: errors of the noise become errors of the image that one step to x₀ gives (eq. 11)."""
     return schedule.single_shot_weight
+
+
+def calibrated(schedule: NoiseSchedule, discount: float) -> Tensor:
+    """Return 1/ᾱ_t, (T,) float64, in the place of w_t. With η = 2 it is DDE's estimate for the single-shot variance σ² = 1-ᾱ_t, which is that of
+    x₀ given x_t for Gaussian data of unit variance; w_t with η = 1 is that for σ² = ½."""
+    return 1 / schedule.alphas_cumprod
 
 
 def flat(schedule: NoiseSchedule, discount: float) -> Tensor:
@@ -72,7 +83,12 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "dde_step": ObjectiveSpec(flat, "1", "ablation, sec. 4.5", corrected=True),
     "uniform": ObjectiveSpec(flat, "1", "eq. 12: Diffusion-DPO, D3PO"),
     "discounted": ObjectiveSpec(discounted, "γ^(T-1-t)", "dense-reward view", discounted=True),
-    "sft": ObjectiveSpec(flat, "", "error on winners alone; no reference", needs_reference=False),
+    "sft": ObjectiveSpec(flat, "", "error on winners alone; no reference", needs_reference=False, own_loss=losses.sft),
+    "dspo": ObjectiveSpec(flat, "1", "DSPO, form of SD1.5; loss of its own", own_loss=losses.dspo, needs_prediction=True),
+    "kto": ObjectiveSpec(
+        flat, "1", "Diffusion-KTO, arXiv 2404.04465; loss of its own", own_loss=losses.kto, has_reference_point=True
+    ),
+    "mapo": ObjectiveSpec(flat, "", "MaPO, arXiv 2406.06424; no reference", needs_reference=False, own_loss=losses.mapo),
 }
 
 COMPARING = tuple(name for name, spec in OBJECTIVES.items() if spec.needs_reference)

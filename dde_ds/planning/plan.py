@@ -22,6 +22,7 @@ from dde_ds.engine.reference import reference_config
 from dde_ds.engine.zero import complete_config
 from dde_ds.errors import UserError
 from dde_ds.models.family import BATCH_NAMES, conditioning_shapes
+from dde_ds.objective.specs import OBJECTIVES
 from dde_ds.planning import cost
 from dde_ds.planning.gpus import MFU, Device
 from dde_ds.planning.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory, stage_of
@@ -247,7 +248,8 @@ def needs_reference(run: RunConfig) -> bool:
     A run with a complete precomputed reference computes none. The plan does not know whether the file is complete: the run
     finds out.
     """
-    return run.objective.name != "sft"
+    spec = OBJECTIVES.get(run.objective.name)  # an unknown name is refused elsewhere
+    return spec is None or spec.needs_reference
 
 
 def checkpoint_bytes(run: RunConfig, sizes: cost.Sizes) -> int:

@@ -9,7 +9,7 @@ import torch
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.config import ObjectiveConfig
 from dde_ds.objective.objective import configured_objective
-from dde_ds.objective.specs import OBJECTIVES
+from dde_ds.objective.specs import COMPARING, OBJECTIVES
 
 PAIRS, SHAPE = 3, (4, 5, 7)
 T = torch.tensor([3, 417, 950])
@@ -33,7 +33,7 @@ def fill_table(objective, seed=5, observations=4000):
         objective.commit()
 
 
-def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=None):
+def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=None, kappa=0.0):
     """The loss pair by pair, element by element, as the paper writes it."""
     losses = []
     for i, t in enumerate(T.tolist()):
@@ -53,6 +53,20 @@ def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=N
         if name == "sft":
             losses.append(d["policy", "w"])
             continue
+        if name == "mapo":
+            f = {side: 0.5 * d["policy", side] / (torch.exp(0.5 * d["policy", side]) - 1) for side in "wl"}
+            losses.append(d["policy", "w"] - 0.1 * torch.log(1 / (1 + torch.exp(-1000 * (f["w"] - f["l"])))))
+            continue
+        if name == "kto":
+            lead = {side: d["reference", side] - d["policy", side] - kappa for side in "wl"}
+            happy = 1 / (1 + torch.exp(-beta * lead["w"])) + 1 / (1 + torch.exp(beta * lead["l"]))
+            losses.append(1 - happy / 2)
+            continue
+        if name == "dspo":
+            s = 1 - 1 / (1 + torch.exp(beta / 2 * m))
+            own, other = policy[i].flatten(), reference[i].flatten()
+            losses.append(sum((own - noise[i].flatten() - beta * s * (own - other)) ** 2) / math.prod(SHAPE))
+            continue
         z = -(beta / 2) * (gain[name] * m + eta * k)
         losses.append(-torch.log(1 / (1 + torch.exp(-z))))
     return sum(losses) / PAIRS
@@ -63,22 +77,32 @@ def written_out(name, schedule, policy, reference, noise, beta, eta=1.0, table=N
 def test_against_the_formula_in_float64(schedule, name, dtype):
     policy, reference, noise = predictions(dtype)
     objective = build_objective(name, schedule, beta=50.0)
-    if name != "sft":
+    if name in COMPARING:
         fill_table(objective)
-    out = objective(policy, None if name == "sft" else reference, noise, T)
+    kappa = 0.0
+    if name == "kto":  # the step before, in which the policy was the reference's better half way
+        before = noise.repeat(2, 1, 1, 1) + 0.9 * (reference - noise.repeat(2, 1, 1, 1))
+        objective(before, reference, noise, T)
+        objective.commit()
+        kappa = (0.19 * (reference - noise.repeat(2, 1, 1, 1)).double().square().mean()).item()
+    out = objective(policy, reference if name in COMPARING else None, noise, T)
     out.loss.backward()
 
     exact = policy.detach().double().requires_grad_()
-    expected = written_out(name, schedule, exact, reference.double(), noise.double(), 50.0, table=objective.table.average[0])
+    expected = written_out(
+        name, schedule, exact, reference.double(), noise.double(), 50.0, table=objective.table.average[0], kappa=kappa
+    )
     expected.backward()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
+    if name == "mapo":
+        tolerance *= 1000  # T multiplies the difference of two errors
     assert out.loss.item() == pytest.approx(expected.item(), rel=tolerance)
     torch.testing.assert_close(
         policy.grad.double(), exact.grad, rtol=10 * tolerance, atol=tolerance * exact.grad.abs().max().item()
     )
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "sft"])
+@pytest.mark.parametrize("name", [name for name in COMPARING if not OBJECTIVES[name].own_loss])
 def test_equal_models_give_log_2(schedule, name):
     _, reference, noise = predictions(torch.float32)
     out = build_objective(name, schedule, beta=5000.0)(reference.clone().requires_grad_(), reference, noise, T)
@@ -253,9 +277,14 @@ def test_bad_options(schedule, options, named):
 def numbers(objective):
     """What an objective of any name and options computes: p(t), λ, the logits after two steps, and the table with its sums."""
     policy, reference, noise = predictions()
+    policy = (
+        policy.detach() + torch.linspace(-0.3, 0.3, SHAPE[-1])
+    ).requires_grad_()  # a winner's and its loser's errors are alike
     fill_table(objective)
-    logits = objective(policy, reference, noise, T).logits
-    return [objective.timestep_probabilities, objective.table.weight, logits, objective.table.average, objective.table.correction]
+    out = objective(policy, reference, noise, T)
+    (gradient,) = torch.autograd.grad(out.loss, policy)
+    tables = [objective.timestep_probabilities, objective.table.weight, objective.table.average, objective.table.correction]
+    return [*tables, out.logits, out.loss, gradient]
 
 
 # (what both have, what differs from the default)
@@ -268,6 +297,10 @@ EVERY_OPTION = [
     ({"name": "discounted"}, {"discount": 0.99}),
     ({"name": "discounted"}, {"discount_mode": "sample"}),
     ({}, {"timestep_range": (200, 700)}),
+    ({}, {"link": "sigmoid"}),
+    ({}, {"label_smoothing": 0.1}),
+    ({}, {"winner_preserving": 1.0}),
+    ({}, {"single_shot": "calibrated"}),
 ]
 
 
@@ -286,8 +319,8 @@ def test_every_option_of_a_configuration_reaches_the_objective(common, changed):
 
 def test_every_option_of_a_configuration_is_tested_above():
     tested = {name for _, changed in EVERY_OPTION for name in changed}
-    # What the noise is shared by is drawn elsewhere.
-    assert tested == {field.name for field in fields(ObjectiveConfig)} - {"shared_noise"}
+    # What the noise is shared by is drawn elsewhere. Labels come with each call: tests/objective/test_links.py.
+    assert tested == {field.name for field in fields(ObjectiveConfig)} - {"shared_noise", "soft_labels"}
 
 
 def test_bad_shapes(schedule):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dde_ds import build_objective, config
+from dde_ds.objective.links import LINKS, Link
 from dde_ds.objective.losses import logistic_weight
 from dde_ds.objective.profile import credit_profile
-from dde_ds.objective.specs import OBJECTIVES, Link, ObjectiveSpec
+from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec
 from tests.conftest import ROOT
 from tests.objective.test_objective import T, predictions
 
@@ -24,6 +25,18 @@ def test_the_readme_lists_the_table_row_by_row():
         (name, spec.symbol, {True: "yes", False: "no"}[spec.corrected] if spec.needs_reference else "", spec.source)
         for name, spec in OBJECTIVES.items()
     ]
+
+
+def test_the_readme_lists_the_links_row_by_row():
+    text = (ROOT / "dde_ds/objective/README.md").read_text(encoding="utf-8")
+    table = text.partition("| link | loss | source |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| `{name}` | {link.formula} | {link.source} |" for name, link in LINKS.items()]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_guides_name_every_link(name):
+    for text in (inspect.getsource(config.ObjectiveConfig), (ROOT / "launchers/recipes/sdxl_dde.yaml").read_text(encoding="utf-8")):
+        assert re.search(rf"\b{name}\b", text)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -39,10 +52,11 @@ def test_a_row_is_all_that_a_new_objective_needs(schedule, monkeypatch):
     def ramp(schedule, discount):
         return torch.linspace(1, 2, schedule.num_train_timesteps, dtype=torch.float64)
 
-    link = Link(lambda z: (1 - z).clamp(min=0) ** 2, lambda z: 2 * (1 - z).clamp(min=0))
-    monkeypatch.setitem(OBJECTIVES, "ramp", ObjectiveSpec(ramp, "1 + t/T", "here", link=link))
+    link = Link(lambda z, p, beta: (1 - z).clamp(min=0) ** 2, lambda z, p, beta: 2 * (1 - z).clamp(min=0), "relu(1-z)²", "here")
+    monkeypatch.setitem(OBJECTIVES, "ramp", ObjectiveSpec(ramp, "1 + t/T", "here"))
+    monkeypatch.setitem(LINKS, "squared", link)
     policy, reference, noise = predictions()
-    objective = build_objective("ramp", schedule, beta=50.0)
+    objective = build_objective("ramp", schedule, beta=50.0, link="squared")
     out = objective(policy, reference, noise, T)
     out.loss.backward()
 
