@@ -427,14 +427,15 @@ class SamplesConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     path: str | None = None
-    """Folder of held-out shards, made with the same model. The run evaluates their pairs at nine fixed timesteps with fixed noise, so that
+    """Folder of held-out shards, made with the same model. The run evaluates their pairs at ten fixed timesteps with fixed noise, so that
     the loss compares over the run and between runs. None evaluates nothing."""
 
     every: int = 100
     """Optimizer steps between two evaluations; the end always makes one."""
 
     pairs: int = 512
-    """Pairs of one evaluation; each takes a forward pass. The standard error of a share is at most 0.5/√pairs."""
+    """Pairs of one evaluation; each takes a forward pass. The standard error of a share is at most 0.5/√pairs. The run keeps the base's
+    predictions of all of them in the host's memory: with 512 pairs of SDXL in bf16, 134 MB over all ranks."""
 
     def __post_init__(self):
         _number("evaluation.every", self.every, 1)

@@ -88,11 +88,12 @@ class Objective:
         drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
         gain = calibrated if is_calibrated else spec.gain
         self._gain = torch.ones(schedule.num_train_timesteps, dtype=torch.float64) if drawn else gain(schedule, discount)
+        self._path_weight = schedule.path_weights(self.timestep_probabilities)
         self._reference_point = ReferencePoint() if spec.has_reference_point else None
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
-        self._gain = self._gain.to(device)
+        self._gain, self._path_weight = self._gain.to(device), self._path_weight.to(device)
         self.table.to(device)
         if self._reference_point:
             self._reference_point.to(device)
@@ -136,6 +137,7 @@ class Objective:
             policy_pred,
             reference_pred if self.needs_reference else None,
             target,
+            moved=self.needs_reference and reference_pred is not None,
             teach_moved=self.spec.needs_prediction,
             inner=self.options.winner_preserving is not None,
         )
@@ -155,7 +157,10 @@ class Objective:
         self.table.add(timesteps, losses.margin(policy_error, reference_error), errors)
         if self._reference_point:
             self._reference_point.add(reference_error - policy_error)
-        return ObjectiveOutput(loss, z, *self._metrics(loss.detach(), z, errors, timesteps), reference_error)
+        metrics, by_timestep = self._metrics(loss.detach(), z, errors, timesteps)
+        if sums.moved is not None:
+            metrics |= self._path_metrics(sums.moved.detach(), reference_error, timesteps, policy_pred[0].numel())
+        return ObjectiveOutput(loss, z, metrics, by_timestep, reference_error)
 
     def pair_losses(
         self,
@@ -219,6 +224,12 @@ class Objective:
         winner, loser = policy_error.chunk(2)
         metrics = {"loss": loss, "error/policy_chosen": winner.mean(), "error/policy_rejected": loser.mean()}
         return metrics | ({"rewards/accuracies": losses.share_ahead(z).mean()} if len(z) else {})
+
+    @torch.no_grad()
+    def _path_metrics(self, moved: Tensor, reference_error: Tensor, timesteps: Tensor, elements: int) -> dict[str, Tensor]:
+        """The path KL between policy and reference in nats, and the same sum of the reference's errors, to compare it with."""
+        weight = elements * self._path_weight[timesteps].repeat(2)
+        return {"drift/path_kl": (weight * moved).mean(), "error/reference_path": (weight * reference_error).mean()}
 
     @torch.no_grad()
     def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -136,6 +136,16 @@ class NoiseSchedule:
         noisy = alpha.sqrt().to(dtype) * clean.to(dtype) + (1 - alpha).sqrt().to(dtype) * noise.to(dtype)
         return noisy.to(clean.dtype)
 
+    def path_weights(self, probabilities: Tensor) -> Tensor:
+        """Return λ_t/p(t), (T,) float64, 0 where nothing is drawn: for t drawn from p, its mean with D·‖ε_θ - ε_ref‖² is the path KL.
+
+        That is the KL divergence between the reverse chains of policy and reference, in nats, for latents of D elements:
+        D Σ_t λ_t E‖ε_θ - ε_ref‖², as one step's is λ_t times the squared distance of its two means (eq. 3, with the reference's ε for ε).
+        Where p leaves timesteps out, the sum is over the rest.
+        """
+        drawn = probabilities > 0
+        return torch.where(drawn, self.stepwise_weight.to(probabilities.device) / torch.where(drawn, probabilities, 1), 0)
+
     def target(self, noise: Tensor, timesteps: Tensor, noisy: Tensor | None = None) -> NoiseTarget:
         """What predictions at ``timesteps``, (N,), are compared with. ``noisy`` is x_t, which a noise model does not need.
 

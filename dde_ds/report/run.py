@@ -21,6 +21,7 @@ GROUPS = (
     ("Accuracy: share of pairs with z > 0, those with z = 0 as one half", ("rewards/accuracies",)),
     ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
     ("Drift of the errors, policy - reference", ("drift/chosen", "drift/rejected")),
+    ("Path KL from the reference, in nats", ("drift/path_kl",)),
     (
         "Noise-prediction errors",
         ("error/policy_chosen", "error/policy_rejected", "error/reference_chosen", "error/reference_rejected"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 # Share of the reference's error by which the winners' may grow, over all timesteps and in a tenth of them. A healthy run moves it by a
 # few percent. Where the noise is strong errors are small, and the mean over all hides what happens there.
 DRIFT, DRIFT_IN_A_TENTH = 0.1, 0.25
+# Path KL in parts of the same sum of the reference's errors: 0.1 is what would raise every error by 10 % if the policy moved in no particular
+# direction. It also shows a policy that moved far along its errors, which these alone do not.
+PATH = 0.25
 SATURATION = 0.5
 BROKEN = "the model is being broken, not aligned; lower optimizer.learning_rate, raise objective.beta, or stop earlier"
 # Weight of the newest row in what is judged: single rows of small batches are noisy.
@@ -26,6 +29,12 @@ def find_problems(row: dict[str, float]) -> dict[str, str]:
     if worst and tenths[worst] > DRIFT_IN_A_TENTH and "drift" not in found:
         span = worst.removeprefix("drift_by_t/")
         found["drift by timestep"] = f"winners' error is {tenths[worst]:.0%} above the reference's at timesteps {span}: {BROKEN}"
+    path = row.get("drift/path_kl", 0.0) / max(row.get("error/reference_path", 0.0), 1e-12)
+    if path > PATH:
+        found["path"] = (
+            f"the path KL from the reference is {row['drift/path_kl']:.0f} nats, {path:.0%} of what the reference's own errors come to, at "
+            f"accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
+        )
     if row["dde/saturation"] > SATURATION:
         found["saturation"] = (
             f"{row['dde/saturation']:.0%} of the pairs are saturated and teach nothing or push with full weight: "

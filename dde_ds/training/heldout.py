@@ -1,13 +1,15 @@
 """Evaluation on held-out pairs: the same pairs, timesteps and noise each time, so that numbers compare over a run, between runs and
 between objectives.
 
-Each pair is seen at one of nine fixed timesteps, t = T/10 … 9T/10, in rotation: for a given number of forward passes more
-pairs say more than more timesteps of the same pair.
+Each pair is seen at one of ten fixed timesteps, the midpoints of the tenths (50, 150 … 950 of 1000), in rotation: for a given number of
+forward passes more pairs say more than more timesteps of the same pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +23,30 @@ from dde_ds.data.shards import ShardSet
 from dde_ds.distributed.collectives import sum_over_ranks
 from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.objective import losses
+from dde_ds.objective.fused import noise_errors, noise_sums
 from dde_ds.objective.objective import Objective
-from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
 from dde_ds.training.batches import Batch
 from dde_ds.training.reference import frozen_model
-from dde_ds.training.step import errors_of
+from dde_ds.training.step import predictions_of
 from dde_ds.training.stop import StopRequest, none_if_stopped
 
 # β of `loss_uniform`, the Diffusion-DPO loss that all runs share whatever they train on.
 COMMON_BETA = 2000.0
+
+
+TENTHS = 10
+
+
+class Look(NamedTuple):
+    """What one rank's pairs show of a policy and its base, winners then losers: (2,n) float64 each, on the CPU."""
+
+    policy: Tensor
+    """d(θ,·)."""
+    base: Tensor
+    """d(base,·)."""
+    moved: Tensor
+    """Mean ‖ε_θ - ε_base‖² over a latent's elements."""
 
 
 class HeldOut:
@@ -56,53 +73,90 @@ class HeldOut:
         self._positions = [position % self.pairs for position in own]
         self.weight = torch.tensor([float(position < self.pairs) for position in own], dtype=torch.float64)
         """(n,): 1, or 0 for a pair that another rank evaluates."""
-        quantiles = torch.arange(1, 10) * schedule.num_train_timesteps // 10
-        self.timesteps = quantiles[torch.tensor(self._positions) % 9]
+        self.elements = math.prod(shards.latent_shape)
+        """Of a latent."""
+        steps = schedule.num_train_timesteps
+        midpoints = (2 * torch.arange(TENTHS) + 1) * steps // (2 * TENTHS)
+        tenths = torch.tensor(self._positions) % TENTHS
+        self.timesteps = midpoints[tenths]
         """(n,) int64."""
+        # Σλ of each tenth, for which its midpoint stands, over the pairs there are at it.
+        weight = torch.zeros(TENTHS, dtype=torch.float64)
+        weight.index_add_(0, torch.arange(steps) * TENTHS // steps, schedule.stepwise_weight.cpu())
+        seen = torch.bincount(torch.arange(self.pairs) % TENTHS, minlength=TENTHS)
+        self._path_weight = (self.elements * self.pairs * weight / seen.clamp_min(1))[tenths]
 
     def errors(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> Tensor:
         """Return the UNet's errors on winners and on losers, (2,n) float64 on the CPU. Under ZeRO-3 all ranks call this together.
 
         ``poll`` is called before each batch, as often on every rank; what it raises ends the evaluation.
         """
+        found = [noise_errors(prediction, None, target)[0] for prediction, target in self._predicted(unet, poll)]
+        return torch.cat([_two_rows(errors) for errors in found], 1)
+
+    def predictions(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> list[Tensor]:
+        """Return the UNet's predictions on the CPU, a batch each, in its own type, for :meth:`look`. Called as :meth:`errors` is."""
+        return [prediction.cpu() for prediction, _ in self._predicted(unet, poll)]
+
+    def look(self, unet: torch.nn.Module, base: list[Tensor], poll: Callable[[], None] | None = None) -> Look:
+        """Compare the UNet with its base, whose :meth:`predictions` are given. Called as :meth:`errors` is."""
+        found: list[list[Tensor]] = []
+        for (prediction, target), other in zip(self._predicted(unet, poll), base, strict=True):
+            sums = noise_sums(prediction, other.to(prediction.device), target, moved=True)
+            found.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
+        return Look(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+    def _predicted(self, unet: torch.nn.Module, poll: Callable[[], None] | None) -> Iterator[tuple[Tensor, NoiseTarget]]:
         parameter = next(unet.parameters())
-        found = []
         for low in range(0, len(self._positions), self.micro):
             if poll:
                 poll()
             chosen = slice(low, low + self.micro)
             pairs = self._dataset.collate([self._dataset.pair(position) for position in self._positions[chosen]])
             batch = Batch(**{**pairs, "timesteps": self.timesteps[chosen]})
-            errors = errors_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype)
-            found.append(errors.view(2, -1).double().cpu())
-        return torch.cat(found, 1)
+            yield predictions_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype)
 
-    def summary(self, objective: Objective, policy: Tensor, base: Tensor) -> dict[str, Tensor]:
-        """Return this rank's share of each number, from (2,n) errors: the sum over ranks is the number. 0-d float64 tensors.
+    def path_kl(self, look: Look) -> Tensor:
+        """Return this rank's share of the path KL between policy and base in nats, a 0-d float64 tensor: the sum over ranks is the number.
+
+        That is D Σ_t λ_t E‖ε_θ - ε_base‖², winners and losers alike, where a tenth's midpoint stands for all of the tenth. With fewer than
+        ten pairs some tenths are missing in it.
+        """
+        return (self.weight * self._path_weight * look.moved.mean(0)).sum() / self.pairs
+
+    def summary(self, objective: Objective, look: Look) -> dict[str, Tensor]:
+        """Return this rank's share of each number: the sum over ranks is the number. 0-d float64 tensors.
 
         ``loss`` is the objective's own, comparable between runs of one objective; ``loss_uniform`` is the Diffusion-DPO loss at
-        β = 2000, and ``accuracies`` the share of pairs with m < 0, those with m = 0 as one half, comparable between all; the drifts are d(θ) - d(base).
+        β = 2000, and ``accuracies`` the share of pairs with m < 0, those with m = 0 as one half, comparable between all; the drifts are
+        d(θ) - d(base), and ``path_kl`` is that of :meth:`path_kl`.
         """
-        chosen, rejected = policy - base
+        chosen, rejected = look.policy - look.base
         m = chosen - rejected
-        own = policy[0]
-        if objective.needs_reference:
-            device = objective.table.correction.device
-            own = objective.link.loss(objective.logits(m.to(device), self.timesteps.to(device))).cpu()
+        device = objective.table.correction.device
+        policy, base, moved = (rows.flatten().to(device) for rows in look)
+        reference = base if objective.needs_reference else None
+        own, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved)
         numbers = {
-            "loss": own,
+            "loss": own.cpu(),
             "loss_uniform": losses.logistic_loss(losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),
             "accuracies": losses.share_ahead(-m),
             "drift_chosen": chosen,
             "drift_rejected": rejected,
         }
-        return {name: (self.weight * value).sum() / self.pairs for name, value in numbers.items()}
+        shares = {name: (self.weight * value).sum() / self.pairs for name, value in numbers.items()}
+        return shares | {"path_kl": self.path_kl(look)}
+
+
+def _two_rows(errors: Tensor) -> Tensor:
+    """(2B,) → (2,B) float64 on the CPU."""
+    return errors.view(2, -1).double().cpu()
 
 
 class HeldOutEvaluator:
     """Evaluates the policy on held-out pairs when that is due. Never due where a run has none.
 
-    Make it before a checkpoint is loaded, while the policy still has its base's weights: their errors are measured once, here.
+    Make it before a checkpoint is loaded, while the policy still has its base's weights: their predictions are kept, in the host's memory.
     Collective, as is :meth:`evaluate`; a request to stop ends both early.
     """
 
@@ -123,19 +177,19 @@ class HeldOutEvaluator:
                 shards, objective.schedule, run.evaluation.pairs, run.batch.micro_batch_size, ranks.rank, ranks.world_size
             )
             self._held_out = held_out
-            self._base = none_if_stopped(lambda: held_out.errors(policy, stop.poll))
+            self._base = none_if_stopped(lambda: held_out.predictions(policy, stop.poll))
 
     def due(self, step: int) -> bool:
         return self._held_out is not None and (step % self._every == 0 or step == self._last)
 
     def evaluate(self) -> dict[str, float]:
         """Return ``eval/…`` numbers for a row of ``metrics.jsonl``; empty where a request to stop came between."""
-        held_out = self._held_out
-        assert held_out is not None  # otherwise never due
-        errors = none_if_stopped(lambda: held_out.errors(self._policy, self._stop.poll))
-        if errors is None:
+        held_out, base = self._held_out, self._base
+        assert held_out is not None and base is not None  # otherwise never due, or the run was stopped before it began
+        look = none_if_stopped(lambda: held_out.look(self._policy, base, self._stop.poll))
+        if look is None:
             return {}
-        shares = held_out.summary(self._objective, errors, self._base)
+        shares = held_out.summary(self._objective, look)
         device = self._objective.table.correction.device
         values = sum_over_ranks(torch.stack(list(shares.values())).to(device)).tolist()
         return {f"eval/{name}": value for name, value in zip(shares, values, strict=True)}
@@ -149,8 +203,11 @@ def error_drift(
     The known failure of this family of objectives: accuracy rises while *both* errors grow, the loser's faster. A model that
     improves keeps its winners' error where it was.
 
-    Gives ``policy_chosen``, ``policy_rejected``, ``reference_chosen`` and ``reference_rejected``.
+    Gives ``policy_chosen``, ``policy_rejected``, ``reference_chosen`` and ``reference_rejected``, and the ``path_kl`` between the two
+    models in nats.
     """
     held_out = HeldOut(shards, schedule)
-    means = torch.cat([held_out.errors(policy), held_out.errors(base)]).mean(1)
-    return dict(zip(("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"), means.tolist(), strict=True))
+    look = held_out.look(policy, held_out.predictions(base))
+    means = torch.cat([look.policy, look.base]).mean(1).tolist()
+    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+    return dict(zip(names, means, strict=True)) | {"path_kl": held_out.path_kl(look).item()}

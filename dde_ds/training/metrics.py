@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ class Averages:
     def __init__(self):
         self._step: list[tuple[dict[str, Tensor], Tensor | None]] = []
         self._sums: dict[str, Tensor] = {}
+        self._counts = Counter[str]()
         self._by_timestep: Tensor | None = None
         self._count = 0
 
@@ -37,6 +39,7 @@ class Averages:
         for metrics, by_timestep in self._step:
             for name, value in metrics.items():
                 self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+                self._counts[name] += 1
             if by_timestep is not None:
                 self._by_timestep = by_timestep.double() + (0 if self._by_timestep is None else self._by_timestep)
             self._count += 1
@@ -64,7 +67,7 @@ class Averages:
                 span = f"{first:0{width}d}-{last - 1:0{width}d}"
                 row |= {f"accuracy_by_t/{span}": accuracy / pairs, f"margin_by_t/{span}": margin / pairs}
                 row[f"drift_by_t/{span}"] = drift / max(reference, 1e-12)
-        self._sums, self._by_timestep, self._count = {}, None, 0
+        self._sums, self._counts, self._by_timestep, self._count = {}, Counter(), None, 0
         return row
 
     def state(self, accumulation: int) -> dict:
@@ -86,12 +89,14 @@ class Averages:
         self._count = state["steps"] * accumulation
         sums = torch.tensor(list(state["means"].values()), dtype=torch.float64, device=device) * self._count
         self._sums = dict(zip(state["means"], sums, strict=True))
+        self._counts = Counter(dict.fromkeys(self._sums, self._count))
         by_timestep = torch.tensor(state["by_timestep"], dtype=torch.float64, device=device) / dist.get_world_size()
         self._by_timestep = by_timestep if by_timestep.numel() else None
 
     def _means(self) -> tuple[dict[str, float], Tensor]:
         """Means by name, and the sums by timestep, (numbers, tenths) float64, as the mean over ranks. Collective."""
-        names = sorted(self._sums)
+        # A number that some steps lack, as with a partly precomputed reference, is a mean of others than the rest.
+        names = sorted(name for name in self._sums if self._counts[name] == self._count)
         values = torch.stack([self._sums[name] for name in names]) / self._count
         buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
         means = mean_over_ranks(torch.cat([values, buckets.flatten()])).tolist()

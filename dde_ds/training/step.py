@@ -10,7 +10,7 @@ from torch import Tensor
 from dde_ds.models.unet import predict
 from dde_ds.objective.fused import noise_errors
 from dde_ds.objective.objective import Objective, ObjectiveOutput
-from dde_ds.objective.schedule import NoiseSchedule
+from dde_ds.objective.schedule import NoiseSchedule, NoiseTarget
 from dde_ds.training.batches import Batch
 from dde_ds.training.reference import Reference
 
@@ -44,16 +44,23 @@ def micro_step(
 
 
 @torch.no_grad()
-def errors_of(model: Reference, schedule: NoiseSchedule, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return one model's errors on a micro-batch, (2B,) float32, computed as in :func:`micro_step`.
+def predictions_of(
+    model: Reference, schedule: NoiseSchedule, batch: Batch, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, NoiseTarget]:
+    """Return one model's predictions on a micro-batch, (2B,C,H,W), computed as in :func:`micro_step`, and what they are compared with.
 
     Args:
         model: the model as a function that predicts, such as the result of :func:`dde_ds.training.reference.frozen_model`.
         dtype: the policy's type. x_t is rounded to this type for every model.
     """
     batch, noisy, both = _noised(schedule, batch, device)
-    target = schedule.target(batch.noise, both, noisy)
-    return noise_errors(model(noisy.to(dtype), both, batch.conditioning), None, target)[0]
+    return model(noisy.to(dtype), both, batch.conditioning), schedule.target(batch.noise, both, noisy)
+
+
+def errors_of(model: Reference, schedule: NoiseSchedule, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return one model's errors on a micro-batch, (2B,) float32. The arguments are those of :func:`predictions_of`."""
+    prediction, target = predictions_of(model, schedule, batch, device, dtype)
+    return noise_errors(prediction, None, target)[0]
 
 
 def _noised(schedule: NoiseSchedule, batch: Batch, device: torch.device) -> tuple[Batch, Tensor, Tensor]:

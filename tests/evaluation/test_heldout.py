@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dde_ds import NoiseSchedule, UserError, build_objective, load_config
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
 from dde_ds.evaluation.generate import PromptSet
+from dde_ds.objective.specs import OBJECTIVES
 from dde_ds.training.heldout import HeldOut, error_drift
 from dde_ds.training.prepare import open_shards
 from tests.conftest import DEMO, shard
@@ -43,18 +45,23 @@ def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
     objective.commit()
     shards = ShardSet(held_out)
     looked = HeldOut(shards, schedule, pairs=10, micro=4)
-    found = looked.summary(objective, *(looked.errors(unet) for unet in unets))
+    found = looked.summary(objective, look_at(looked, unets))
 
     numbers = {name: [] for name in found}
+    steps = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # λ written out
+    alphas = np.cumprod(1 - steps)
+    stepwise = steps[1:] / (2 * (1 - steps[1:]) * (1 - alphas[:-1]))
+    tenths = [stepwise[max(0, 100 * k - 1) : 100 * k + 99].sum() for k in range(10)]
     order = Order(shards.counts, 0, 1)
     for position in range(10):
         pair = looked._dataset.pair(position)
         assert torch.equal(pair["latents"], shards.read(*order.locate(position))["latents"])
-        t = torch.tensor(100 * (position % 9 + 1))
+        t = torch.tensor(100 * (position % 10) + 50)
         noisy = scheduler.add_noise(pair["latents"].float(), pair["noise"].expand(2, -1, -1, -1), t)
         text = pair["prompt_embeds"].float().expand(2, -1, -1)
         with torch.no_grad():
-            errors = [(unet(noisy, t, text).sample - pair["noise"]).double().square().mean((1, 2, 3)) for unet in unets]
+            predictions = [unet(noisy, t, text).sample.double() for unet in unets]
+        errors = [(prediction - pair["noise"]).square().mean((1, 2, 3)) for prediction in predictions]
         drift = errors[0] - errors[1]
         m = (drift[0] - drift[1]).item()
         alpha = scheduler.alphas_cumprod[t].item()
@@ -64,18 +71,55 @@ def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
         numbers["accuracies"].append(float(m < 0))
         numbers["drift_chosen"].append(drift[0].item())
         numbers["drift_rejected"].append(drift[1].item())
+        # One pair a tenth: Σ over tenths of Σλ · ‖ε_θ - ε_base‖², the mean of both images, summed over elements.
+        distance = (predictions[0] - predictions[1]).square().sum((1, 2, 3)).mean().item()
+        numbers["path_kl"].append(10 * tenths[position] * distance)
     for name, values in numbers.items():
         assert found[name].item() == pytest.approx(sum(values) / 10, rel=1e-3, abs=1e-6), name
+
+
+def look_at(held_out, unets):
+    policy, base = unets
+    return held_out.look(policy, held_out.predictions(base))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objectives_own_loss(held_out, unets, schedule, name):
+    """By the objective itself, called on the predictions as in training."""
+    looked = HeldOut(ShardSet(held_out), schedule, pairs=10, micro=10)
+    objective = build_objective(name, schedule, beta=20.0)
+    if objective.needs_reference:
+        objective.table.fill(1e-3)
+    look = look_at(looked, unets)
+    batch = looked._dataset.collate([looked._dataset.pair(position) for position in range(10)])
+    t = torch.arange(10) * 100 + 50
+    noisy = schedule.add_noise(batch["latents"].float(), batch["noise"].repeat(2, 1, 1, 1), t.repeat(2))
+    with torch.no_grad():
+        policy, base = (unet(noisy, t.repeat(2), batch["prompt_embeds"].float()).sample for unet in unets)
+    out = objective(policy, base if objective.needs_reference else None, batch["noise"], t)
+    assert looked.summary(objective, look)["loss"].item() == pytest.approx(out.loss.item(), rel=1e-4)
+
+
+def test_more_pairs_than_tenths_count_as_their_mean(held_out, unets, schedule):
+    """Eleven pairs: two at t = 50, whose mean stands for the first tenth."""
+    looked = HeldOut(ShardSet(held_out), schedule)
+    look = look_at(looked, unets)
+    moved = look.moved.mean(0)
+    at = [(moved[0] + moved[10]) / 2, *moved[1:10]]
+    tenths = schedule.stepwise_weight.view(10, 100).sum(1)
+    expected = looked.elements * sum(weight * value for weight, value in zip(tenths, at, strict=True))
+    assert looked.path_kl(look).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert looked.timesteps.tolist() == [*range(50, 1000, 100), 50]
 
 
 def test_ranks_share_the_pairs(held_out, unets, schedule):
     """Ten pairs on three ranks: four each, two of them looked at twice and counted once."""
     objective = build_objective("uniform", schedule, beta=20.0)
     alone = HeldOut(ShardSet(held_out), schedule, pairs=10)
-    expected = alone.summary(objective, *(alone.errors(unet) for unet in unets))
+    expected = alone.summary(objective, look_at(alone, unets))
     ranks = [HeldOut(ShardSet(held_out), schedule, 10, micro=3, rank=rank, world=3) for rank in range(3)]
     assert [len(rank.timesteps) for rank in ranks] == [4, 4, 4]
-    shares = [rank.summary(objective, *(rank.errors(unet) for unet in unets)) for rank in ranks]
+    shares = [rank.summary(objective, look_at(rank, unets)) for rank in ranks]
     for name, value in expected.items():
         assert sum(share[name].item() for share in shares) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
@@ -86,6 +130,7 @@ def test_all_pairs_by_default(held_out, unets, schedule):
     assert looked.pairs == 11
     assert drift["policy_rejected"] == pytest.approx(looked.errors(unets[0])[1].mean().item())
     assert drift["reference_chosen"] == pytest.approx(looked.errors(unets[1])[0].mean().item())
+    assert drift["path_kl"] == pytest.approx(looked.path_kl(look_at(looked, unets)).item(), rel=1e-6) and drift["path_kl"] > 0
 
 
 def test_a_look_ends_where_it_is_told_to(held_out, unets, schedule):
@@ -117,9 +162,9 @@ def test_a_drawing_ends_where_it_is_told_to(sd_model, unets):
 def test_pairs_that_are_level_count_one_half(held_out, unets):
     schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
     looked = HeldOut(ShardSet(held_out), schedule)
-    errors = looked.errors(unets[0])
-    found = looked.summary(build_objective("dde", schedule), errors, errors)
+    found = looked.summary(build_objective("dde", schedule), look_at(looked, (unets[0], unets[0])))
     assert found["accuracies"].item() == pytest.approx(0.5)
+    assert found["path_kl"].item() == 0
 
 
 def test_training_pairs_are_no_held_out_pairs(tmp_path, sd_model, sd_shards, sdxl_shards):

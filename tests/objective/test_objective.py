@@ -206,7 +206,9 @@ def test_a_references_errors_in_its_place_give_the_same_bits(prediction_type):
     (model, gradient, table), (precomputed, again, same_table) = found
     assert model.reference_errors.shape == (2 * PAIRS,) and model.reference_errors.dtype == torch.float32
     assert torch.equal(model.loss, precomputed.loss) and torch.equal(gradient, again)
-    assert all(torch.equal(value, precomputed.metrics[name]) for name, value in model.metrics.items())
+    shared = model.metrics.keys() - {"drift/path_kl", "error/reference_path"}
+    assert shared == precomputed.metrics.keys()
+    assert all(torch.equal(model.metrics[name], precomputed.metrics[name]) for name in shared)
     assert torch.equal(model.by_timestep, precomputed.by_timestep)
     assert all(torch.equal(value, same_table[name]) for name, value in table.items())
 
@@ -232,6 +234,51 @@ def test_metrics(schedule):
     expected = (policy[:PAIRS] - noise).square().mean().item()
     assert metrics["error/policy_chosen"] == pytest.approx(expected)
     assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("sampling", [{}, {"timestep_range": (300, 980)}, {"name": "discounted", "discount_mode": "sample"}])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_path_kl(prediction_type, sampling):
+    """D λ_t ‖ε_θ - ε_ref‖² / p(t), the mean of all samples, written out; ε = √ᾱ v + √(1-ᾱ) x_t."""
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    schedule = NoiseSchedule.from_scheduler(config)
+    policy, reference, noise = predictions()
+    t = torch.tensor([417, 950, 303])
+    noisy = torch.randn(2 * PAIRS, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    objective = build_objective(**{"name": "dde"} | sampling, schedule=schedule)
+    found = objective(policy, reference, noise, t, noisy).metrics
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0)
+    drawn = torch.arange(1000)
+    drawn = (0.9 ** (0.05 * (999 - drawn.double()))) if sampling.get("name") else torch.ones(1000, dtype=torch.float64)
+    low, high = sampling.get("timestep_range", (0, 1000))
+    kl = bound = 0.0
+    for i, step in enumerate(t.tolist()):
+        weight = betas[step] / (2 * (1 - betas[step]) * (1 - alphas[step - 1])) * drawn[low:high].sum() / drawn[step]
+        for row in (i, PAIRS + i):
+            own, other = policy[row].detach(), reference[row]
+            if prediction_type == "v_prediction":
+                own, other = (alphas[step].sqrt() * each + (1 - alphas[step]).sqrt() * noisy[row] for each in (own, other))
+            kl += weight * (own - other).square().sum() / (2 * PAIRS)
+            bound += weight * (other - noise[i]).square().sum() / (2 * PAIRS)
+    assert found["drift/path_kl"].item() == pytest.approx(kl.item(), rel=1e-9)
+    assert found["error/reference_path"].item() == pytest.approx(bound.item(), rel=1e-9)
+
+
+def test_path_kl_is_the_sum_over_the_path(schedule):
+    """Over all timesteps once: Σ_t λ_t D ‖ε_θ - ε_ref‖², whatever they are drawn from; a micro-batch's share is its own."""
+    every = torch.arange(1000)
+    generator = torch.Generator().manual_seed(0)
+    reference, noise = torch.randn(2000, 1, 2, 2, generator=generator), torch.randn(1000, 1, 2, 2, generator=generator)
+    policy = reference + 0.1
+    objective = build_objective("uniform", schedule)
+    expected = 4 * 0.01 * schedule.stepwise_weight.sum().item()
+    assert objective(policy, reference, noise, every).metrics["drift/path_kl"].item() == pytest.approx(expected, rel=1e-4)
+    parts = []
+    for own in every.split(250):
+        both = torch.cat([own, 1000 + own])
+        parts.append(objective(policy[both], reference[both], noise[own], own).metrics["drift/path_kl"].item())
+    assert sum(parts) / 4 == pytest.approx(expected, rel=1e-4)
 
 
 def test_pairs_that_are_level_count_one_half(schedule):

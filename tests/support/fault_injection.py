@@ -98,7 +98,7 @@ def faults(leg: Leg, rank: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(loop, "micro_step", micro_step))
         stack.enter_context(mock.patch.object(loop, "optimizer_step", optimizer_step))
         for kind in (PromptSet, HeldOut):
-            name = "draw" if kind is PromptSet else "errors"
+            name = "draw" if kind is PromptSet else "_predicted"
             stack.enter_context(mock.patch.object(kind, name, _signalling(kind, name, leg, rank)))
         yield
 

@@ -33,6 +33,13 @@ def test_one_tenth_of_the_timesteps_that_the_mean_hides():
     assert not find_problems(row(chosen=0.004, rejected=0.03) | {"drift_by_t/900-999": 0.127})
 
 
+def test_a_path_far_from_the_reference():
+    """At winners' errors that look well: the policy moved along them."""
+    (message,) = find_problems(row(chosen=0.004) | {"drift/path_kl": 300.0, "error/reference_path": 1000.0}).values()
+    assert "path KL from the reference is 300 nats, 30% of what the reference's own errors come to" in message
+    assert not find_problems(row(chosen=0.004) | {"drift/path_kl": 100.0, "error/reference_path": 1000.0})
+
+
 def test_saturation():
     (message,) = find_problems(row(saturation=0.8)).values()
     assert "80%" in message

@@ -99,6 +99,21 @@ def test_averages_go_on_on_another_number_of_ranks(schedule, tmp_path):
     assert averages.state(2) == {}
 
 
+def test_a_number_that_some_steps_lack_is_left_out(schedule):
+    """As with a reference that is precomputed for some of the steps: there is no path KL of those."""
+    objective = build_objective("dde", schedule)
+    with_reference = outputs(objective, torch.tensor([1, 2]), 0)
+    without = outputs(objective, torch.tensor([1, 2]), 1)
+    for name in ("drift/path_kl", "error/reference_path"):
+        del without.metrics[name]
+    row = seen([with_reference, without]).read(1000)
+    assert "drift/path_kl" not in row and "error/reference_path" not in row
+    assert row["loss"] == pytest.approx((with_reference.loss.item() + without.loss.item()) / 2)
+    averages = seen([with_reference, with_reference])
+    assert averages.read(1000)["drift/path_kl"] == pytest.approx(with_reference.metrics["drift/path_kl"].item())
+    assert "drift/path_kl" not in seen([without], averages).read(1000)
+
+
 def test_sft_has_no_buckets(schedule):
     averages = Averages()
     averages.add(outputs(build_objective("sft", schedule), torch.tensor([1, 2]), 0))
