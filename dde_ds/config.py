@@ -171,6 +171,10 @@ class ObjectiveConfig:
     """Share μ in [0, 1] of SDPO's safeguard. It scales the loser's gradient down where that would raise the winner's error. Of SDPO's runs:
     0.9 for SD1.5, 0.6 for SDXL. None turns it off."""
 
+    credit: str = "pair"
+    """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean margin,
+    which is the curve that ``dde-ds explain`` draws. Use it to train the middle of the trajectory."""
+
     single_shot: str = "weight"
     """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z is then the true log
     ratio for Gaussian data of unit variance."""

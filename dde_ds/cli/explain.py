@@ -12,7 +12,7 @@ from dde_ds.errors import UserError
 def add_commands(commands: Any) -> None:
     picture = commands.add_parser("explain", help="draw which timesteps an objective teaches, from the schedule or from a run")
     picture.set_defaults(act=explain)
-    picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all that compare pairs")
+    picture.add_argument("--objective", nargs="+", metavar="NAME", help="default: all with a gain")
     picture.add_argument("--model", help="diffusers folder or hub id whose noise schedule is taken; default: Stable Diffusion's")
     picture.add_argument("--beta", type=float, help="default: 2000")
     picture.add_argument(
@@ -34,7 +34,7 @@ def explain(args: argparse.Namespace) -> None:
     from dde_ds.models.unet import load_scheduler_config
     from dde_ds.objective.objective import build_objective
     from dde_ds.objective.schedule import NoiseSchedule
-    from dde_ds.objective.specs import COMPARING
+    from dde_ds.objective.specs import LINKED
     from dde_ds.report import explain as pictures
 
     if args.run:
@@ -50,7 +50,7 @@ def explain(args: argparse.Namespace) -> None:
     if not margin > 0:
         raise UserError(f"--margin {margin}: must be above 0")
     beta = 2000.0 if args.beta is None else args.beta
-    names = args.objective or list(COMPARING)
+    names = args.objective or list(LINKED)
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
     objectives = [build_objective(name, schedule, beta=beta) for name in names]
     by_name = pictures.profiles(objectives, margin)

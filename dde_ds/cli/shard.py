@@ -58,6 +58,11 @@ def add_commands(commands: Any) -> None:
     options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
     options.add_argument("--background", default="white", help="colour under transparent parts: a name or #rrggbb; default: white")
     options.add_argument("--keep-no-caption", action="store_true", help="keep pairs without a caption, with the empty one")
+    options.add_argument(
+        "--soft-labels",
+        action="store_true",
+        help="take labels between 0 and 1 for shares of votes, and store them for objective.soft_labels",
+    )
     options.add_argument("--pairs-per-shard", type=int, default=1000)
     options.add_argument(
         "--latents",
@@ -133,6 +138,7 @@ def _recipe(args: argparse.Namespace, resolution: int):
         min_side=args.min_side,
         background=_colour(args.background),
         keep_no_caption=args.keep_no_caption,
+        soft_labels=args.soft_labels,
     )
 
 

@@ -39,7 +39,7 @@ def estimate(source: PairSource, recipe: EncodingConfig, revision: str | None = 
     Raises:
         UserError: the resolution does not fit the VAE, or the model's configuration or tokenizers cannot be loaded.
     """
-    survey = source.survey(recipe.keep_no_caption)
+    survey = source.survey(recipe.keep_no_caption, recipe.soft_labels)
     family = family_of(recipe.model, revision)
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)

@@ -56,8 +56,8 @@ class HubPairs:
     def name(self, row: int) -> str:
         return f"{self.label}:{row}"
 
-    def survey(self, keep_no_caption: bool = False) -> Survey:
-        survey, row = SurveyBuilder(keep_no_caption), 0
+    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
+        survey, row = SurveyBuilder(keep_no_caption, votes), 0
         for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
             captions = captions_of(batch["caption"], f"input {self.label}", row)
             for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):

@@ -68,6 +68,8 @@ class EncodingConfig:
     """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
     keep_no_caption: bool = False
     """Keep pairs without a caption, and give them the empty one. An empty caption in the input counts as a caption."""
+    soft_labels: bool = False
+    """Take labels between 0 and 1 for shares of votes, and store each winner's share."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
         """Return what identifies these shards, for the manifest: shards with other settings are other shards."""
@@ -89,6 +91,8 @@ class EncodingConfig:
             "empty_prompt": "zeros" if encoder.zero_empty_prompt else "encoded",
             "pairs_per_shard": self.pairs_per_shard,
             "input": source.identity,
+            # Sets without shares have no such key: they stay the sets that they were.
+            **({"soft_labels": True} if self.soft_labels else {}),
         }
 
     @property
@@ -127,7 +131,7 @@ def make_shards(
         UserError: the input is unusable, or the output folder was begun with other settings.
     """
     latent_shape = encoder.latent_shape(recipe.resolution)
-    survey = source.survey(recipe.keep_no_caption)
+    survey = source.survey(recipe.keep_no_caption, recipe.soft_labels)
     if not len(survey.rows):
         hint = (
             "keep_no_caption keeps those without a caption"
@@ -369,6 +373,8 @@ def _encode(
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise RankError(f"{pair.source}: its latents hold NaN or infinity; the VAE overflowed: use --vae-dtype float32")
             tensors["prompt"] = torch.tensor(prompt_of[pair.caption])
+            if recipe.soft_labels:
+                tensors["soft_label"] = torch.tensor(pair.share, dtype=torch.float32)
             tensors |= encoder.family.pair_tensors(images, recipe.resolution)
             yield Sample(number, tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
             fingerprints[number - first] = _fingerprint(pair)

@@ -68,6 +68,8 @@ def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype
     expected |= {name: (shape, torch.float32) for name, shape in LAYOUTS[manifest["settings"]["family"]].pair.items()}
     if manifest["settings"]["flip"]:
         expected["latents_flipped"] = (latents, torch.float16)
+    if manifest["settings"].get("soft_labels"):
+        expected["soft_label"] = ((), torch.float32)
     if manifest["settings"]["latents"] == "mean+logvar":
         expected["logvar"] = (latents, torch.float16)
     return expected
@@ -134,6 +136,7 @@ def read_manifest(data: bytes, where: str) -> dict:
         raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
     try:
         require_shape(manifest, SHAPE)
+        require_shape(manifest["settings"].get("soft_labels", False), bool, "settings.soft_labels")  # older sets have no such key
         problem = _problem_of(manifest)
     except ValueError as error:  # another shape
         problem = str(error)

@@ -188,7 +188,7 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 def _kinds(first: dict, other: dict):
     """Yield (name, value in the first manifest, value in the other) of everything that must agree in a mixture."""
-    for key in ("family", "latents", "flip", "scaling_factor", "weights"):
+    for key in ("family", "latents", "flip", "scaling_factor", "weights", "soft_labels"):
         yield key, first["settings"].get(key), other["settings"].get(key)
     yield "the latents' shape", first["latents"]["shape"], other["latents"]["shape"]
     yield "the prompts' shape", first["prompts"]["tensors"], other["prompts"]["tensors"]

@@ -31,6 +31,8 @@ class PairRow:
     loser: bytes | None
     provenance: dict
     """The uids of the row, if it has any; or the paths of its images."""
+    share: float = 1.0
+    """The winner's share of the votes."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class PairSource(Protocol):
     identity: list[dict]
     """Entry for the input in the settings of the shards. Another input has another identity."""
 
-    def survey(self, keep_no_caption: bool = False) -> Survey:
+    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
         """Read the labels and captions of all rows, and no image.
 
         Args:
             keep_no_caption: give a decided row without a caption the empty one, instead of excluding the row.
+            votes: take labels between 0 and 1 for shares of votes, and not for ties.
         """
         ...
 
@@ -78,8 +81,8 @@ class PairSource(Protocol):
 class SurveyBuilder:
     """Build a :class:`Survey` row by row."""
 
-    def __init__(self, keep_no_caption: bool = False):
-        self._keep_no_caption = keep_no_caption
+    def __init__(self, keep_no_caption: bool = False, votes: bool = False):
+        self._keep_no_caption, self._votes = keep_no_caption, votes
         self._index: dict[str, int] = {}
         self._caption_of: list[int] = []
         self._rows: list[int] = []
@@ -93,7 +96,7 @@ class SurveyBuilder:
             caption: the row's caption, or None.
             label: the row's label, as :func:`label_of` returns it.
         """
-        decision = decide(label)
+        decision = decide(label, self._votes)
         if decision == DECIDED and caption is None and not self._keep_no_caption:
             decision = NO_CAPTION
         if decision == DECIDED:
@@ -108,14 +111,15 @@ class SurveyBuilder:
         return Survey(list(self._index), np.array(self._caption_of, np.int32), np.array(self._rows, np.int64), self._excluded)
 
 
-def decide(label: float | None) -> str:
+def decide(label: float | None, votes: bool = False) -> str:
     """Return the decision that a label stands for: ``decided``, ``tie`` or ``no label``.
 
-    As in the published Diffusion-DPO recipe, the label alone decides: 1 prefers image 0, and 0 prefers image 1.
+    As in the published Diffusion-DPO recipe, the label alone decides: 1 prefers image 0, and 0 prefers image 1. With
+    ``votes`` it is image 0's share of the votes, and the majority decides.
     """
     if label is None or label != label:
         return NO_LABEL
-    return DECIDED if label in (0.0, 1.0) else TIE
+    return DECIDED if label in (0.0, 1.0) or (votes and 0 < label < 1 and label != 0.5) else TIE
 
 
 def label_of(cell: Any) -> float | None:

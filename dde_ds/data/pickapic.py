@@ -66,8 +66,8 @@ class ParquetPairs:
         number = int(np.searchsorted([groups[-1] for groups in self.groups], row, side="right"))
         return f"{encodable(Path(self.files[number]).name)}:{row - int(self.groups[number][0])}"
 
-    def survey(self, keep_no_caption: bool = False) -> Survey:
-        survey = SurveyBuilder(keep_no_caption)
+    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
+        survey = SurveyBuilder(keep_no_caption, votes)
         for file in self.files:
             with _opened(file) as parquet:
                 row = 0
@@ -107,9 +107,11 @@ def pair_row(row: int, source: str, values: dict[str, Any]) -> PairRow:
         values: the row's cells by column.
     """
     images = tuple(_bytes(values[name]) for name in ("jpg_0", "jpg_1"))
-    winner, loser = images if label_of(values["label_0"]) == 1 else images[::-1]
+    share = label_of(values["label_0"])
+    assert share is not None  # a decided row has a label
+    winner, loser = images if share > 0.5 else images[::-1]
     kept = {name: str(values[name]) for name in PROVENANCE if values.get(name) is not None}
-    return PairRow(row, source, values["caption"] or "", winner, loser, kept)
+    return PairRow(row, source, values["caption"] or "", winner, loser, kept, max(share, 1 - share))
 
 
 def _bytes(cell: bytes | dict | None) -> bytes | None:

@@ -111,6 +111,12 @@ class PairDataset(Dataset):
         if "logvar" in sample:
             latents = (latents + (0.5 * sample["logvar"].float()).exp() * self.draws.posterior_noise(position, shape)).half()
         kept = {name: sample[name] for name in PAIR_TENSORS if name in sample}
+        if "soft_label" in sample:
+            kept["soft_labels"] = sample["soft_label"]
+            if not 0 <= float(sample["soft_label"]) <= 1:
+                raise DamagedData(
+                    f"pair at position {position}: its soft label is {float(sample['soft_label']):g}: must lie in [0, 1]"
+                )
         return {
             "latents": latents,
             **kept,

@@ -18,7 +18,7 @@ written last. Each prompt is stored once.
 A pair has the tensors ``latents`` (2,C,H,W) float16, winner before loser, already scaled as the UNet takes them;
 ``prompt`` () int64, the number of its prompt; and for SDXL ``time_ids`` (2,6) float32. On request it also has
 ``latents_flipped`` of the mirrored images and ``logvar`` of the VAE's posterior. Both are scaled too, and have the
-shape of the latents. A prompt has ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,), both float16.
+shape of the latents. ``soft_label`` () float32, also on request, is the winner's share of the votes. A prompt has ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,), both float16.
 
 The manifest holds the SHA-256 of each index, and an index holds the SHA-256 of each pair's run of bytes. Every read
 compares both, so a read returns what the manifest's author wrote, or fails. No checksum says who that author was. A run

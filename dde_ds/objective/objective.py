@@ -52,12 +52,14 @@ class LossOptions:
     label_smoothing: float = 0.0
     soft_labels: bool = False
     winner_preserving: float | None = None
+    credit: str = "pair"
     single_shot: str = "weight"
 
 
 NEEDS_PREDICTION = "compares the two models' predictions with each other"
 
 SINGLE_SHOTS = ("weight", "calibrated")
+CREDITS = ("pair", "mean")
 
 
 class Objective:
@@ -87,13 +89,19 @@ class Objective:
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
         drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
         gain = calibrated if is_calibrated else spec.gain
-        self._gain = torch.ones(schedule.num_train_timesteps, dtype=torch.float64) if drawn else gain(schedule, discount)
+        ones = torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
+        own_gain = ones if drawn else gain(schedule, discount)
+        self._gain, self._credit_gain = (ones, own_gain) if options.credit == "mean" else (own_gain, None)
         self._path_weight = schedule.path_weights(self.timestep_probabilities)
+        self._drawn_log = self.timestep_probabilities.log()
         self._reference_point = ReferencePoint() if spec.has_reference_point else None
 
     def to(self, device: torch.device | str) -> Objective:
         """Move the tables; done by itself at the first call on another device."""
-        self._gain, self._path_weight = self._gain.to(device), self._path_weight.to(device)
+        self._gain, self._path_weight, self._drawn_log = (
+            each.to(device) for each in (self._gain, self._path_weight, self._drawn_log)
+        )
+        self._credit_gain = None if self._credit_gain is None else self._credit_gain.to(device)
         self.table.to(device)
         if self._reference_point:
             self._reference_point.to(device)
@@ -185,12 +193,29 @@ class Objective:
             return self.spec.own_loss(losses.Terms(policy, reference, moved, z, self.beta, steps, point))
         assert z is not None  # an objective without a reference has a loss of its own
         of_each = self.link.loss(z) if soft_labels is None else self.link.loss(z, soft_labels.to(z.dtype))
+        if self._credit_gain is not None:
+            of_each = self._mean_credit(self._credit_gain)[timesteps].to(z.dtype) * of_each
         return of_each, z
 
+    def _mean_credit(self, gain: Tensor) -> Tensor:
+        """c_t / mean(c), (T,) float64, for ``credit: mean``: c_t = g_t σ(-z̄_t), z̄_t of the table's mean margin; the mean is over p(t).
+
+        By logarithms, so that timesteps that are all far ahead still have shares.
+        """
+        average = self.table.average[0]
+        every = torch.arange(len(gain), device=gain.device)
+        z = losses.logits(
+            average[every * len(average) // len(gain)], gain, self.table.correction, self.beta, self.correction_weight
+        )
+        credit = gain.log() + torch.nn.functional.logsigmoid(-z)
+        return torch.exp(credit - torch.logsumexp(credit + self._drawn_log, 0))
+
     def logits(self, margin: Tensor, timesteps: Tensor) -> Tensor:
-        """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands."""
+        """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands. With ``credit: mean`` that of
+        ``uniform``."""
         gain, correction = (table[timesteps].to(margin.dtype) for table in (self._gain, self.table.correction))
-        return losses.logits(margin, gain, correction, self.beta, self.correction_weight)
+        weight = self.correction_weight if self._credit_gain is None else 0.0
+        return losses.logits(margin, gain, correction, self.beta, weight)
 
     def correction(self, timesteps: Tensor) -> Tensor:
         """K_t of the given timesteps, (B,) float64, as the last :meth:`commit` left it."""
@@ -325,6 +350,7 @@ def build_objective(
     label_smoothing: float = 0.0,
     soft_labels: bool = False,
     winner_preserving: float | None = None,
+    credit: str = "pair",
     single_shot: str = "weight",
 ) -> Objective:
     """An objective by its name.
@@ -347,6 +373,9 @@ def build_objective(
         label_smoothing: ε in [0, 0.5), share of pairs whose label is taken to be wrong; for ``logistic``, ``robust`` and ``dmpo``.
         soft_labels: each call gives its pairs' own labels, in the place of 1-ε; for ``logistic`` and ``dmpo``.
         winner_preserving: μ in [0, 1] of :func:`dde_ds.objective.losses.preserve_winner`; default: losers' gradients stay whole.
+        credit: what shares the gradient out over timesteps. ``pair``: g_t, K_t and each pair's own z. ``mean``: the loss is
+            c_t / mean(c) times the link of ``uniform``'s z, with c_t = g_t σ(-z̄_t) from the correction table's mean margins, which carries
+            no gradient. A pair far on the wrong side then weighs no more than its timestep does.
         single_shot: ``weight``, w_t with η as given (eq. 11), or ``calibrated``, 1/ᾱ_t with twice η; for ``dde`` and ``dde_single``. For
             Gaussian data of unit variance z/β is then 0.995 to 1.004 of a pair's true log ratio; with ``weight`` it is 0.44 to 0.99.
 
@@ -369,7 +398,7 @@ def build_objective(
     low, high = (0, schedule.num_train_timesteps) if timestep_range is None else timestep_range
     if not 0 <= low < high <= schedule.num_train_timesteps:
         raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.num_train_timesteps})")
-    options = LossOptions(link, label_smoothing, soft_labels, winner_preserving, single_shot)
+    options = LossOptions(link, label_smoothing, soft_labels, winner_preserving, credit, single_shot)
     _check_options(name, options)
     return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high), options)
 
@@ -380,6 +409,8 @@ def _check_options(name: str, options: LossOptions) -> None:
     """
     if options.link not in LINKS:
         raise UserError(f"objective.link {options.link!r}{nearest(str(options.link), LINKS)}")
+    if options.credit not in CREDITS:
+        raise UserError(f"objective.credit {options.credit!r}{nearest(str(options.credit), CREDITS)}")
     if options.single_shot not in SINGLE_SHOTS:
         raise UserError(f"objective.single_shot {options.single_shot!r}{nearest(str(options.single_shot), SINGLE_SHOTS)}")
     if not 0 <= options.label_smoothing < 0.5:
@@ -387,7 +418,7 @@ def _check_options(name: str, options: LossOptions) -> None:
     if options.winner_preserving is not None and not 0 <= options.winner_preserving <= 1:
         raise UserError(f"objective.winner_preserving is {options.winner_preserving}: it must lie in [0, 1]")
     spec, chosen = OBJECTIVES[name], LINKS[options.link]
-    of_the_link = {key: getattr(options, key) for key in ("link", "label_smoothing", "soft_labels", "winner_preserving")}
+    of_the_link = {key: getattr(options, key) for key in ("link", "label_smoothing", "soft_labels", "winner_preserving", "credit")}
     for key, value in of_the_link.items():
         if spec.own_loss and value != getattr(LossOptions, key):
             raise UserError(f"objective.{key} is {value!r}: {name} has a loss of its own, on which it has no effect; leave it out")
@@ -437,5 +468,6 @@ def configured_objective(options: Any, scheduler: dict) -> Objective:
         label_smoothing=options.label_smoothing,
         soft_labels=options.soft_labels,
         winner_preserving=options.winner_preserving,
+        credit=options.credit,
         single_shot=options.single_shot,
     )

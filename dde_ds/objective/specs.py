@@ -93,3 +93,6 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
 
 COMPARING = tuple(name for name, spec in OBJECTIVES.items() if spec.needs_reference)
 """Names of the objectives that compare pairs with a reference."""
+
+LINKED = tuple(name for name, spec in OBJECTIVES.items() if not spec.own_loss)
+"""Names of the objectives whose loss is a link of z, and whose gain and correction share out the credit."""

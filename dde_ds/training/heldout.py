@@ -47,6 +47,8 @@ class Look(NamedTuple):
     """d(base,·)."""
     moved: Tensor
     """Mean ‖ε_θ - ε_base‖² over a latent's elements."""
+    soft_labels: Tensor | None
+    """The winners' shares of the votes, (n,) float32, where the shards hold them."""
 
 
 class HeldOut:
@@ -91,22 +93,25 @@ class HeldOut:
 
         ``poll`` is called before each batch, as often on every rank; what it raises ends the evaluation.
         """
-        found = [noise_errors(prediction, None, target)[0] for prediction, target in self._predicted(unet, poll)]
+        found = [noise_errors(prediction, None, target)[0] for prediction, target, _ in self._predicted(unet, poll)]
         return torch.cat([_two_rows(errors) for errors in found], 1)
 
     def predictions(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> list[Tensor]:
         """Return the UNet's predictions on the CPU, a batch each, in its own type, for :meth:`look`. Called as :meth:`errors` is."""
-        return [prediction.cpu() for prediction, _ in self._predicted(unet, poll)]
+        return [prediction.cpu() for prediction, *_ in self._predicted(unet, poll)]
 
     def look(self, unet: torch.nn.Module, base: list[Tensor], poll: Callable[[], None] | None = None) -> Look:
         """Compare the UNet with its base, whose :meth:`predictions` are given. Called as :meth:`errors` is."""
         found: list[list[Tensor]] = []
-        for (prediction, target), other in zip(self._predicted(unet, poll), base, strict=True):
+        labels = []
+        for (prediction, target, batch), other in zip(self._predicted(unet, poll), base, strict=True):
             sums = noise_sums(prediction, other.to(prediction.device), target, moved=True)
             found.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
-        return Look(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+            labels += [] if batch.soft_labels is None else [batch.soft_labels]
+        policy, other, moved = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return Look(policy, other, moved, torch.cat(labels) if labels else None)
 
-    def _predicted(self, unet: torch.nn.Module, poll: Callable[[], None] | None) -> Iterator[tuple[Tensor, NoiseTarget]]:
+    def _predicted(self, unet: torch.nn.Module, poll: Callable[[], None] | None) -> Iterator[tuple[Tensor, NoiseTarget, Batch]]:
         parameter = next(unet.parameters())
         for low in range(0, len(self._positions), self.micro):
             if poll:
@@ -114,7 +119,7 @@ class HeldOut:
             chosen = slice(low, low + self.micro)
             pairs = self._dataset.collate([self._dataset.pair(position) for position in self._positions[chosen]])
             batch = Batch(**{**pairs, "timesteps": self.timesteps[chosen]})
-            yield predictions_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype)
+            yield *predictions_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype), batch
 
     def path_kl(self, look: Look) -> Tensor:
         """Return this rank's share of the path KL between policy and base in nats, a 0-d float64 tensor: the sum over ranks is the number.
@@ -134,9 +139,10 @@ class HeldOut:
         chosen, rejected = look.policy - look.base
         m = chosen - rejected
         device = objective.table.correction.device
-        policy, base, moved = (rows.flatten().to(device) for rows in look)
+        policy, base, moved = (rows.flatten().to(device) for rows in (look.policy, look.base, look.moved))
+        labels = look.soft_labels.to(device) if objective.options.soft_labels and look.soft_labels is not None else None
         reference = base if objective.needs_reference else None
-        own, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved)
+        own, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved, labels)
         numbers = {
             "loss": own.cpu(),
             "loss_uniform": losses.logistic_loss(losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),

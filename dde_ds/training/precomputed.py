@@ -29,7 +29,7 @@ from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
 from dde_ds.models.unet import unet_digest
-from dde_ds.objective.objective import Objective
+from dde_ds.objective.objective import NEEDS_PREDICTION, Objective
 from dde_ds.shape import require_shape
 from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
@@ -109,10 +109,11 @@ def open_precomputed(
 
     Raises:
         UserError: the file is damaged, or belongs to another reference, data, seed or sampling. The message names the
-            difference.
+            difference. Or the objective needs more than errors.
     """
     if not run.reference.precomputed or not objective.needs_reference:
         return PrecomputedReference(None, {}, torch.empty(0, 2), run.batch.pairs)
+    _require_errors_suffice(run, objective)
     path, result = Path(run.reference.precomputed), None
     if ranks.is_main:
         try:
@@ -135,8 +136,19 @@ def check_precomputed(run: RunConfig, shards: ShardSet | MixedShards, objective:
     Raises:
         UserError: the file is damaged, or belongs to another reference, data, seed or sampling.
     """
-    if run.reference.precomputed and objective.needs_reference and Path(run.reference.precomputed).exists():
+    if not run.reference.precomputed or not objective.needs_reference:
+        return
+    _require_errors_suffice(run, objective)
+    if Path(run.reference.precomputed).exists():
         read_precomputed(Path(run.reference.precomputed), identity(run, shards, objective))
+
+
+def _require_errors_suffice(run: RunConfig, objective: Objective) -> None:
+    if objective.spec.needs_prediction:
+        raise UserError(
+            f"reference.precomputed {run.reference.precomputed}: holds errors alone, but objective {objective.name} {NEEDS_PREDICTION}; "
+            "leave it out"
+        )
 
 
 def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objective) -> dict:

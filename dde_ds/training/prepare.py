@@ -102,13 +102,20 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | Mixe
     _check_fit(run, training, f"{data.key} {data.name}")
     if data.flip and not training.manifest["settings"]["flip"]:
         raise UserError(f"data.flip is true, but {data.name} holds no mirrored latents; shard the pairs with --flip")
+    _require_labels(run, training, f"{data.key} {data.name}")
     held_out = open_sources([(run.evaluation.path, 1.0)], **remote, key="evaluation.path") if run.evaluation.path else None
     if held_out:
         _check_fit(run, held_out, f"evaluation.path {run.evaluation.path}")
+        _require_labels(run, held_out, f"evaluation.path {run.evaluation.path}")
     trained_on = {one.digest for one in (training.sets if isinstance(training, MixedShards) else [training])}
     if held_out and held_out.digest in trained_on:
         raise UserError(f"evaluation.path {run.evaluation.path}: holds the pairs of {data.key}; held-out pairs are needed")
     return training, held_out
+
+
+def _require_labels(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
+    if run.objective.soft_labels and not shards.manifest["settings"].get("soft_labels"):
+        raise UserError(f"objective.soft_labels is true, but {name} holds no shares of votes; shard the pairs with --soft-labels")
 
 
 def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:

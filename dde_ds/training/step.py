@@ -40,7 +40,16 @@ def micro_step(
         with torch.no_grad():
             reference_pred = reference(seen, both, batch.conditioning)
     policy_pred = predict(policy, seen, both, batch.conditioning)
-    return objective(policy_pred, reference_pred, batch.noise, batch.timesteps, noisy, reference_errors=batch.reference_errors)
+    labels = batch.soft_labels if objective.options.soft_labels else None
+    return objective(
+        policy_pred,
+        reference_pred,
+        batch.noise,
+        batch.timesteps,
+        noisy,
+        reference_errors=batch.reference_errors,
+        soft_labels=labels,
+    )
 
 
 @torch.no_grad()

@@ -43,9 +43,9 @@ def test_in_a_drawing_and_in_a_look(tmp_path, sd_model, sd_shards):
         deepspeed=shipped(tmp_path, "zero3").removeprefix("deepspeed="),
     )
     legs = {
-        Leg(signal_in=("errors", 1)): (75, 0, [], [], []),  # at the base, with which each launch begins
+        Leg(signal_in=("_predicted", 1)): (75, 0, [], [], []),  # at the base, with which each launch begins
         Leg(resume="auto", signal_in=("draw", 2)): (75, 2, [1, 2], [1, 2], [0]),  # after step 2
-        Leg(resume="auto", signal_in=("errors", 2)): (75, 3, [1, 2, 3], [1, 2], [0, 2]),  # after step 3
+        Leg(resume="auto", signal_in=("_predicted", 2)): (75, 3, [1, 2, 3], [1, 2], [0, 2]),  # after step 3
         Leg(resume="auto", signal_in=("draw", 1)): (75, 4, [1, 2, 3, 4], [1, 2, 3, 4], [0, 2]),  # after all training
         Leg(resume="auto"): (0, 4, [1, 2, 3, 4], [1, 2, 3, 4], [0, 2, 4]),
     }

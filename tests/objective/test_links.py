@@ -9,10 +9,10 @@ import torch
 
 from dde_ds import UserError, build_objective
 from dde_ds.objective.links import LINKS, bind
-from dde_ds.objective.specs import COMPARING, OBJECTIVES
+from dde_ds.objective.profile import assume_margin, credit_profile
+from dde_ds.objective.specs import LINKED, OBJECTIVES
 from tests.objective.test_objective import PAIRS, SHAPE, T, fill_table, predictions
 
-GAINS = [name for name in COMPARING if not OBJECTIVES[name].own_loss]
 BETA = 7.0
 
 
@@ -87,10 +87,12 @@ def losers_like_winners(dtype=torch.float64):
     return policy.to(dtype).requires_grad_(), reference.to(dtype), noise.to(dtype)
 
 
-def written_out(name, schedule, policy, reference, noise, table, link, p, share, calibrated=False):
-    """Loss and gradient of every combination, pair by pair, in float64."""
+def written_out(name, schedule, policy, reference, noise, table, link, p, share, calibrated=False, only=None):
+    """Loss and gradient of every combination, pair by pair, in float64; of one pair's part alone where ``only`` names it."""
     gradient, total = torch.zeros_like(policy), 0.0
     for i, t in enumerate(T.tolist()):
+        if only not in (None, i):
+            continue
         own = {"w": policy[i].detach(), "l": policy[PAIRS + i].detach()}
         other = {"w": reference[i], "l": reference[PAIRS + i]}
         error = {side: own[side] - noise[i] for side in "wl"}
@@ -123,7 +125,7 @@ def combinations():
                 yield link, labels, share
 
 
-@pytest.mark.parametrize("name", GAINS)
+@pytest.mark.parametrize("name", LINKED)
 @pytest.mark.parametrize(("link", "labels", "share"), combinations())
 def test_value_and_gradient_of_every_combination(schedule, name, link, labels, share):
     policy, reference, noise = losers_like_winners()
@@ -156,6 +158,78 @@ def test_calibrated_value_and_gradient(schedule, name, link):
     expected, gradient = written_out(name, schedule, policy, reference, noise, table, link, [1.0] * 3, None, calibrated=True)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-11)
     torch.testing.assert_close(policy.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def mean_credit(objective, schedule, name, low=0, high=1000, calibrated=False):
+    """c_t over its mean, timestep by timestep, from the table's margins and K by a loop."""
+    table = objective.table.average[0].tolist()
+    spread = 1000 // len(table)
+    credit, tail = [0.0] * 1000, 0.0
+    for t in reversed(range(1000)):
+        alpha = schedule.alphas_cumprod[t].item()
+        gain = 1.0
+        if name in ("dde", "dde_single"):
+            gain = 1 / alpha if calibrated else (1 - alpha) / alpha
+        if name == "discounted":
+            gain = (0.9 ** (50 / 1000)) ** (999 - t)
+        k = (2 if calibrated else 1) * tail if name in ("dde", "dde_step") else 0.0
+        credit[t] = gain / (1 + math.exp(min(-(BETA / 2) * (gain * table[t // spread] + k), 700)))
+        tail += schedule.stepwise_weight[t].item() * table[t // spread]
+    mean = sum(credit[low:high]) / (high - low)
+    return [one / mean for one in credit]
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_mean_credit_value_and_gradient(schedule, name, link, share):
+    """``uniform``'s loss with the same link, each pair times its timestep's credit."""
+    policy, reference, noise = losers_like_winners()
+    objective = build_objective(name, schedule, beta=BETA, link=link, credit="mean", winner_preserving=share)
+    fill_table(objective)
+    out = objective(policy, reference, noise, T)
+    out.loss.backward()
+    weights = mean_credit(objective, schedule, name)
+    expected, gradient = 0.0, torch.zeros_like(policy)
+    for i, t in enumerate(T.tolist()):
+        alone = torch.zeros(1000, dtype=torch.float64)  # no table: uniform has no K
+        both = [i, PAIRS + i]
+        value, slope = written_out("uniform", schedule, policy, reference, noise, alone, link, [1.0] * 3, share, only=i)
+        expected += weights[t] * value
+        gradient[both] = weights[t] * slope[both]
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(policy.grad, gradient, rtol=1e-8, atol=1e-12)
+    assert not torch.equal(out.loss, build_objective("uniform", schedule, beta=BETA, link=link)(policy, reference, noise, T).loss)
+
+
+@pytest.mark.parametrize("name", ["dde", "dde_single"])
+def test_mean_credit_calibrated_and_in_a_range(schedule, name):
+    options = {"single_shot": "calibrated", "timestep_range": (400, 960)}
+    objective = build_objective(name, schedule, beta=BETA, credit="mean", **options)
+    fill_table(objective)
+    policy_error, reference_error = torch.rand(2, 2 * PAIRS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, _ = objective.pair_losses(T, policy_error, reference_error)
+    plain, _ = build_objective("uniform", schedule, beta=BETA).pair_losses(T, policy_error, reference_error)
+    weights = mean_credit(objective, schedule, name, 400, 960, calibrated=True)
+    torch.testing.assert_close(found, torch.tensor([weights[t] for t in T.tolist()], dtype=torch.float64) * plain)
+
+
+def test_mean_credit_is_the_curve_that_is_drawn(schedule):
+    """For pairs at the mean margin and one small enough that uniform's z is near 0: the profile of ``dde`` itself, whatever the margin."""
+    margins = torch.full((1000,), -1e-3, dtype=torch.float64)
+    found = {}
+    for credit in ("pair", "mean"):
+        objective = build_objective("dde", schedule, beta=2000.0, credit=credit)
+        assume_margin(objective, -1e-3)
+        found[credit] = credit_profile(objective, margins).credit
+    torch.testing.assert_close(found["mean"] / found["mean"].sum(), found["pair"] / found["pair"].sum())
+
+
+def test_far_ahead_the_mean_credit_still_has_shares(schedule):
+    objective = build_objective("dde", schedule, beta=5000.0, credit="mean")
+    objective.table.fill(-100.0)
+    policy, reference, noise = predictions()
+    assert objective(policy, reference, noise, T).loss.isfinite()
 
 
 def test_calibrated_is_the_true_log_ratio_of_gaussians(schedule):
@@ -231,6 +305,7 @@ def test_a_precomputed_reference_preserves_the_winner_as_well(schedule):
     ("options", "message"),
     [
         ({"link": "sigmoids"}, r"objective\.link 'sigmoids'.*did you mean 'sigmoid'"),
+        ({"credit": "means"}, r"objective\.credit 'means'.*did you mean 'mean'"),
         ({"single_shot": "calibrate"}, r"objective\.single_shot 'calibrate'.*did you mean 'calibrated'"),
         *[({"label_smoothing": value}, r"objective\.label_smoothing is .*\[0, 0\.5\)") for value in (-0.1, 0.5, math.nan)],
         *[({"winner_preserving": value}, r"objective\.winner_preserving is .*\[0, 1\]") for value in (-0.1, 1.1, math.nan)],
@@ -246,7 +321,13 @@ def test_a_precomputed_reference_preserves_the_winner_as_well(schedule):
         *[
             ({"name": name, **option}, rf"objective\.{next(iter(option))} is .*: {name} has a loss of its own")
             for name in ("sft", "dspo", "kto", "mapo")
-            for option in ({"link": "ipo"}, {"label_smoothing": 0.1}, {"soft_labels": True}, {"winner_preserving": 0.5})
+            for option in (
+                {"link": "ipo"},
+                {"label_smoothing": 0.1},
+                {"soft_labels": True},
+                {"winner_preserving": 0.5},
+                {"credit": "mean"},
+            )
         ],
         *[
             ({"name": name, "single_shot": "calibrated"}, rf"single_shot is 'calibrated': {name} has no single-shot weight")

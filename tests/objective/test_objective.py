@@ -9,7 +9,7 @@ import torch
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.config import ObjectiveConfig
 from dde_ds.objective.objective import configured_objective
-from dde_ds.objective.specs import COMPARING, OBJECTIVES
+from dde_ds.objective.specs import COMPARING, LINKED, OBJECTIVES
 
 PAIRS, SHAPE = 3, (4, 5, 7)
 T = torch.tensor([3, 417, 950])
@@ -102,7 +102,7 @@ def test_against_the_formula_in_float64(schedule, name, dtype):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARING if not OBJECTIVES[name].own_loss])
+@pytest.mark.parametrize("name", LINKED)
 def test_equal_models_give_log_2(schedule, name):
     _, reference, noise = predictions(torch.float32)
     out = build_objective(name, schedule, beta=5000.0)(reference.clone().requires_grad_(), reference, noise, T)
@@ -347,6 +347,7 @@ EVERY_OPTION = [
     ({}, {"link": "sigmoid"}),
     ({}, {"label_smoothing": 0.1}),
     ({}, {"winner_preserving": 1.0}),
+    ({}, {"credit": "mean"}),
     ({}, {"single_shot": "calibrated"}),
 ]
 

@@ -7,7 +7,7 @@ import torch
 
 from dde_ds import build_objective
 from dde_ds.objective.profile import assume_margin, credit_profile
-from dde_ds.objective.specs import COMPARING, OBJECTIVES
+from dde_ds.objective.specs import LINKED
 
 
 def profile(name, schedule, margin, beta=2000.0):
@@ -16,7 +16,7 @@ def profile(name, schedule, margin, beta=2000.0):
     return credit_profile(objective, torch.full((1000,), -margin, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARING if not OBJECTIVES[name].own_loss])
+@pytest.mark.parametrize("name", LINKED)
 def test_is_the_gain_times_what_the_logistic_leaves(name, schedule):
     """|∂loss/∂d| = (β/2) g_t σ(-z_t), with g and z written out."""
     w, weight = schedule.single_shot_weight, schedule.stepwise_weight

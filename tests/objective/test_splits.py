@@ -51,6 +51,7 @@ SETTINGS = {
     "dspo": {},
     "mapo": {},
     "dde, sigmoid, calibrated": {"link": "sigmoid", "winner_preserving": 0.6, "single_shot": "calibrated"},
+    "dde, mean credit": {"credit": "mean"},
     "dde, soft labels": {"link": "dmpo", "soft_labels": True},
 }
 

@@ -14,7 +14,7 @@ from dde_ds.config import RunConfig
 from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import RankError
 from dde_ds.training.batches import Batch
-from dde_ds.training.precomputed import FORMAT, PrecomputedReference, open_precomputed
+from dde_ds.training.precomputed import FORMAT, PrecomputedReference, check_precomputed, open_precomputed
 from dde_ds.training.prepare import build_run_objective, open_shards
 from tests.conftest import shard
 from tests.support.launching import write_config
@@ -182,3 +182,10 @@ def test_a_pipe_or_deep_json_is_no_precomputed(run):
     os.mkfifo(path)
     with pytest.raises(UserError, match="damaged, or no precomputed reference: not a regular file; delete it"):
         opened(run)
+
+
+def test_an_objective_that_needs_more_than_errors_is_refused_at_the_start(run, tmp_path):
+    other = changed(run, "objective.name=dspo", "objective.beta=0.001")
+    for refuse in (opened, lambda run: check_precomputed(run, open_shards(run)[0], build_run_objective(run))):
+        with pytest.raises(UserError, match=r"^reference\.precomputed .*: holds errors alone, but objective dspo compares"):
+            refuse(other)
