@@ -125,7 +125,7 @@ class ReferenceConfig:
     """File of the reference's errors, for runs that share seed, data and model, such as a search for β or the learning rate. If it lacks
     errors that the run needs, the run loads the reference and writes them there. If it has all, the run loads no reference: that saves one
     forward pass of two and the reference's memory. With another ``batch.micro_batch_size``, or on other hardware, the model itself would round
-    differently. ``sft`` has no reference and ignores this key."""
+    differently. ``sft`` and ``mapo`` have no reference and ignore this key. ``dspo`` needs more than errors and refuses it."""
 
 
 @dataclass(frozen=True)

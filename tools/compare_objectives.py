@@ -178,7 +178,7 @@ def objectives(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, objective: str) -> list[Setting]:
     """Return the grid, which is the same for all. An objective without β (``sft``) needs one run for each learning rate."""
-    betas = args.betas[:1] if objective == "sft" else args.betas
+    betas = args.betas if specs.OBJECTIVES[objective].needs_reference else args.betas[:1]
     return [Setting(beta, rate) for beta, rate in itertools.product(betas, args.rates)]
 
 

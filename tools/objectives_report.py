@@ -9,6 +9,9 @@ import torch
 from benchmarks import table
 
 from dde_ds.evaluation.compare import bootstrap_interval, paired_difference, win_rate
+from dde_ds.objective.specs import OBJECTIVES
+
+WITHOUT_BETA = {name for name, spec in OBJECTIVES.items() if not spec.needs_reference}
 
 
 def summarise(results: Sequence[dict], base: dict, dde: Sequence[dict | None] = ()) -> dict:
@@ -100,7 +103,7 @@ def figure(summary: dict, path: Path) -> None:
 def _row(name: str, one: dict, strayed: bool) -> list[str]:
     win, distance, spread = one["win_rate"], one["frechet_distance"], one["latent_spread"]
     minus = one.get("win_rate_minus_dde")
-    strength = f"{one['beta']:g}, " if name != "sft" else ""
+    strength = f"{one['beta']:g}, " if name not in WITHOUT_BETA else ""
     return [
         f"`{name}`" + r" \*" * strayed,
         f"{strength}{one['rate']:g}",

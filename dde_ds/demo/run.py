@@ -122,6 +122,7 @@ def report(result: dict) -> None:
     table.add_row(f"spread of the latents (real: {result['real_latent_std']:.3f})", *(f"{side['latent_std']:.3f}" for side in both))
     table.add_row("error on winners", f"{errors['reference_chosen']:.4f}", f"{errors['policy_chosen']:.4f}")
     table.add_row("error on losers", f"{errors['reference_rejected']:.4f}", f"{errors['policy_rejected']:.4f}")
+    table.add_row("path KL from the base, in nats", "", f"{errors['path_kl']:.1f}")
     console = Console()
     console.print(table)
     console.print(
