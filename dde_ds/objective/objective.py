@@ -149,9 +149,8 @@ class Objective:
             teach_moved=self.spec.needs_prediction,
             inner=self.options.winner_preserving is not None,
         )
-        policy_error, reference_error = sums.policy, sums.reference
-        if sums.inner is not None:
-            share = self.options.winner_preserving
+        policy_error, reference_error, share = sums.policy, sums.reference, self.options.winner_preserving
+        if sums.inner is not None and share is not None:
             policy_error = losses.preserve_winner(policy_error, sums.inner, policy_pred[0].numel(), share)
         if self.needs_reference and reference_error is None:
             assert reference_errors is not None  # one of the two is there: _check

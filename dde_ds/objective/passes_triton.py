@@ -29,10 +29,12 @@ def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: 
         _sums_kernel[(rows, parts.shape[1])](
             **_arguments(tensors, policy, target),
             parts=parts,
-            compare=reference is not None,  # pyright: ignore[reportArgumentType]  # triton wraps constants
-            moved=wanted.moved,
-            inner_product=wanted.inner,
-            shared=len(target.noise) == rows,
+            **{
+                "compare": reference is not None,
+                "moved": wanted.moved,
+                "inner_product": wanted.inner,
+                "shared": len(target.noise) == rows,
+            },
             **_constants(policy, target, rows),
         )
     own, other, moved, inner = (parts.sum(1) / size).split(lengths)
@@ -54,7 +56,7 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Ten
             **_arguments(tensors, policy, target),
             factor=gradient_factor(policy, target, grad),
             moved_factor=None if moved is None else moved_factor(policy, target, moved[1]),
-            moved=moved is not None,
+            **{"moved": moved is not None},
             **_constants(policy, target, rows),
         )
     return result
