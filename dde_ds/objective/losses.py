@@ -73,7 +73,7 @@ def dspo(terms: Terms) -> tuple[Tensor, Tensor]:
     """DSPO's loss in the form of SD1.5 (Zhu et al., ICLR 2025): ‖e_w - βs(ε_θ-ε_ref)‖² of the winner, s = 1-σ(z), (B,), and z.
 
     It is written by sums, from ⟨e_w, ε_θ-ε_ref⟩ = (d(θ,w) + q_w - d(ref,w))/2. z carries its gradient.
-    Its code trains SD1.5 at β = 0.001. Where βs is above 1 the loss is least for a policy that moves away from the winner's noise.
+    Its code trains SD1.5 at β = 0.001. Where βs is above 1 the gradient moves the policy away from the winner's noise; at first s is one half.
     """
     assert terms.reference is not None and terms.moved is not None and terms.logits is not None
     (winner, _), (reference, _), (moved, _) = (each.chunk(2) for each in (terms.policy, terms.reference, terms.moved))

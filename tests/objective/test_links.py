@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
 from dde_ds import UserError, build_objective
@@ -359,6 +360,32 @@ def test_dspo_needs_more_than_errors(schedule):
     policy, _, noise = predictions()
     with pytest.raises(UserError, match="reference_errors are not enough"):
         build_objective("dspo", schedule)(policy, None, noise, T, reference_errors=torch.ones(2 * PAIRS))
+
+
+def test_dspo_turns_around_above_a_beta_of_two(schedule):
+    """From the reference, where s is one half, the winner's gradient is (1 - β/2) times that of its error."""
+    _, reference, noise = predictions()
+    policy = reference.clone().requires_grad_()
+    for beta in (0.001, 1.9, 2.1, 2000.0):
+        out = build_objective("dspo", schedule, beta=beta)(policy, reference, noise, T)
+        (gradient,) = torch.autograd.grad(out.loss, policy)
+        error = 2 * (reference[:PAIRS] - noise) / (PAIRS * math.prod(SHAPE))
+        torch.testing.assert_close(gradient[:PAIRS], (1 - beta / 2) * error)
+
+
+def test_ktos_reference_point_is_saved(schedule):
+    policy, reference, noise = predictions()
+    objective, resumed = (build_objective("kto", schedule, beta=50.0) for _ in range(2))
+    objective(noise.repeat(2, 1, 1, 1), reference, noise, T)
+    objective.commit()
+    resumed.load_state_dict(safetensors.torch.load(safetensors.torch.save(objective.state_dict())))
+    assert objective.state_dict()["reference_point"] > 0.05
+    losses = [each(policy, reference, noise, T).loss for each in (objective, resumed, build_objective("kto", schedule, beta=50.0))]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    objective(reference, reference, noise, T)
+    objective.discard()
+    objective.commit()
+    assert objective.state_dict()["reference_point"] == resumed.state_dict()["reference_point"], "a skipped step leaves it alone"
 
 
 @pytest.mark.parametrize("name", ["dspo", "kto", "mapo"])
