@@ -156,7 +156,7 @@ class ObjectiveConfig:
     timestep_range: tuple[int, int] | None = None
     """Range [lo, hi) that timesteps are drawn from. Default: all. Narrow it to train one segment of the trajectory."""
 
-    link: str = "logistic"
+    link: Literal["logistic", "robust", "ipo", "hinge", "sigmoid", "dmpo"] = "logistic"
     """Loss of a pair's z: ``logistic``, ``robust``, ``ipo``, ``hinge``, ``sigmoid`` or ``dmpo``. ``sigmoid`` lets go of pairs that are far on
     the wrong side, on which ``logistic`` spends most of its gradient. Not for ``sft``, ``dspo``, ``kto`` and ``mapo``."""
 
@@ -171,11 +171,11 @@ class ObjectiveConfig:
     """Share μ in [0, 1] of SDPO's safeguard. It scales the loser's gradient down where that would raise the winner's error. Of SDPO's runs:
     0.9 for SD1.5, 0.6 for SDXL. None turns it off."""
 
-    credit: str = "pair"
+    credit: Literal["pair", "mean"] = "pair"
     """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean margin,
     which is the curve that ``dde-ds explain`` draws. Use it to train the middle of the trajectory."""
 
-    single_shot: str = "weight"
+    single_shot: Literal["weight", "calibrated"] = "weight"
     """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z is then the true log
     ratio for Gaussian data of unit variance."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -31,6 +32,10 @@ def test_the_readme_lists_the_links_row_by_row():
     text = (ROOT / "dde_ds/objective/README.md").read_text(encoding="utf-8")
     table = text.partition("| link | loss | source |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
     assert table.splitlines() == [f"| `{name}` | {link.formula} | {link.source} |" for name, link in LINKS.items()]
+
+
+def test_the_configuration_takes_the_links_of_the_table():
+    assert get_args(get_type_hints(config.ObjectiveConfig)["link"]) == tuple(LINKS)
 
 
 @pytest.mark.parametrize("name", LINKS)
