@@ -142,7 +142,10 @@ class ObjectiveConfig:
     """Weight η of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""
 
     correction_ema: float = 0.9
-    """Decay ρ of the correction's moving average, for each optimizer step that saw the timestep. Raise it for small batches."""
+    """Decay ρ of the correction's sums, once an optimizer step: 0.9 remembers about ten steps."""
+
+    correction_buckets: int = 50
+    """Equal ranges of timesteps whose pairs share one average in the correction, from 1 to T. T gives the paper's array."""
 
     variance: Literal["posterior", "beta"] = "posterior"
     """Choice of σ_t² in the stepwise weight: ``posterior`` or ``beta``."""
@@ -186,6 +189,7 @@ class ObjectiveConfig:
         _positive("objective.beta", self.beta)
         _require(0 <= self.correction_ema < 1, "objective.correction_ema", self.correction_ema, "must lie in [0, 1)")
         _number("objective.correction_weight", self.correction_weight, 0)
+        _number("objective.correction_buckets", self.correction_buckets, 1, 10**5)
         _require(0 <= self.label_smoothing < 0.5, "objective.label_smoothing", self.label_smoothing, "must lie in [0, 0.5)")
         within = self.winner_preserving is None or 0 <= self.winner_preserving <= 1
         _require(within, "objective.winner_preserving", self.winner_preserving, "must lie in [0, 1], or be null")

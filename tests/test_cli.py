@@ -59,8 +59,9 @@ def test_validate_finds_what_would_stop_a_run(tmp_path, parquet, sd_model, sd_sh
         (f"'output={tmp_path / 'a file' / 'run'}'", "a file is no folder"),
         (f"output={used}", "is not empty and holds no run"),
         ("log.trackers=[nothing]", "log.trackers names 'nothing'"),
+        (f"model.path={few_steps} objective.timestep_range=null", "objective.correction_buckets is 50: it must lie in 1 to 20"),
         (
-            f"model.path={few_steps} objective.timestep_range=null samples.prompts=[a] samples.inference_steps=30",
+            f"model.path={few_steps} objective.timestep_range=null objective.correction_buckets=20 samples.prompts=[a] samples.inference_steps=30",
             "samples.inference_steps is 30: the model has 20 timesteps",
         ),
         (f"deepspeed={autocast}", "torch_autocast"),

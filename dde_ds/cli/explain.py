@@ -52,7 +52,7 @@ def explain(args: argparse.Namespace) -> None:
     beta = 2000.0 if args.beta is None else args.beta
     names = args.objective or list(LINKED)
     schedule = NoiseSchedule.from_scheduler(load_scheduler_config(args.model) if args.model else pictures.STABLE_DIFFUSION)
-    objectives = [build_objective(name, schedule, beta=beta) for name in names]
+    objectives = [build_objective(name, schedule, beta=beta, correction_buckets=1) for name in names]
     by_name = pictures.profiles(objectives, margin)
     title = f"Which timesteps an objective teaches: |∂loss/∂d| at β = {beta:g}, every pair {margin:g} ahead"
     if args.credit_only:

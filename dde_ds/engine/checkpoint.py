@@ -194,7 +194,7 @@ def damage(checkpoint: Path) -> str | None:
     """
     try:
         read_state(checkpoint)
-        _read_table(checkpoint)
+        read_table(checkpoint)
         WeightReader(checkpoint)
     except DamagedError as error:
         return str(error)
@@ -235,7 +235,7 @@ def load(checkpoint: Path, policy: Any, objective: Objective) -> None:
         state = read_state(checkpoint)
         kinds = (training_state.WEIGHT, *state["optimizer"]["moments"])
         _check_fit(checkpoint, reader, {f"{name}/{kind}": value for name, value in parameters for kind in kinds})
-        return state, _read_table(checkpoint)
+        return state, read_table(checkpoint)
 
     state, table = first_does(read)
     _set_table(checkpoint, objective, table)
@@ -270,7 +270,7 @@ def load_table(checkpoint: Path, objective: Objective) -> None:
     Raises:
         UserError: the table is missing, damaged, or not readable.
     """
-    _set_table(checkpoint, objective, _read_table(checkpoint))
+    _set_table(checkpoint, objective, read_table(checkpoint))
 
 
 def _set_table(checkpoint: Path, objective: Objective, table: dict[str, Tensor]) -> None:
@@ -280,11 +280,22 @@ def _set_table(checkpoint: Path, objective: Objective, table: dict[str, Tensor])
         raise _damaged(checkpoint, f"{TABLE}: {reason(error)}") from None
 
 
-def _read_table(checkpoint: Path) -> dict[str, Tensor]:
+def read_table(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the correction table's state.
+
+    Raises:
+        UserError: it is missing, damaged, not readable, or of an earlier version.
+    """
     try:
-        return safetensors.torch.load(_contents(checkpoint, TABLE))
+        table = safetensors.torch.load(_contents(checkpoint, TABLE))
     except SafetensorError as error:
         raise _damaged(checkpoint, f"{TABLE}: {reason(error)}") from None
+    if {"average", "count"} <= table.keys():
+        raise UserError(
+            f"checkpoint {checkpoint}: its correction table is an earlier version's, one average a timestep, and cannot be continued; end "
+            "the run with that version, or export it and start a new one from the export"
+        )
+    return table
 
 
 class WeightReader:

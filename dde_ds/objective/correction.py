@@ -1,9 +1,14 @@
-"""The stepwise correction: an exponential moving average of the pairs' margins at every timestep (eq. 7, 8).
+"""The stepwise correction: a recent average of the pairs' margins in every range of timesteps (eq. 7, 8).
 
-    K_t = Σ_{j>t} λ_j · M_j        M_j: moving average of m over the samples whose timestep was j
+    N_b ← ρ N_b + Σ m_i        C_b ← ρ C_b + #i        over the pairs i of an optimizer step whose timestep lies in bucket b
+    M_j = N_b / C_b            for every timestep j in bucket b; 0 where no pair was seen
+    K_t = Σ_{j>t} λ_j · M_j
 
 K_t stands for the part of log p_θ(x₀)/p_ref(x₀) between x_t and the noisy end that one model pass does not see. It carries no gradient and
 is *delayed*: a step uses the table as the previous optimizer step left it, so that all micro-batches of a step see one K.
+
+Both sums decay once an optimizer step, whatever it saw. What the policy did long ago is thus forgotten alike at every batch size, and
+the ratio corrects its own bias at the start.
 """
 
 from __future__ import annotations
@@ -18,27 +23,36 @@ ERROR_NAMES = ("policy_chosen", "policy_rejected", "reference_chosen", "referenc
 
 
 class CorrectionTable:
-    """The table M and its sums of the running step. T timesteps; everything float64.
+    """The decayed sums N and C, and the sums of the running step. T timesteps in n equal ranges; everything float64.
 
     Sums, not means, travel between ranks, and once a step: the table is the same on all ranks and for any split of the
     same global batch into ranks and micro-batches.
     """
 
-    def __init__(self, stepwise_weight: Tensor, ema: float):
+    def __init__(self, stepwise_weight: Tensor, ema: float, buckets: int):
         steps = len(stepwise_weight)
         self.ema = ema
         self.weight = stepwise_weight.double()
-        # Row 0: M. Rows 1-4: moving averages of the four errors, for diagnosis only.
-        self.average = torch.zeros(5, steps, dtype=torch.float64)
-        self.count = torch.zeros(steps, dtype=torch.float64)
-        """Samples seen so far at each timestep; 0 means never, and M is 0 there."""
+        self.bucket = torch.arange(steps) * buckets // steps
+        """Bucket of each timestep, (T,) int64."""
+        self.sums = torch.zeros(6, buckets, dtype=torch.float64)
+        """Row 0: N. Rows 1-4: the same of the four errors, for diagnosis only. Row 5: C."""
         self.correction = torch.zeros(steps, dtype=torch.float64)
         """K_t, (T,)."""
-        # Rows 0-4: sums of what `average` averages; row 5: how many samples.
-        self._pending = torch.zeros(6, steps, dtype=torch.float64)
+        self._pending = torch.zeros(6, buckets, dtype=torch.float64)
+
+    @property
+    def average(self) -> Tensor:
+        """Means of the margin and of the four errors in each bucket, (5,n); 0 where no pair was seen."""
+        return self.sums[:5] / torch.where(self.count > 0, self.count, 1)
+
+    @property
+    def count(self) -> Tensor:
+        """C, (n,): pairs seen in each bucket, older ones for less."""
+        return self.sums[5]
 
     def to(self, device: torch.device | str) -> CorrectionTable:
-        for name in ("weight", "average", "count", "correction", "_pending"):
+        for name in ("weight", "bucket", "sums", "correction", "_pending"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -46,46 +60,43 @@ class CorrectionTable:
     def add(self, timesteps: Tensor, margin: Tensor, errors: Tensor) -> None:
         """Take in one micro-batch: ``timesteps`` and ``margin`` (B,), ``errors`` (4,B) in the order of ``ERROR_NAMES``."""
         rows = torch.cat([margin[None], errors, torch.ones_like(margin)[None]]).double()
-        self._pending.index_add_(1, timesteps, rows)
+        self._pending.index_add_(1, self.bucket[timesteps], rows)
 
     @torch.no_grad()
     def commit(self) -> None:
-        """End an optimizer step: sum over ranks, fold the step's means into the table, and renew K. Collective."""
+        """End an optimizer step: sum over ranks, let the table decay, add the step's sums, and renew K. Collective."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._pending)
-        sums, seen = self._pending[:5], self._pending[5]
-        mean = sums / seen.clamp_min(1)
-        moved = torch.where(self.count > 0, self.ema * self.average + (1 - self.ema) * mean, mean)
-        self.average = torch.where(seen > 0, moved, self.average)
-        self.count += seen
+        self.sums = self.ema * self.sums + self._pending
         self._pending.zero_()
         self._renew()
 
     def _renew(self) -> None:
-        contribution = self.weight * self.average[0]
+        contribution = self.weight * self.average[0][self.bucket]
         # Sum over j > t: a cumulative sum from the noisy end, shifted by one.
         self.correction = torch.cat([contribution[1:].flip(0).cumsum(0).flip(0), contribution.new_zeros(1)])
 
     def discard(self) -> None:
-        """Forget the sums of the running step: its update was not made."""
+        """Forget the sums of the running step: its update was not made. The table does not decay."""
         self._pending.zero_()
 
     def fill(self, margin: float) -> None:
         """Set M to one value at every timestep, as if that had been seen everywhere."""
-        self.average[0] = margin
-        self.count.fill_(1)
+        self.sums.zero_()
+        self.sums[0] = margin
+        self.sums[5] = 1
         self._renew()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.average.cpu().clone(), "count": self.count.cpu().clone()}
+        return {"sums": self.sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state["average"].shape != self.average.shape:
+        sums = state["sums"]
+        if sums.shape != self.sums.shape:
             raise UserError(
-                f"correction table has {state['average'].shape[1]} timesteps, this model's scheduler has {self.average.shape[1]}: "
-                "resume with the model that the checkpoint was trained from"
+                f"correction table has shape {tuple(sums.shape)}, this objective's {tuple(self.sums.shape)}: "
+                f"objective.correction_buckets is {self.sums.shape[1]}; set it as in the run that saved the table"
             )
-        self.average.copy_(state["average"])
-        self.count.copy_(state["count"])
+        self.sums.copy_(sums)
         self._pending.zero_()
         self._renew()

@@ -72,6 +72,7 @@ class Objective:
         beta: float,
         correction_weight: float,
         correction_ema: float,
+        correction_buckets: int,
         discount: float,
         discount_mode: str,
         timestep_range: tuple[int, int],
@@ -86,7 +87,7 @@ class Objective:
         self.needs_reference = spec.needs_reference
         self.link = bind(LINKS[options.link], beta, options.label_smoothing)
         """The loss of z, and its gradient weight, of an objective without a loss of its own."""
-        self.table = CorrectionTable(schedule.stepwise_weight, correction_ema)
+        self.table = CorrectionTable(schedule.stepwise_weight, correction_ema, correction_buckets)
         drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
         gain = calibrated if is_calibrated else spec.gain
         ones = torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
@@ -261,6 +262,7 @@ class Objective:
         scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
         margins, ahead = scale * (chosen_drift - rejected_drift), losses.share_ahead(rejected_drift - chosen_drift)
         weight = self.link.weight(z)
+        correction = self.correction_weight * self.correction(timesteps).mean()
         metrics = {
             "loss": loss,
             "rewards/chosen": (scale * chosen_drift).mean(),
@@ -271,7 +273,8 @@ class Objective:
             "rewards/margin_accuracies": ahead.mean(),
             "drift/chosen": chosen_drift.mean(),
             "drift/rejected": rejected_drift.mean(),
-            "dde/correction_mean": self.correction_weight * self.correction(timesteps).mean(),
+            "dde/correction_mean": correction,
+            "dde/offset_mean": -(self.beta / 2) * correction,  # in units of z
             # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
             "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).to(z.dtype).mean(),
         }
@@ -342,6 +345,7 @@ def build_objective(
     beta: float = 2000.0,
     correction_weight: float = 1.0,
     correction_ema: float = 0.9,
+    correction_buckets: int = 50,
     discount: float | None = None,
     discount_mode: str = "weight",
     timestep_range: tuple[int, int] | None = None,
@@ -363,8 +367,10 @@ def build_objective(
             SD1.5, 5000 for SDXL).
         correction_weight: η, weight of the stepwise correction. A choice of ours: 1, as in eq. 11; 0 makes ``dde`` equal
             ``dde_single`` bit for bit.
-        correction_ema: ρ in M ← ρM + (1-ρ)·mean. The paper says "exponential moving average"; 0.9 is our choice, as is
-            that the first observation of a timestep sets its entry.
+        correction_ema: ρ, what an optimizer step leaves of the table's sums. The paper says "exponential moving average"; 0.9 is our
+            choice.
+        correction_buckets: n equal ranges of timesteps that each share one average margin, from 1 to T. T gives the paper's array, which
+            needs batches of thousands of pairs.
         discount: γ per training timestep of ``discounted``; default 0.9^(50/T), that is 0.9 per step of a 50-step sampler.
         discount_mode: ``weight`` puts γ^(T-1-t) inside log σ; ``sample`` draws t in proportion to it. Not the same objective.
         timestep_range: [lo, hi) that timesteps are drawn from; default all.
@@ -389,6 +395,10 @@ def build_objective(
         raise UserError(f"objective.correction_weight is {correction_weight}: it must be a finite number, 0 or more")
     if not 0 <= correction_ema < 1:
         raise UserError(f"objective.correction_ema is {correction_ema}: it must lie in [0, 1)")
+    if not 1 <= correction_buckets <= schedule.num_train_timesteps:
+        raise UserError(
+            f"objective.correction_buckets is {correction_buckets}: it must lie in 1 to {schedule.num_train_timesteps}, the number of timesteps"
+        )
     if discount_mode not in ("weight", "sample"):
         raise UserError(f"objective.discount_mode {discount_mode!r}{nearest(str(discount_mode), ('weight', 'sample'))}")
     discount = float(0.9 ** (50 / schedule.num_train_timesteps)) if discount is None else discount
@@ -399,7 +409,9 @@ def build_objective(
         raise UserError(f"objective.timestep_range is [{low}, {high}): it must lie within [0, {schedule.num_train_timesteps})")
     options = LossOptions(link, label_smoothing, soft_labels, winner_preserving, credit, single_shot)
     _check_options(name, options)
-    return Objective(name, schedule, beta, correction_weight, correction_ema, discount, discount_mode, (low, high), options)
+    return Objective(
+        name, schedule, beta, correction_weight, correction_ema, correction_buckets, discount, discount_mode, (low, high), options
+    )
 
 
 def _check_options(name: str, options: LossOptions) -> None:
@@ -460,6 +472,7 @@ def configured_objective(options: Any, scheduler: dict) -> Objective:
         beta=options.beta,
         correction_weight=options.correction_weight,
         correction_ema=options.correction_ema,
+        correction_buckets=options.correction_buckets,
         discount=options.discount,
         discount_mode=options.discount_mode,
         timestep_range=options.timestep_range,

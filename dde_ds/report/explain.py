@@ -79,7 +79,7 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)  # pyright: ignore[reportCallIssue, reportArgumentType]
     credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
     steps = objective.schedule.num_train_timesteps
-    centres, margins = _binned(objective.table.average[0], objective.table.count)
+    centres, margins = _binned(objective.table.average[0], objective.table.count, steps)
     profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
     drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()  # what is never sampled is not taught
     _credit(credit, {f"{objective.name}, this run": Profile(profile.credit * drawn, profile.push)})
@@ -97,7 +97,7 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     errors: dict[str, Tensor] = dict(zip(ERROR_NAMES, objective.table.average[1:], strict=True))
     for side in ("chosen", "rejected"):
         moved = errors[f"policy_{side}"] - errors[f"reference_{side}"]
-        drift.plot(*_binned(moved, objective.table.count), marker=".", label=side)
+        drift.plot(*_binned(moved, objective.table.count, steps), marker=".", label=side)
     drift.set_title("drift of the errors, policy - reference (moving averages)")
     axes["pace"].plot(*pace(history), marker=".")
     axes["pace"].set_ylim(bottom=0)
@@ -156,12 +156,13 @@ def _tail(weight: Tensor) -> Tensor:
     return torch.cat([weight[1:].flip(0).cumsum(0).flip(0), weight.new_zeros(1)])
 
 
-def _binned(values: Tensor, count: Tensor):
-    """Centres and means of the timesteps that were seen, weighted by how often: single entries are too noisy to be seen."""
+def _binned(values: Tensor, count: Tensor, steps: int):
+    """Centres and means of the buckets that were seen, weighted by how often: of many buckets single ones are too noisy to be seen."""
     width = -(-len(values) // BINS)
     sums, seen = (_sum_bins(each, width) for each in (values * count, count))
     kept = seen > 0
-    return ((torch.arange(len(seen)) + 0.5) * width)[kept].numpy(), (sums[kept] / seen[kept]).numpy()
+    centres = (torch.arange(len(seen)) + 0.5) * width * steps / len(values)
+    return centres[kept].numpy(), (sums[kept] / seen[kept]).numpy()
 
 
 def _sum_bins(values: Tensor, width: int) -> Tensor:

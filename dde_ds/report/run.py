@@ -27,6 +27,7 @@ GROUPS = (
         ("error/policy_chosen", "error/policy_rejected", "error/reference_chosen", "error/reference_rejected"),
     ),
     ("Correction, mean over pairs", ("dde/correction_mean",)),
+    ("Correction in units of z, mean over pairs", ("dde/offset_mean",)),
     ("Saturation: share of pairs with a gradient weight near 0 or 1", ("dde/saturation",)),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
@@ -137,7 +138,8 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
         return f'<p class="note">No credit profile: {escape(str(error))}</p>'
     if not trained.needs_reference:
         return ""
-    others = [] if trained.name == "uniform" else [build_objective("uniform", trained.schedule, beta=run.objective.beta)]
+    uniform = build_objective("uniform", trained.schedule, beta=run.objective.beta, correction_buckets=1)
+    others = [] if trained.name == "uniform" else [uniform]
     timesteps = list(range(trained.schedule.num_train_timesteps))
     # A run also teaches a timestep more if it draws the timestep more often.
     lines = []

@@ -78,6 +78,7 @@ def check_folder(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str,
     if resume and not checkpoints:
         raise UserError(f"output {run.output}: --resume found no checkpoint there; start without it, or use --resume auto")
     if resume:
+        checkpoint.read_table(checkpoints[-1])
         require_same_run(run, shards, base, checkpoints[-1], checkpoint.read_state(checkpoints[-1]))
 
 

@@ -62,7 +62,8 @@ def train(policy, objective, steps, rank, world):
         policy.step()
         update_ema(policy, DECAY)
         weights.append(gathered(policy, state.WEIGHT))
-        objective.table.add(torch.tensor([step]), loss.detach()[None], torch.zeros(4, 1))
+        own = len(x)
+        objective.table.add(torch.full((own,), step), loss.detach().expand(own), torch.zeros(4, own))
         objective.commit()
         losses.append(loss.item())
     return losses, weights
@@ -98,7 +99,7 @@ def one_rank(rank, world, folder, plan, results):
         losses, weights = train(policy, objective, steps, rank, world)
         checkpoint.save(folder, policy, objective, {"step": steps[-1] + 1}, keep=2, keep_every=3)
         average = gathered(policy, state.EMA)
-        results[rank, steps[0]] = (losses, objective.state_dict()["average"][0].tolist(), weights, average)
+        results[rank, steps[0]] = (losses, objective.table.average[0].tolist(), weights, average)
 
 
 def run(world, folder, plan, before=()):
@@ -334,6 +335,21 @@ def test_a_disk_that_is_not_mounted_proves_none_either(two, tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
     with pytest.raises(UserError, match=f"checkpoint {newest}: manifest.json could not be read: No such file"):
         checkpoint.newest_whole(checkpoint.list_checkpoints(two), print)
+
+
+def test_a_table_of_an_earlier_version_is_refused_in_one_line(two, alone):
+    table = {"average": torch.zeros(5, 1000, dtype=torch.float64), "count": torch.zeros(1000, dtype=torch.float64)}
+    save_file(table, two / "step-00000002" / checkpoint.TABLE)
+    list_anew(two / "step-00000002")
+    policy, objective = alone
+    for use in (
+        lambda: checkpoint.newest_whole(checkpoint.list_checkpoints(two), print),
+        lambda: checkpoint.load(two / "step-00000002", policy, objective),
+        lambda: checkpoint.load_table(two / "step-00000002", objective),
+    ):
+        with pytest.raises(UserError, match="step-00000002: its correction table is an earlier version's") as error:
+            use()
+        assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_a_later_version_proves_none_either(two):

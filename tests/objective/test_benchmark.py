@@ -27,8 +27,8 @@ def test_in_short(monkeypatch, capsys):
     assert re.search(
         r"\| tiny \| 1 \| 0\.0 \| .*µs \| .*µs \| .*µs \| [\d.]+ \| [\d.]+ \([-\d.]+–[-\d.]+\) \| .*MiB \| .*MiB \|", printed
     )
-    # Six rows of a thousand timesteps in float64.
-    assert re.search(r"`commit\(\)` on two gloo ranks: \d+ µs, with an all-reduce of 48,000 bytes", printed)
+    # Six rows of fifty buckets in float64.
+    assert re.search(r"`commit\(\)` on two gloo ranks: \d+ µs, with an all-reduce of 2,400 bytes", printed)
 
 
 def test_device_time_is_that_of_the_operators_alone():

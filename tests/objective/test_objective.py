@@ -89,9 +89,8 @@ def test_against_the_formula_in_float64(schedule, name, dtype):
     out.loss.backward()
 
     exact = policy.detach().double().requires_grad_()
-    expected = written_out(
-        name, schedule, exact, reference.double(), noise.double(), 50.0, table=objective.table.average[0], kappa=kappa
-    )
+    table = objective.table.average[0][torch.arange(1000) * 50 // 1000]
+    expected = written_out(name, schedule, exact, reference.double(), noise.double(), 50.0, table=table, kappa=kappa)
     expected.backward()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
     if name == "mapo":
@@ -236,6 +235,18 @@ def test_metrics(schedule):
     assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
 
 
+@pytest.mark.parametrize("name", ["dde", "uniform"])
+def test_the_offset_is_the_correction_in_units_of_z(schedule, name):
+    policy, reference, noise = predictions()
+    objective = build_objective(name, schedule, beta=500.0, correction_weight=0.5)
+    fill_table(objective)
+    out = objective(policy, reference, noise, T)
+    without = build_objective({"dde": "dde_single"}.get(name, name), schedule, beta=500.0)(policy, reference, noise, T)
+    expected = (out.logits - without.logits).double().mean().item()
+    assert out.metrics["dde/offset_mean"].item() == pytest.approx(expected, rel=1e-4)
+    assert (expected == 0) == (name == "uniform")
+
+
 @pytest.mark.parametrize("sampling", [{}, {"timestep_range": (300, 980)}, {"name": "discounted", "discount_mode": "sample"}])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_path_kl(prediction_type, sampling):
@@ -311,6 +322,7 @@ def test_timestep_probabilities(schedule):
         *[({"name": "dde", "beta": value}, "beta") for value in (0.0, math.inf, math.nan)],
         *[({"name": "dde", "correction_weight": value}, "correction_weight") for value in (-0.1, math.inf, math.nan)],
         ({"name": "dde", "correction_ema": 1.0}, "correction_ema"),
+        *[({"name": "dde", "correction_buckets": value}, "must lie in 1 to 1000") for value in (0, 1001)],
         ({"name": "dde", "timestep_range": (500, 1001)}, "timestep_range"),
         ({"name": "discounted", "discount": 1.5}, "discount"),
         ({"name": "discounted", "discount_mode": "both"}, "discount_mode"),
@@ -340,6 +352,7 @@ EVERY_OPTION = [
     ({}, {"beta": 50.0}),
     ({}, {"correction_weight": 0.5}),
     ({}, {"correction_ema": 0.5}),
+    ({}, {"correction_buckets": 20}),
     ({}, {"variance": "beta"}),
     ({"name": "discounted"}, {"discount": 0.99}),
     ({"name": "discounted"}, {"discount_mode": "sample"}),

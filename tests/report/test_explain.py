@@ -181,35 +181,36 @@ def test_mistakes(tmp_path, capsys, arguments, named):
     assert named in error
 
 
-SAMPLES, STEPS, LOGGED = 500, 20, [0, 100, 500, 900]
+SAMPLES, STEPS, LOGGED, BUCKETS = 500, 20, [0, 100, 500, 900], 50
 
 
 @pytest.fixture
 def recorded(tmp_path, sd_model, sd_shards, schedule):
     """Makes a run folder of an objective: twenty steps of made-up errors, the last of them two steps after the one before. Returns its
-    table as it should be: the moving averages of the margin and the four errors, (5,T), and how often each timestep was seen."""
+    table as it should be: the averages of the margin and the four errors, (5,50), and how many pairs each of 50 buckets has seen."""
 
     def record(**options) -> tuple[np.ndarray, np.ndarray]:
         write_config(tmp_path / "config.yaml", sd_model, sd_shards, objective=options)
         objective = build_objective(**options, schedule=schedule)
         generator = np.random.default_rng(0)
-        averages, count, rows = np.zeros((5, 1000)), np.zeros(1000), []
+        sums, rows = np.zeros((6, BUCKETS)), []
         for step in [*range(1, STEPS), STEPS + 1]:
             t = generator.integers(100, 900, SAMPLES)
             errors = generator.random((4, SAMPLES)) * (0.2 + t / 1000)
             margins = -1e-3 * generator.random(SAMPLES) * step
             objective.table.add(*(torch.from_numpy(values) for values in (t, margins, errors)))
             objective.commit()
-            for j in np.unique(t):
-                mean = np.vstack([margins, errors])[:, t == j].mean(1)
-                averages[:, j] = 0.9 * averages[:, j] + 0.1 * mean if count[j] else mean
-                count[j] += (t == j).sum()
+            sums *= 0.9
+            for b in range(BUCKETS):
+                own = (t >= 20 * b) & (t < 20 * (b + 1))
+                sums[:, b] += [*np.vstack([margins, errors])[:, own].sum(1), own.sum()]
+            averages = np.divide(sums[:5], sums[5], out=np.zeros((5, BUCKETS)), where=sums[5] > 0)
             if objective.correction_weight:
-                correction = tail(weights(STABLE_DIFFUSION)[1] * averages[0])[LOGGED]
+                correction = tail(weights(STABLE_DIFFUSION)[1] * averages[0].repeat(20))[LOGGED]
                 rows.append({"step": step, "timesteps": LOGGED, "correction": correction.tolist()})
         (tmp_path / "correction.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save_table(tmp_path, 21, objective)
-        return averages, count
+        return averages, sums[5]
 
     return record
 
@@ -225,10 +226,10 @@ def save_table(run: Path, step: int, objective) -> None:
 
 
 def binned(values: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and means of 40 timesteps each, where any was seen."""
-    spans = [range(low, low + 40) for low in range(0, 1000, 40) if count[low : low + 40].any()]
-    means = [sum(values[t] * count[t] for t in span) / sum(count[t] for t in span) for span in spans]
-    return np.array([span.start + 20.0 for span in spans]), np.array(means)
+    """Centres and means of two buckets, 40 timesteps, each, where any was seen."""
+    seen = [b for b in range(0, BUCKETS, 2) if count[b : b + 2].any()]
+    means = [np.average(values[b : b + 2], weights=count[b : b + 2]) for b in seen]
+    return np.array([20.0 * b + 20 for b in seen]), np.array(means)
 
 
 def axes(figure) -> tuple:
@@ -246,7 +247,7 @@ def test_from_a_run(drawn, recorded, tmp_path):
     (figure,) = drawn
     credit, history, correction, drift, pace = axes(figure)
     every = np.arange(1000)
-    expected = tail(weights(STABLE_DIFFUSION)[1] * averages[0])
+    expected = tail(weights(STABLE_DIFFUSION)[1] * averages[0].repeat(20))
     assert list(lines(correction)) == ["last checkpoint"]
     assert_line(lines(correction)["last checkpoint"], every, expected)
 

@@ -35,7 +35,8 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
     with np.errstate(divide="ignore"):
         stepwise = betas / (2 * (1 - betas) * (1 - previous))
     stepwise[0] = 0
-    table, seen = np.zeros(1000), np.zeros(1000, dtype=bool)
+    bucket = np.arange(1000) * run.objective.correction_buckets // 1000
+    sums = np.zeros((2, run.objective.correction_buckets))  # of margins, and how many
 
     policy = UNet2DConditionModel.from_pretrained(run.model.path, subfolder="unet", torch_dtype=dtype).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -84,7 +85,8 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
         with torch.no_grad():
             reference_winner, reference_loser = errors(reference)
         margin = (winner - reference_winner) - (loser - reference_loser)
-        correction = torch.tensor([(stepwise * table)[i + 1 :].sum() for i in t.tolist()], dtype=dtype)
+        mean = np.divide(*sums, out=np.zeros(sums.shape[1]), where=sums[1] > 0)
+        correction = torch.tensor([(stepwise * mean[bucket])[i + 1 :].sum() for i in t.tolist()], dtype=dtype)
         gain = torch.tensor(single_shot[t.numpy()], dtype=dtype)
         loss = -F.logsigmoid(-(run.objective.beta / 2) * (gain * margin + run.objective.correction_weight * correction)).mean()
         loss.backward()
@@ -94,8 +96,7 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
         optimizer.zero_grad()
         steps.append((loss.item(), norm.item()))
 
-        for j in set(t.tolist()):
-            mean = margin.detach()[t == j].double().mean().item()
-            table[j] = mean if not seen[j] else run.objective.correction_ema * table[j] + (1 - run.objective.correction_ema) * mean
-            seen[j] = True
+        sums *= run.objective.correction_ema
+        for j, m in zip(t.tolist(), margin.tolist(), strict=True):
+            sums[:, bucket[j]] += m, 1
     return steps
