@@ -35,7 +35,8 @@ from dde_ds.training.batches import Batch
 from dde_ds.untrusted import open_regular, parse_json
 from dde_ds.warn import reason
 
-FORMAT = "dde_ds ledger 1"  # earlier versions used this name, and their files are still read
+FORMAT = "dde_ds ledger 1"  # earlier versions used this name
+DRAWN = "timesteps"  # the key that says how they were drawn; files of earlier versions do not have it
 
 
 class PrecomputedReference:
@@ -169,6 +170,7 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, objective: Objectiv
         "seed": run.seed,
         "objective.shared_noise": run.objective.shared_noise,
         "objective.timestep_range": [probable[0], probable[-1] + 1],
+        DRAWN: "stratified",
         "probabilities of the timesteps": _digest_of(objective.timestep_probabilities),
         "noise schedule": _digest_of(objective.schedule.alphas_cumprod),
         "prediction type": objective.schedule.prediction_type,
@@ -201,6 +203,7 @@ def read_precomputed(path: Path, expected: dict) -> Tensor:
         raise UserError(
             f"reference.precomputed {path}: damaged, or no precomputed reference: {' '.join(str(error).split())}; delete it to make it again"
         ) from None
+    stored = {DRAWN: "drawn independently, as by earlier versions"} | stored
     for key in expected | stored:
         if stored.get(key) != expected.get(key):
             raise UserError(

@@ -94,6 +94,66 @@ def test_draws_have_their_distributions():
     assert noise.std().item() == pytest.approx(1, abs=0.03)
 
 
+def of_ranges(steps: int, low: int, high: int) -> torch.Tensor:
+    return torch.cat([torch.zeros(low), torch.ones(high - low), torch.zeros(steps - high)])
+
+
+PROBABILITIES = {
+    "uniform": torch.full((1000,), 1e-3, dtype=torch.float64),
+    "a range": of_ranges(1000, 200, 700),
+    "an odd range": of_ranges(1000, 13, 347) / 334,
+    "one timestep": of_ranges(1000, 400, 401),
+    "discounted": 0.99 ** torch.arange(999, -1, -1, dtype=torch.float64),
+    "few": torch.tensor([0.1, 0.0, 0.25, 0.65, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_stratum_has_each_timestep_as_often_as_its_probability_says(name):
+    """Of T positions, those below k number T·P(t < k), rounded down or up: written out here from p(t) alone."""
+    probabilities = PROBABILITIES[name].double()
+    steps = len(probabilities)
+    expected = steps * (probabilities / probabilities.sum()).numpy().cumsum()
+    draws = PairRng(3, PROBABILITIES[name])
+    orders = []
+    for stratum in (0, 1, 7_000_000):
+        found = [draws.timestep(stratum * steps + place) for place in range(steps)]
+        below = np.bincount(found, minlength=steps).cumsum()
+        assert (np.abs(below - expected) < 1 + 1e-9).all()
+        assert not np.bincount(found, minlength=steps)[probabilities.numpy() == 0].any()
+        orders.append(found)
+    if name == "uniform":
+        assert all(sorted(found) == list(range(steps)) for found in orders)
+    if name != "one timestep":
+        assert orders[0] != orders[1] != orders[2], "each stratum has a permutation of its own"
+        assert orders[0] != [PairRng(4, PROBABILITIES[name]).timestep(place) for place in range(steps)]
+
+
+def test_a_timestep_alone_keeps_its_distribution():
+    """Over seeds, one position's timestep follows p(t): Kolmogorov's distance of 4,000 draws."""
+    probabilities = PROBABILITIES["discounted"]
+    cumulative = (probabilities / probabilities.sum()).numpy().cumsum()
+    found = np.sort([PairRng(seed, probabilities).timestep(1234) for seed in range(4000)])
+    empirical = np.searchsorted(found, np.arange(1000), side="right") / 4000
+    assert np.abs(empirical - cumulative).max() < 1.95 / 4000**0.5  # p = 0.001
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 64), (2, 8), (4, 2), (8, 1)])
+def test_any_split_into_ranks_sees_the_same_timesteps(ranks, micro):
+    """Also where a worker jumps back and forth between strata of ten positions."""
+    probabilities = torch.full((10,), 0.1)
+    one = PairRng(5, probabilities)
+    expected = {position: one.timestep(position) for position in range(192)}
+    found = {}
+    for rank in range(ranks):
+        draws = PairRng(5, probabilities)
+        positions = [position for own in RankSlices(64, micro, rank, ranks, 0, 3) for position in own]
+        for position in positions[::2] + positions[1::2]:
+            found[position] = draws(position, (2, 1, 2, 2))[0]
+    assert found == expected
+    assert all(sorted(found[10 * k + i] for i in range(10)) == list(range(10)) for k in range(19))
+
+
 @pytest.mark.parametrize(("micro", "pairs"), [(4, 2048), (2, 4096)])
 def test_512_ranks_share_the_data_out(micro, pairs):
     """Each pair of an epoch exactly once, by exactly one rank, and each rank as many."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -92,6 +93,21 @@ def test_another_runs_precomputed_reference_is_refused(run, override, message):
     opened(run)
     with pytest.raises(UserError, match=re.escape(f"{run.reference.precomputed}: {message}")):
         opened(changed(run, override))
+
+
+def test_a_file_of_the_draws_of_earlier_versions_is_refused_in_one_line(run):
+    precomputed = opened(run)
+    precomputed.add(*batch_at(*range(8)))
+    precomputed.write(ALONE)
+    with safetensors.safe_open(precomputed.path, framework="pt") as file:
+        errors, metadata = file.get_tensor("errors"), file.metadata()
+    own = json.loads(metadata["identity"])
+    del own["timesteps"]
+    safetensors.torch.save_file({"errors": errors}, precomputed.path, metadata | {"identity": json.dumps(own)})
+    said = "was made with timesteps 'drawn independently, as by earlier versions', this run has 'stratified'"
+    with pytest.raises(UserError, match=said) as error:
+        opened(run)
+    assert "\n" not in str(error.value)
 
 
 def test_timesteps_in_another_proportion_are_refused(run):
