@@ -473,7 +473,7 @@ class RunConfig:
     """Describe a whole run. Paths are relative to the working directory."""
 
     output: str
-    """Run folder. It gets config.yaml, metrics.jsonl, correction.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
+    """Run folder. It gets config.yaml, metrics.jsonl, correction.jsonl, credit.jsonl, skipped.jsonl, checkpoints/, samples/, export/ and, last, DONE."""
 
     steps: int
     """Number of optimizer steps. Raise it on ``--resume`` to train longer."""

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run writes beside its training: ``metrics.jsonl``, ``correction.jsonl``,
+"""Files of JSON lines that a run writes beside its training: ``metrics.jsonl``, ``correction.jsonl``, ``credit.jsonl``,
 ``skipped.jsonl``.
 
 They are advice, not state. A line that cannot be read is left out, a row that cannot be written waits, and the run
@@ -79,9 +79,17 @@ def is_metrics(row: Any) -> bool:
 
 def is_correction(row: Any) -> bool:
     """Return whether a value is a row of ``correction.jsonl``, which holds as many corrections as timesteps."""
-    if not is_row(row):
-        return False
-    lists = row.get("timesteps"), row.get("correction")
+    return is_row(row) and _are_numbers(row.get("timesteps"), row.get("correction"))
+
+
+def is_credit(row: Any) -> bool:
+    """Return whether a value is a row of ``credit.jsonl``: a sum and a number of pairs for each of some ranges of the timesteps, which
+    divide into tenths."""
+    return is_row(row) and _are_numbers(row.get("credit"), row.get("pairs")) and len(row["pairs"]) % 10 == 0 < len(row["pairs"])
+
+
+def _are_numbers(*lists: Any) -> bool:
+    """Return whether these are lists of numbers, of one length."""
     return all(isinstance(values, list) and len(values) == len(lists[0]) and all(map(_is_number, values)) for values in lists)
 
 

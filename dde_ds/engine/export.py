@@ -35,7 +35,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file that ``load_lora_weights(folder)`` looks for."""
 KOHYA_FILE = "lora_kohya.safetensors"
 """The file of the same adapters for programs other than diffusers."""
-SHOWN = ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "drift/path_kl", "dde/saturation")
+SHOWN = (
+    *("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "drift/path_kl"),
+    *("dde/saturated_learnt", "dde/saturated_wrong"),
+)
 """Metrics of the last row that a model card shows, beside all metrics of the held-out pairs."""
 
 

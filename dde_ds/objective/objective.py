@@ -19,9 +19,10 @@ from dde_ds.objective.schedule import NoiseSchedule
 from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec, calibrated, single_shot
 
 SATURATED = 0.01
-TIMESTEP_BUCKETS = 10
-# Rows of what is summed by timestep: pairs with m < 0, of those with m = 0 one half, reward margins, the winner's drift, its reference error, and how many pairs.
-BY_TIMESTEP = ("accuracy", "margin", "drift", "reference", "pairs")
+TIMESTEP_BUCKETS = 50
+# Rows of what is summed by timestep: pairs with m < 0, of those with m = 0 one half, reward margins, the winner's drift, its reference error,
+# the credit g_t · (the link's weight), and how many pairs.
+BY_TIMESTEP = ("accuracy", "margin", "drift", "reference", "credit", "pairs")
 
 
 @dataclass
@@ -36,7 +37,7 @@ class ObjectiveOutput:
     """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
 
     by_timestep: Tensor | None = None
-    """(len(BY_TIMESTEP),10): sums over the pairs of each tenth of the timesteps, so that micro-batches and ranks can be added up.
+    """(len(BY_TIMESTEP),50): sums over the pairs of each fiftieth of the timesteps, so that micro-batches and ranks can be added up.
     None where there is no reference."""
 
     reference_errors: Tensor | None = None
@@ -202,11 +203,8 @@ class Objective:
 
         By logarithms, so that timesteps that are all far ahead still have shares.
         """
-        average = self.table.average[0]
-        every = torch.arange(len(gain), device=gain.device)
-        z = losses.logits(
-            average[every * len(average) // len(gain)], gain, self.table.correction, self.beta, self.correction_weight
-        )
+        margin = self.table.average[0][self.table.bucket]
+        z = losses.logits(margin, gain, self.table.correction, self.beta, self.correction_weight)
         credit = gain.log() + torch.nn.functional.logsigmoid(-z)
         return torch.exp(credit - torch.logsumexp(credit + self._drawn_log, 0))
 
@@ -259,9 +257,10 @@ class Objective:
     @torch.no_grad()
     def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         chosen_drift, rejected_drift = errors[:2] - errors[2:]
-        scale = -(self.beta / 2) * self._gain[timesteps].to(z.dtype)
+        gain = self._gain[timesteps].to(z.dtype)
+        scale = -(self.beta / 2) * gain
         margins, ahead = scale * (chosen_drift - rejected_drift), losses.share_ahead(rejected_drift - chosen_drift)
-        weight = self.link.weight(z)
+        push = losses.logistic_weight(z)
         correction = self.correction_weight * self.correction(timesteps).mean()
         metrics = {
             "loss": loss,
@@ -275,15 +274,18 @@ class Objective:
             "drift/rejected": rejected_drift.mean(),
             "dde/correction_mean": correction,
             "dde/offset_mean": -(self.beta / 2) * correction,  # in units of z
-            # Share of pairs whose gradient weight σ(-z) is pinned near 0 (learnt) or 1 (far on the wrong side).
-            "dde/saturation": ((weight < SATURATED) | (weight > 1 - SATURATED)).to(z.dtype).mean(),
+            # Shares of pairs whose σ(-z) is pinned near 0, learnt, or near 1, far on the wrong side: the first teach nothing, the second
+            # push with full weight.
+            "dde/saturated_learnt": (push < SATURATED).to(z.dtype).mean(),
+            "dde/saturated_wrong": (push > 1 - SATURATED).to(z.dtype).mean(),
         }
         if self._reference_point:
             metrics["kto/reference_point"] = self._reference_point.value
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
         by_timestep = z.new_zeros(len(BY_TIMESTEP), TIMESTEP_BUCKETS)
         bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.num_train_timesteps
-        by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], torch.ones_like(z)]))
+        credit = gain * self.link.weight(z)
+        by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], credit, torch.ones_like(z)]))
         return metrics, by_timestep
 
     def _check(self, policy_pred, reference_pred, reference_errors, noise, timesteps, noisy_latents) -> None:

@@ -20,13 +20,13 @@ STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "be
 BINS = 25
 
 
-def profiles(objectives: Sequence[Objective], margin: float) -> dict[str, Profile]:
-    """By name, for pairs that all have the margin -``margin`` at every timestep: one pair as far ahead as the other."""
+def profiles(objectives: Sequence[Objective], margin: float, spread: float = 0.0) -> dict[str, Profile]:
+    """By name, for pairs whose margin at every timestep is -``margin``: of all alike or, with a ``spread``, of their mean."""
     found = {}
     for objective in objectives:
         assume_margin(objective, -margin)
         found[objective.name] = credit_profile(
-            objective, torch.full((objective.schedule.num_train_timesteps,), -margin, dtype=torch.float64)
+            objective, torch.full((objective.schedule.num_train_timesteps,), -margin, dtype=torch.float64), spread
         )
     return found
 
@@ -65,8 +65,14 @@ def draw_objectives(found: dict[str, Profile], schedule: NoiseSchedule, margin: 
     _finish(figure, (credit, weights, correction, push), path)
 
 
-def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
-    """What a run recorded: ``objective`` with its saved table, ``history`` the rows of ``correction.jsonl``.
+def draw_run(
+    objective: Objective, history: Sequence[dict], credited: Sequence[dict], path: Path, credit_only: bool = False
+) -> list[tuple[str, list[float]]]:
+    """What a run recorded: ``objective`` with its saved table, ``history`` and ``credited`` the rows of ``correction.jsonl`` and
+    ``credit.jsonl``.
+
+    Returns:
+        The curves of credit by name: each tenth's share of it, the clean end first.
 
     Raises:
         UserError: a table in which nothing was recorded.
@@ -75,15 +81,33 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     if not bool(seen.any()):
         raise UserError("run: its correction table holds no sample yet; explain the run after its first checkpoint")
     plot = _pyplot()
-    layout = [["credit", "history"], ["correction", "drift"], ["pace", "pace"]]
-    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
     steps = objective.schedule.num_train_timesteps
     centres, margins = _binned(objective.table.average[0], objective.table.count, steps)
     profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
     drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()  # what is never sampled is not taught
-    _credit(credit, {f"{objective.name}, this run": Profile(profile.credit * drawn, profile.push)})
-    credit.set_title("credit of a timestep: |∂loss/∂d| at the run's mean margins, times how often it is drawn")
+    mean = Profile(profile.credit * drawn, profile.push)
+    shares = [("at the mean margin", _tenths(mean.credit))]
+    over_pairs = credit_over_pairs(credited)
+    if over_pairs:
+        shares.append((over_pairs[0], _tenths(over_pairs[1])))
+
+    def draw_credit_on(axis) -> None:
+        _credit(axis, {f"{objective.name}, at the mean margin": mean})
+        if over_pairs:
+            name, sums = over_pairs
+            axis.plot((torch.arange(len(sums)) + 0.5) * steps / len(sums), sums / sums.max(), label=f"{objective.name}, {name}")
+            axis.legend(fontsize=8)
+        axis.set_title("credit of a timestep in this run: |∂loss/∂d|, times how often it is drawn")
+
+    if credit_only:
+        figure, axis = plot.subplots(figsize=(8, 3.6), dpi=110)
+        draw_credit_on(axis)
+        _save(figure, path)
+        return shares
+    layout = [["credit", "history"], ["correction", "drift"], ["pace", "pace"]]
+    figure, axes = plot.subplot_mosaic(layout, figsize=(13, 11), dpi=110)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    credit, history_axis, correction, drift = (axes[name] for name in ("credit", "history", "correction", "drift"))
+    draw_credit_on(credit)
 
     shades = plot.get_cmap("viridis")
     shown = [*history[: -1 : max(1, len(history) // 8)], *history[-1:]]
@@ -104,6 +128,21 @@ def draw_run(objective: Objective, history: Sequence[dict], path: Path) -> None:
     axes["pace"].set_xlabel("step")
     axes["pace"].set_title("how far $K$ moves a step, in parts of its last size: near 0 once it has settled")
     _finish(figure, (credit, history_axis, correction, drift), path)
+    return shares
+
+
+def credit_over_pairs(rows: Sequence[dict]) -> tuple[str, Tensor] | None:
+    """What the last quarter of a run's steps gave, by the rows of ``credit.jsonl``: a name, and the sum in each range of timesteps.
+
+    A quarter: few pairs hold most of the credit, so that single steps show little. None where there are no rows.
+    """
+    if not rows:
+        return None
+    last = rows[-1]["step"]
+    chosen = [row for row in rows if row["step"] > 0.75 * last and len(row["credit"]) == len(rows[-1]["credit"])]
+    sums = torch.tensor([row["credit"] for row in chosen], dtype=torch.float64).sum(0)
+    pairs = sum(sum(row["pairs"]) for row in chosen)
+    return f"over {pairs:,.0f} pairs, to step {last}", sums
 
 
 def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
@@ -120,6 +159,12 @@ def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
         steps.append(after["step"])
         moved.append(distance / size / (after["step"] - before["step"]))
     return steps, moved
+
+
+def _tenths(credit: Tensor) -> list[float]:
+    """Each tenth's share."""
+    tenth = torch.arange(len(credit)) * 10 // len(credit)
+    return (torch.zeros(10, dtype=torch.float64).index_add_(0, tenth, credit) / credit.sum()).tolist()
 
 
 def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:

@@ -28,7 +28,10 @@ GROUPS = (
     ),
     ("Correction, mean over pairs", ("dde/correction_mean",)),
     ("Correction in units of z, mean over pairs", ("dde/offset_mean",)),
-    ("Saturation: share of pairs with a gradient weight near 0 or 1", ("dde/saturation",)),
+    (
+        "Saturation: share of pairs with σ(-z) below 0.01, learnt, and above 0.99, wrong",
+        ("dde/saturated_learnt", "dde/saturated_wrong"),
+    ),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
     ("Throughput, pairs a second", ("perf/pairs_per_s",)),
@@ -87,7 +90,7 @@ def _summary(folder: Path, run: RunConfig | None, rows: list[dict]) -> str:
     if last:
         steps = f"{last['step']}" + (f" of {run.steps}" if run else "")
         facts.append(("steps", steps + (f", {last['position']} pairs" if "position" in last else "")))
-        for key in ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturation"):
+        for key in ("loss", "rewards/accuracies", "drift/chosen", "drift/rejected", "dde/saturated_learnt", "dde/saturated_wrong"):
             if key in last:
                 facts.append((f"{key}, last", f"{_finite(last[key]):.5g}"))
     else:

@@ -36,7 +36,9 @@ def holds(folder: Path) -> str:
         return "nothing"
     if checkpoint.list_checkpoints(folder / "checkpoints") or _has_keys(folder / "config.yaml"):
         return "done run" if "DONE" in names else "run"
-    return "run" if names <= {"metrics.jsonl", "correction.jsonl", "skipped.jsonl", "checkpoints"} else "other files"
+    return (
+        "run" if names <= {"metrics.jsonl", "correction.jsonl", "credit.jsonl", "skipped.jsonl", "checkpoints"} else "other files"
+    )
 
 
 def require_usable(folder: Path, resume: str | None) -> None:

@@ -8,7 +8,8 @@ DRIFT, DRIFT_IN_A_TENTH = 0.1, 0.25
 # Path KL in parts of the same sum of the reference's errors: 0.1 is what would raise every error by 10 % if the policy moved in no particular
 # direction. It also shows a policy that moved far along its errors, which these alone do not.
 PATH = 0.25
-SATURATION = 0.5
+# Shares of pairs that are learnt, and far on the wrong side.
+LEARNT, WRONG = 0.5, 0.25
 BROKEN = "the model is being broken, not aligned; lower optimizer.learning_rate, raise objective.beta, or stop earlier"
 # Weight of the newest row in what is judged: single rows of small batches are noisy.
 NEWEST = 0.2
@@ -35,10 +36,15 @@ def find_problems(row: dict[str, float]) -> dict[str, str]:
             f"the path KL from the reference is {row['drift/path_kl']:.0f} nats, {path:.0%} of what the reference's own errors come to, at "
             f"accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
-    if row["dde/saturation"] > SATURATION:
-        found["saturation"] = (
-            f"{row['dde/saturation']:.0%} of the pairs are saturated and teach nothing or push with full weight: "
-            "lower objective.beta, or leave out the noisiest timesteps with objective.timestep_range"
+    if row["dde/saturated_learnt"] > LEARNT:
+        found["learnt"] = (
+            f"{row['dde/saturated_learnt']:.0%} of the pairs are learnt (σ(-z) below 0.01) and teach nothing more: "
+            "lower objective.beta, or stop the run"
+        )
+    if row["dde/saturated_wrong"] > WRONG:
+        found["wrong"] = (
+            f"{row['dde/saturated_wrong']:.0%} of the pairs are far on the wrong side (σ(-z) above 0.99) and push with full weight: "
+            "lower objective.beta or optimizer.learning_rate, or leave out the noisiest timesteps with objective.timestep_range"
         )
     return found
 

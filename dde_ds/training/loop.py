@@ -122,7 +122,7 @@ def after_step(session: Session, step: int, grad_norm: float | None) -> bool:
             evaluated = session.evaluator.evaluate()
     if evaluated or session.log.due(step):
         row = session.row(step, grad_norm) | evaluated
-        session.log.write(step, step * session.run.batch.pairs, row, session.objective)
+        session.log.write(step, step * session.run.batch.pairs, row, session.objective, session.averages.credit)
         session.progress.update(step, row)
         for problem in session.health(row):
             session.progress.say(f"warning: step {step}: {problem}")

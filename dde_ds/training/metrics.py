@@ -19,6 +19,8 @@ from dde_ds.rows import RowFile, is_metrics, last_numbers, read_rows
 from dde_ds.training.track import finish, send_images, send_row
 from dde_ds.warn import reason, warn_once
 
+TENTHS = 10
+
 
 class Averages:
     """Running means of what the objective reports, on the device until they are read. A step's count when it is committed."""
@@ -29,6 +31,9 @@ class Averages:
         self._counts = Counter[str]()
         self._by_timestep: Tensor | None = None
         self._count = 0
+        self.credit: dict[str, list[float]] = {}
+        """Of the last :meth:`read`: ``credit``, the sum of g_t · (the link's weight) over the pairs of each fiftieth of the timesteps, and
+        ``pairs``, how many."""
 
     def add(self, out: ObjectiveOutput) -> None:
         """Take in one micro-batch."""
@@ -56,12 +61,15 @@ class Averages:
         ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one. Nothing where all steps were skipped.
         """
         self.commit()
+        self.credit = {}
         if not self._count:
             return {}
         row, by_timestep = self._means()
-        sums = by_timestep.T.tolist()
+        credit, pairs = (by_timestep[[BY_TIMESTEP.index("credit"), -1]] * dist.get_world_size()).tolist()
+        self.credit = {"credit": credit, "pairs": pairs} if credit else {}
+        sums = by_timestep.view(len(BY_TIMESTEP), TENTHS, -1).sum(2).T.tolist() if credit else []
         width = len(str(timesteps - 1))
-        for i, (accuracy, margin, drift, reference, pairs) in enumerate(sums):
+        for i, (accuracy, margin, drift, reference, _, pairs) in enumerate(sums):
             if pairs:
                 first, last = (-(-timesteps * k // len(sums)) for k in (i, i + 1))
                 span = f"{first:0{width}d}-{last - 1:0{width}d}"
@@ -94,7 +102,7 @@ class Averages:
         self._by_timestep = by_timestep if by_timestep.numel() else None
 
     def _means(self) -> tuple[dict[str, float], Tensor]:
-        """Means by name, and the sums by timestep, (numbers, tenths) float64, as the mean over ranks. Collective."""
+        """Means by name, and the sums by timestep, (numbers, buckets) float64, as the mean over ranks. Collective."""
         # A number that some steps lack, as with a partly precomputed reference, is a mean of others than the rest.
         names = sorted(name for name in self._sums if self._counts[name] == self._count)
         values = torch.stack([self._sums[name] for name in names]) / self._count
@@ -142,7 +150,7 @@ class Clock:
 
 
 class RunLog:
-    """``metrics.jsonl`` and ``correction.jsonl``: the table's K at every twentieth of the timesteps, row by row.
+    """``metrics.jsonl``; ``correction.jsonl``, the table's K at every twentieth of the timesteps; ``credit.jsonl``, the credit over pairs.
 
     Args:
         folder: the run's; None on ranks that write nothing.
@@ -156,14 +164,22 @@ class RunLog:
         """Numbers of the last row."""
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step) if folder else None
         self._correction = RowFile(folder / "correction.jsonl", resume_step) if folder else None
+        self._credit = RowFile(folder / "credit.jsonl", resume_step) if folder else None
 
     def due(self, step: int) -> bool:
         return step % self._every == 0 or step == self._steps
 
-    def write(self, step: int, position: int, row: dict[str, float], objective: Objective | None = None) -> None:
-        """Write a step's row; without ``objective`` its table gets none."""
+    def write(
+        self,
+        step: int,
+        position: int,
+        row: dict[str, float],
+        objective: Objective | None = None,
+        credit: dict[str, list[float]] | None = None,
+    ) -> None:
+        """Write a step's row; without ``objective`` its table gets none, without ``credit``, :attr:`Averages.credit`, that gets none."""
         self.last = row
-        if not self._metrics or not self._correction:
+        if not self._metrics or not self._correction or not self._credit:
             return
         self._metrics.write({"step": step, "position": position, **row})
         with _going_on():
@@ -173,6 +189,8 @@ class RunLog:
             timesteps = torch.arange(0, steps, max(1, steps // 20))
             values = objective.correction(timesteps.to(objective.table.correction.device)).tolist()
             self._correction.write({"step": step, "timesteps": timesteps.tolist(), "correction": values})
+        if credit:
+            self._credit.write({"step": step, **credit})
 
     def amend(self, step: int, position: int, numbers: dict[str, float]) -> None:
         """Write more numbers of the last row's step: of an evaluation that a request to stop had cut off."""

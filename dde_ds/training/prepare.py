@@ -21,7 +21,7 @@ from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.compute_options import compile_blocks, use_channels_last, use_float32_output
 from dde_ds.models.lora import add_adapters
 from dde_ds.objective.objective import Objective, configured_objective
-from dde_ds.rows import is_correction, read_rows
+from dde_ds.rows import is_correction, is_credit, read_rows
 from dde_ds.training.reference import Reference, adapters_off, frozen_model
 from dde_ds.warn import reason
 
@@ -34,8 +34,9 @@ def build_run_objective(run: RunConfig) -> Objective:
     return configured_objective(run.objective, models.load_scheduler_config(run.model.path, run.model.revision))
 
 
-def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
-    """Return the objective of a run folder, with the table of its newest checkpoint, and the rows of its ``correction.jsonl``.
+def load_run_objective(folder: Path) -> tuple[Objective, list[dict], list[dict]]:
+    """Return the objective of a run folder, with the table of its newest checkpoint, and the rows of its ``correction.jsonl`` and of its
+    ``credit.jsonl``.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, or the run's objective has no reference.
@@ -49,7 +50,7 @@ def load_run_objective(folder: Path) -> tuple[Objective, list[dict]]:
     if not objective.needs_reference:
         raise UserError(f"run {folder}: {objective.name} compares with no reference and records no table")
     checkpoint.load_table(checkpoints[-1], objective)
-    return objective, read_rows(folder / "correction.jsonl", is_correction)
+    return objective, read_rows(folder / "correction.jsonl", is_correction), read_rows(folder / "credit.jsonl", is_credit)
 
 
 def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpointing: str) -> tuple[Any, Reference | None]:

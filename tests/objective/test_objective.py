@@ -8,7 +8,7 @@ import torch
 
 from dde_ds import NoiseSchedule, UserError, build_objective
 from dde_ds.config import ObjectiveConfig
-from dde_ds.objective.objective import configured_objective
+from dde_ds.objective.objective import BY_TIMESTEP, configured_objective
 from dde_ds.objective.specs import COMPARING, LINKED, OBJECTIVES
 
 PAIRS, SHAPE = 3, (4, 5, 7)
@@ -290,6 +290,35 @@ def test_path_kl_is_the_sum_over_the_path(schedule):
         both = torch.cat([own, 1000 + own])
         parts.append(objective(policy[both], reference[both], noise[own], own).metrics["drift/path_kl"].item())
     assert sum(parts) / 4 == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dde", "dde_step", "uniform", "discounted"])
+def test_the_credit_is_summed_over_pairs_by_timestep(schedule, name):
+    """Σ g_t σ(-z) of each fiftieth of the timesteps, with g written out; the credit is (β/2) times it."""
+    policy, reference, noise = predictions(torch.float64)
+    objective = build_objective(name, schedule, beta=50.0)
+    fill_table(objective)
+    out = objective(policy, reference, noise, T)
+    gain = {"dde": schedule.single_shot_weight, "discounted": 0.9 ** (0.05 * torch.arange(999, -1, -1, dtype=torch.float64))}
+    gain = gain.get(name, torch.ones(1000, dtype=torch.float64))
+    expected = torch.zeros(2, 50, dtype=torch.float64)
+    for t, z in zip(T.tolist(), out.logits.tolist(), strict=True):
+        expected[0, t // 20] += gain[t] / (1 + math.exp(z))
+        expected[1, t // 20] += 1
+    found = out.by_timestep[[BY_TIMESTEP.index("credit"), BY_TIMESTEP.index("pairs")]]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_saturated_pairs_are_told_apart_by_their_side(schedule):
+    """One winner far better than the reference's, one far worse: both at the noisy end, where w_t is large."""
+    _, reference, noise = predictions()
+    t = torch.full((PAIRS,), 999)
+    policy = reference.clone()
+    policy[0] = noise[0]  # no error
+    policy[1] = noise[1] + 3 * (reference[1] - noise[1])
+    metrics = build_objective("dde", schedule, beta=2000.0)(policy, reference, noise, t).metrics
+    assert metrics["dde/saturated_learnt"].item() == pytest.approx(1 / PAIRS)
+    assert metrics["dde/saturated_wrong"].item() == pytest.approx(1 / PAIRS)
 
 
 def test_pairs_that_are_level_count_one_half(schedule):

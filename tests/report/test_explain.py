@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def push_and_credit(name: str, betas: np.ndarray, beta: float, margins: np.ndarr
     gain = {"dde": single_shot, "dde_single": single_shot, "discounted": 0.9 ** (50 / count * np.arange(count)[::-1])}
     gain = gain.get(name, np.ones(count))
     z = -(beta / 2) * (gain * margins + (correction if name in ("dde", "dde_step") else 0.0))
-    push = 1 / (1 + np.exp(z))
+    push = np.exp(-np.logaddexp(0, z))
     return push, beta / 2 * gain * push
 
 
@@ -164,11 +165,32 @@ def test_the_credit_alone(drawn, tmp_path, capsys):
     assert "β = 500, every pair 0.0001 ahead" in axis.get_title()
 
 
+def test_a_spread_of_margins(drawn, tmp_path):
+    """The mean of g_t σ(-z) over normal margins, here by their quantiles: the peak leaves the middle for the noisy end."""
+    options = ["--margin", "1e-3", "--spread", "1e-3", "--objective", "dde", "--credit-only"]
+    assert main(["explain", *options, "--output", str(tmp_path / "a.png")]) == 0
+    (axis,) = drawn[0].axes
+    reach, quantiles = weights(STABLE_DIFFUSION)[2], NormalDist(-1e-3, 1e-3).inv_cdf
+    pairs = 4000
+    credit = sum(
+        push_and_credit("dde", STABLE_DIFFUSION, 2000, np.full(1000, quantiles((i + 0.5) / pairs)), -1e-3 * reach)[1]
+        for i in range(pairs)
+    )
+    _, found = lines(axis)["dde"]
+    np.testing.assert_allclose(found, credit / credit.max(), atol=0.005)
+    assert credit.argmax() == 999
+    assert "pairs 0.001 ± 0.001 ahead" in axis.get_title()
+    assert main(["explain", *options[:3], "0", *options[4:], "--output", str(tmp_path / "a.png")]) == 0
+    assert marks(drawn[1].axes[0]) == [(417, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--objective", "ddee"], "did you mean 'dde'"),
         (["--margin", "0"], "--margin 0.0: must be above 0"),
+        (["--spread", "-1"], "--spread -1.0: must be a finite number, 0 or more"),
+        (["--run", "/nowhere", "--spread", "0"], "--spread: a run has its own objective"),
         (["--run", "/nowhere"], "--run /nowhere: no config.yaml"),
         (["--run", "/nowhere", "--beta", "500"], "--beta: a run has its own objective"),
         (["--model", "/nowhere"], "/nowhere"),
@@ -208,6 +230,10 @@ def recorded(tmp_path, sd_model, sd_shards, schedule):
             if objective.correction_weight:
                 correction = tail(weights(STABLE_DIFFUSION)[1] * averages[0].repeat(20))[LOGGED]
                 rows.append({"step": step, "timesteps": LOGGED, "correction": correction.tolist()})
+        credits = [
+            {"step": step, "credit": generator.random(50).tolist(), "pairs": [6.0] * 50} for step in [*range(1, STEPS), STEPS + 1]
+        ]
+        (tmp_path / "credit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in credits))
         (tmp_path / "correction.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save_table(tmp_path, 21, objective)
         return averages, sums[5]
@@ -241,7 +267,7 @@ def explained(folder: Path) -> list[str]:
     return ["explain", "--run", str(folder), "--output", str(folder / "run.png")]
 
 
-def test_from_a_run(drawn, recorded, tmp_path):
+def test_from_a_run(drawn, recorded, tmp_path, capsys):
     averages, count = recorded(name="dde", beta=500.0, correction_weight=2.0, timestep_range=[100, 800])
     assert main(explained(tmp_path)) == 0
     (figure,) = drawn
@@ -254,9 +280,17 @@ def test_from_a_run(drawn, recorded, tmp_path):
     margins = np.interp(every, *binned(averages[0], count))
     _, taught = push_and_credit("dde", STABLE_DIFFUSION, 500, margins, 2 * expected)
     taught[:100] = taught[800:] = 0  # never drawn
-    assert list(lines(credit)) == ["dde, this run"]
-    assert_line(lines(credit)["dde, this run"], every, taught / taught.max())
+    over_pairs = "dde, over 1,500 pairs, to step 21"
+    assert list(lines(credit)) == ["dde, at the mean margin", over_pairs]
+    assert_line(lines(credit)["dde, at the mean margin"], every, taught / taught.max())
     assert marks(credit) == [(taught.argmax(), 1.0)]
+    rows = [json.loads(line) for line in (tmp_path / "credit.jsonl").read_text().splitlines()]
+    given = np.sum([row["credit"] for row in rows if row["step"] >= 16], axis=0)  # beyond three quarters of 21
+    assert_line(lines(credit)[over_pairs], np.arange(10, 1000, 20), given / given.max())
+    printed = capsys.readouterr().out
+    for tenth in range(10):
+        assert f"{100 * taught[100 * tenth : 100 * tenth + 100].sum() / taught.sum():.1f}" in printed
+        assert f"{100 * given[5 * tenth : 5 * tenth + 5].sum() / given.sum():.1f}" in printed
 
     rows = [json.loads(line) for line in (tmp_path / "correction.jsonl").read_text().splitlines()]
     assert list(lines(history)) == [f"step {step}" for step in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21)]
@@ -284,6 +318,14 @@ def test_a_picture_of_a_run_is_written(recorded, tmp_path):
         image.load()
 
 
+def test_the_credit_of_a_run_alone(drawn, recorded, tmp_path):
+    recorded(name="dde")
+    (tmp_path / "credit.jsonl").write_text("")  # as in a run of an earlier version
+    assert main([*explained(tmp_path), "--credit-only"]) == 0
+    (axis,) = drawn[0].axes
+    assert list(lines(axis)) == ["dde, at the mean margin"]
+
+
 def test_a_correction_that_grows_by_the_same_each_step_moves_as_far_at_its_end():
     rows = [{"step": step, "correction": [-2.0 * step, -1.0 * step, 0.0]} for step in (5, 10, 15, 20)]
     assert explain.pace(rows) == ([10, 15, 20], pytest.approx([0.05] * 3))
@@ -298,7 +340,8 @@ def test_from_a_run_without_a_correction(drawn, recorded, tmp_path):
     every = np.arange(1000)
     margins = np.interp(every, *binned(averages[0], count))
     expected = 0.9 ** (0.05 * every[::-1]) / (1 + np.exp(-250 * margins))
-    assert_line(lines(credit)["discounted, this run"], every, expected / expected.max())
+    assert list(lines(credit)) == ["discounted, at the mean margin", "discounted, over 1,500 pairs, to step 21"]
+    assert_line(lines(credit)["discounted, at the mean margin"], every, expected / expected.max())
     assert_line(lines(correction)["last checkpoint"], every, np.zeros(1000))
     assert "no correction" in correction.get_title()
     assert len(lines(drift)) == 2

@@ -3,14 +3,15 @@ from __future__ import annotations
 from dde_ds.training.health import HealthMonitor, find_problems
 
 
-def row(chosen=0.0, rejected=0.0, saturation=0.0):
+def row(chosen=0.0, rejected=0.0, learnt=0.0, wrong=0.0):
     return {
         "drift/chosen": chosen,
         "drift/rejected": rejected,
         "error/reference_chosen": 0.1,
         "error/reference_rejected": 0.1,
         "rewards/accuracies": 0.98,
-        "dde/saturation": saturation,
+        "dde/saturated_learnt": learnt,
+        "dde/saturated_wrong": wrong,
     }
 
 
@@ -21,7 +22,7 @@ def test_both_errors_blow_up_while_accuracy_rises():
 
 
 def test_a_healthy_run_is_left_in_peace():
-    assert not find_problems(row(chosen=0.004, rejected=0.03, saturation=0.2))
+    assert not find_problems(row(chosen=0.004, rejected=0.03, learnt=0.2, wrong=0.1))
     assert not find_problems(row(chosen=-0.01, rejected=0.05))
 
 
@@ -40,10 +41,13 @@ def test_a_path_far_from_the_reference():
     assert not find_problems(row(chosen=0.004) | {"drift/path_kl": 100.0, "error/reference_path": 1000.0})
 
 
-def test_saturation():
-    (message,) = find_problems(row(saturation=0.8)).values()
-    assert "80%" in message
+def test_the_two_ends_of_saturation_are_told_apart():
+    (message,) = find_problems(row(learnt=0.8)).values()
+    assert message.startswith("80% of the pairs are learnt")
     assert "objective.beta" in message
+    (message,) = find_problems(row(wrong=0.4)).values()
+    assert message.startswith("40% of the pairs are far on the wrong side")
+    assert "optimizer.learning_rate" in message
 
 
 def test_sft_has_no_reference():

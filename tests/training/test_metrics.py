@@ -15,7 +15,7 @@ from PIL import Image
 from dde_ds import UserError, build_objective
 from dde_ds.distributed.group import start
 from dde_ds.evaluation.generate import save_row
-from dde_ds.rows import RowFile, is_correction, is_metrics, read_rows
+from dde_ds.rows import RowFile, is_correction, is_credit, is_metrics, read_rows
 from dde_ds.training.heartbeat import Heartbeat
 from dde_ds.training.loop import write_done
 from dde_ds.training.metrics import Averages, Clock, RunLog
@@ -60,6 +60,10 @@ def test_averages_by_timestep(schedule):
             assert f"accuracy_by_t/{span}" not in row
     assert row["rewards/accuracies"] > 0.7 > row["rewards/margin_accuracies"] == pytest.approx((z > 0).float().mean().item())
     assert row["drift/chosen"] == pytest.approx(row["error/policy_chosen"] - row["error/reference_chosen"], abs=1e-7)
+    weighed = schedule.single_shot_weight[t] * torch.sigmoid(-torch.cat([out.logits for out in outs]).double())
+    inside = [(t >= first) & (t < first + 20) for first in range(0, 1000, 20)]
+    assert averages.credit["credit"] == pytest.approx([weighed[own].sum().item() for own in inside], rel=1e-5)
+    assert averages.credit["pairs"] == [own.sum().item() for own in inside]
     averages.add(outs[0])  # reading starts anew
     assert averages.read(1000)["rewards/margins"] == pytest.approx(z[:4].mean().item(), rel=1e-4)
 
@@ -83,7 +87,8 @@ def test_averages_go_on_on_another_number_of_ranks(schedule, tmp_path):
     objective = build_objective("dde", schedule, beta=50.0)
     timesteps = [torch.tensor(pair) for pair in ([0, 99], [100, 999], [50, 980], [450, 999], [500, 20], [30, 40])]
     outs = [outputs(objective, t, seed) for seed, t in enumerate(timesteps)]
-    expected = seen(outs).read(1000)
+    whole = seen(outs)
+    expected = whole.read(1000)
     # To another process go only tensors that are worth no gradient.
     plain = [type(out)(out.loss.detach(), out.logits.detach(), out.metrics, out.by_timestep) for out in outs[:2]]
     spawn(average_in_two_ranks, 2, plain, tmp_path)
@@ -97,6 +102,8 @@ def test_averages_go_on_on_another_number_of_ranks(schedule, tmp_path):
     assert found == pytest.approx(expected, rel=1e-12)
     assert found["loss"] != pytest.approx(seen(outs[2:]).read(1000)["loss"], rel=1e-3)
     assert averages.state(2) == {}
+    assert averages.credit == {name: pytest.approx(values, rel=1e-12) for name, values in whole.credit.items()}
+    assert sum(averages.credit["pairs"]) == 12
 
 
 def test_a_number_that_some_steps_lack_is_left_out(schedule):
@@ -122,6 +129,7 @@ def test_sft_has_no_buckets(schedule):
     resumed.restore(state, 1, torch.device("cpu"))
     assert resumed.read(1000) == averages.read(1000)
     averages.restore(state, 1, torch.device("cpu"))
+    assert averages.credit == {}
     assert set(averages.read(1000)) == {"loss", "error/policy_chosen", "error/policy_rejected"}
 
 
@@ -297,6 +305,21 @@ def test_output_that_cannot_be_written_ends_no_run(monkeypatch, capfd):
             full.close()
     expected = "warning: standard output could not be written: No space left on device; the run goes on\n"
     assert capfd.readouterr().err == expected
+
+
+def test_the_credit_is_logged_where_there_is_one(schedule, tmp_path, capfd):
+    averages, log = Averages(), RunLog(tmp_path, 0)
+    averages.add(outputs(build_objective("uniform", schedule), torch.tensor([100, 600, 999]), 0))
+    log.write(7, 56, averages.read(1000), None, averages.credit)
+    log.write(8, 64, averages.read(1000), None, averages.credit)  # all its steps were skipped
+    (row,) = read_rows(tmp_path / "credit.jsonl", is_credit)
+    assert row["step"] == 7
+    assert len(row["credit"]) == len(row["pairs"]) == 50
+    assert [i for i, pairs in enumerate(row["pairs"]) if pairs] == [5, 30, 49]
+    damaged = ({"credit": [1.0]}, {"pairs": [0.0] * 49}, {"credit": ["1"] * 50}, {"credit": [], "pairs": []})
+    (tmp_path / "credit.jsonl").write_text("".join(json.dumps(row | change) + "\n" for change in (*damaged, {})))
+    assert read_rows(tmp_path / "credit.jsonl", is_credit) == [row]
+    assert "4 damaged lines are left out" in capfd.readouterr().err
 
 
 def test_the_correction_is_logged(schedule, tmp_path):
