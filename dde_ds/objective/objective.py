@@ -273,7 +273,7 @@ class Objective:
             "drift/chosen": chosen_drift.mean(),
             "drift/rejected": rejected_drift.mean(),
             "dde/correction_mean": correction,
-            "dde/offset_mean": -(self.beta / 2) * correction,  # in units of z
+            "dde/offset_mean": 0 - self.beta / 2 * correction,  # in units of z
             # Shares of pairs whose σ(-z) is pinned near 0, learnt, or near 1, far on the wrong side: the first teach nothing, the second
             # push with full weight.
             "dde/saturated_learnt": (push < SATURATED).to(z.dtype).mean(),

@@ -132,7 +132,7 @@ def test_gradient_of_one_winner_element(schedule):
 
 
 @pytest.mark.parametrize(("c", "peak"), [(1e-3, 417), (1e-4, 718)])
-def test_credit_peaks_in_the_middle_of_the_trajectory(schedule, c, peak):
+def test_credit_peaks_in_the_middle_if_all_pairs_have_one_margin(schedule, c, peak):
     """|∂loss/∂d| = (β/2) g_t σ(-z) with M_j = m = -c at every step: the paper's prioritisation."""
     objective = build_objective("dde", schedule, beta=2000.0)
     everywhere = torch.arange(1000)

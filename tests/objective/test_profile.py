@@ -37,7 +37,7 @@ def test_is_the_gain_times_what_the_logistic_leaves(name, schedule):
 
 
 @pytest.mark.parametrize(("margin", "peak"), [(1e-3, 417), (1e-4, 718)])
-def test_dde_teaches_the_middle(schedule, margin, peak):
+def test_dde_teaches_the_middle_if_all_pairs_have_one_margin(schedule, margin, peak):
     found = profile("dde", schedule, margin)
     assert found.peak == peak
     low, high = found.middle_half()
