@@ -44,7 +44,7 @@ Seen = list[tuple[Tensor, Tensor]]
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument(
         "--shards", type=Path, required=True, help="of the demo's training pairs: make demo writes demo_run/shards"
     )
@@ -83,6 +83,7 @@ def measure(run: RunConfig, pairs: int) -> str:
 
 
 def open_pairs(run: RunConfig, objective: Objective) -> PairDataset:
+    assert run.data.path  # given on the command line
     shards = ShardSet(run.data.path)
     draws = PairRng(run.seed, objective.timestep_probabilities, caption_dropout=run.data.caption_dropout)
     return PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
