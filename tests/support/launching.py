@@ -121,7 +121,7 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
 
     An untrained model's errors are near 1, so float32 leaves an error of 1e-7 in a margin, and β/2 and w_t multiply this error. At
     β = 2000 a plain loop differs from itself by 1e-4. At β = 50 it still differs by 1e-5 where w_t is 200. Hence β = 50, and
-    timesteps below 600, where w_t is 5. With η = 100, the correction moves a loss by a thousandth, so that a test notices if it is
+    timesteps below 600, where w_t is 5. With η = 5, the correction moves a loss by a few parts in ten thousand, so that a test notices if it is
     missing. The trained model of the demo is compared over all timesteps.
     """
     config = {
@@ -130,7 +130,7 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
         "model": {"path": str(model), "gradient_checkpointing": "none"},
         "data": {"path": str(shards), "caption_dropout": 0.25, "workers": 0, "block_shards": 2},
         "batch": {"pairs": 8, "micro_batch_size": 2},
-        "objective": {"name": "dde", "beta": 50, "correction_weight": 100, "timestep_range": [0, 600]},
+        "objective": {"name": "dde", "beta": 50, "correction_weight": 5, "timestep_range": [0, 600]},
         "optimizer": {"learning_rate": 2e-4, "warmup_steps": 2, "weight_decay": 0.01, "max_grad_norm": 1.0},
         "precision": "fp32",
         "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
