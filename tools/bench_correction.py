@@ -156,7 +156,7 @@ def estimators(objective: Objective, seen: Seen, true: Tensor, ema: float) -> st
         f"one entry a timestep, ρ {rho:g} per observation (the old rule)": per_observation(weight, seen, rho)
         for rho in (0.9, 0.99, 0.0)
     }
-    rows |= {f"{count} buckets, ρ {ema:g} per step": in_buckets(weight, seen, ema, count) for count in BUCKETS}
+    rows |= {f"{count} bucket{'s' * (count > 1)}, ρ {ema:g} per step": in_buckets(weight, seen, ema, count) for count in BUCKETS}
     cells = []
     for name, found in rows.items():
         error = ((found - true)[:BELOW].square().mean() / true[:BELOW].square().mean()).sqrt()
@@ -219,7 +219,8 @@ def variances(run: RunConfig, objective: Objective, margins: Tensor) -> str:
     header = ["pairs a step", "loss of a step", *(f"K, t = {t}" for t in SHOWN)]
     return (
         "Variance with stratified timesteps, in parts of that with independent ones; pairs and margins of the final policy, drawn anew "
-        f"in each repetition, {count} buckets:\n\n" + table(header, rows)
+        f"in each repetition, {count} buckets. {REPEATS:,} drawn runs each, so that a ratio has a standard error of {2 / REPEATS**0.5:.2f}:\n\n"
+        + table(header, rows)
     )
 
 

@@ -371,8 +371,8 @@ def build_objective(
             ``dde_single`` bit for bit.
         correction_ema: ρ, what an optimizer step leaves of the table's sums. The paper says "exponential moving average"; 0.9 is our
             choice.
-        correction_buckets: n equal ranges of timesteps that each share one average margin, from 1 to T. T gives the paper's array, which
-            needs batches of thousands of pairs.
+        correction_buckets: n equal ranges of timesteps that each share one average margin, from 1 to T. T gives the paper's array, whose
+            entries are old at small batches.
         discount: γ per training timestep of ``discounted``; default 0.9^(50/T), that is 0.9 per step of a 50-step sampler.
         discount_mode: ``weight`` puts γ^(T-1-t) inside log σ; ``sample`` draws t in proportion to it. Not the same objective.
         timestep_range: [lo, hi) that timesteps are drawn from; default all.

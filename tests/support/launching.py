@@ -121,8 +121,8 @@ def write_config(path: Path, model: Path, shards: Path, **changes) -> Path:
 
     An untrained model's errors are near 1, so float32 leaves an error of 1e-7 in a margin, and β/2 and w_t multiply this error. At
     β = 2000 a plain loop differs from itself by 1e-4. At β = 50 it still differs by 1e-5 where w_t is 200. Hence β = 50, and
-    timesteps below 600, where w_t is 5. With η = 5, the correction moves a loss by a few parts in ten thousand, so that a test notices if it is
-    missing. The trained model of the demo is compared over all timesteps.
+    timesteps below 600, where w_t is 5. With η = 5, the correction moves a loss by a few parts in ten thousand, so that a test notices if it
+    is missing. The trained model of the demo is compared over all timesteps.
     """
     config = {
         "output": str(path.parent / "run"),
