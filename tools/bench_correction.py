@@ -219,7 +219,7 @@ def variances(run: RunConfig, objective: Objective, margins: Tensor) -> str:
     header = ["pairs a step", "loss of a step", *(f"K, t = {t}" for t in SHOWN)]
     return (
         "Variance with stratified timesteps, in parts of that with independent ones; pairs and margins of the final policy, drawn anew "
-        f"in each repetition, {count} buckets. {REPEATS:,} drawn runs each, so that a ratio has a standard error of {2 / REPEATS**0.5:.2f}:\n\n"
+        f"in each repetition, {count} buckets. {REPEATS:,} drawn runs each: a ratio of normal variables would have a standard error of {2 / REPEATS**0.5:.2f}, heavier tails have more:\n\n"
         + table(header, rows)
     )
 
