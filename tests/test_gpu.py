@@ -41,7 +41,7 @@ def two_steps(device, schedule, policy, reference, noise, noisy):
         objective.commit()
     (gradient,) = torch.autograd.grad(out.loss, prediction)
     assert gradient.device == prediction.device
-    return out.loss.detach().cpu(), gradient.cpu().float(), objective.state_dict()["average"]
+    return out.loss.detach().cpu(), gradient.cpu().float(), objective.state_dict()["sums"]
 
 
 def assert_the_cpus_numbers(device, *case):

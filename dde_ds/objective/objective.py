@@ -166,7 +166,7 @@ class Objective:
         self.table.add(timesteps, losses.margin(policy_error, reference_error), errors)
         if self._reference_point:
             self._reference_point.add(reference_error - policy_error)
-        metrics, by_timestep = self._metrics(loss.detach(), z, errors, timesteps)
+        metrics, by_timestep = self._metrics(loss.detach(), z, errors, timesteps, soft_labels)
         if sums.moved is not None:
             metrics |= self._path_metrics(sums.moved.detach(), reference_error, timesteps, policy_pred[0].numel())
         return ObjectiveOutput(loss, z, metrics, by_timestep, reference_error)
@@ -255,7 +255,18 @@ class Objective:
         return {"drift/path_kl": (weight * moved).mean(), "error/reference_path": (weight * reference_error).mean()}
 
     @torch.no_grad()
-    def _metrics(self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _credit(self, z: Tensor, timesteps: Tensor, soft_labels: Tensor | None) -> Tensor:
+        """What each pair's timestep takes of the gradient, g_t times the link's weight, (B,); zero for an objective with a loss of its own."""
+        if self.spec.own_loss:
+            return torch.zeros_like(z)
+        gain = self._gain if self._credit_gain is None else self._mean_credit(self._credit_gain)
+        weight = self.link.weight(z) if soft_labels is None else self.link.weight(z, soft_labels.to(z.dtype))
+        return gain[timesteps].to(z.dtype) * weight
+
+    @torch.no_grad()
+    def _metrics(
+        self, loss: Tensor, z: Tensor, errors: Tensor, timesteps: Tensor, soft_labels: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         chosen_drift, rejected_drift = errors[:2] - errors[2:]
         gain = self._gain[timesteps].to(z.dtype)
         scale = -(self.beta / 2) * gain
@@ -284,7 +295,7 @@ class Objective:
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}
         by_timestep = z.new_zeros(len(BY_TIMESTEP), TIMESTEP_BUCKETS)
         bucket = timesteps * TIMESTEP_BUCKETS // self.schedule.num_train_timesteps
-        credit = gain * self.link.weight(z)
+        credit = self._credit(z, timesteps, soft_labels)
         by_timestep.index_add_(1, bucket, torch.stack([ahead, margins, chosen_drift, errors[2], credit, torch.ones_like(z)]))
         return metrics, by_timestep
 

@@ -66,7 +66,7 @@ class Averages:
             return {}
         row, by_timestep = self._means()
         credit, pairs = (by_timestep[[BY_TIMESTEP.index("credit"), -1]] * dist.get_world_size()).tolist()
-        self.credit = {"credit": credit, "pairs": pairs} if credit else {}
+        self.credit = {"credit": credit, "pairs": pairs} if any(credit) else {}
         sums = by_timestep.view(len(BY_TIMESTEP), TENTHS, -1).sum(2).T.tolist() if credit else []
         width = len(str(timesteps - 1))
         for i, (accuracy, margin, drift, reference, _, pairs) in enumerate(sums):

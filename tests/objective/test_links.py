@@ -102,7 +102,11 @@ def written_out(name, schedule, policy, reference, noise, table, link, p, share,
         gain = {"discounted": (0.9 ** (50 / 1000)) ** (999 - t)}.get(name, 1.0)
         if name in ("dde", "dde_single"):
             gain = 1 / alpha if calibrated else (1 - alpha) / alpha
-        k = sum(schedule.stepwise_weight[j] * table[j] for j in range(t + 1, 1000)) if name in ("dde", "dde_step") else 0.0
+        k = (
+            sum(schedule.stepwise_weight[j] * table[j * len(table) // 1000] for j in range(t + 1, 1000))
+            if name in ("dde", "dde_step")
+            else 0.0
+        )
         z = torch.as_tensor(-(BETA / 2) * (gain * (lead["w"] - lead["l"]) + (2 if calibrated else 1) * k))
         z.requires_grad_()
         one = formula(link, z, p[i])
