@@ -252,7 +252,7 @@ def test_calibrated_is_the_true_log_ratio_of_gaussians(schedule):
     x0, shift = {"w": 0.7, "l": -0.4}, 0.2
     lead = {side: error(shift, x0[side]) - error(0.0, x0[side]) for side in "wl"}
     m = lead["w"] - lead["l"]
-    objective = build_objective("dde", schedule, beta=2.0, single_shot="calibrated")
+    objective = build_objective("dde", schedule, beta=2.0, correction_buckets=1000, single_shot="calibrated")
     every = torch.arange(1000)
     objective.table.add(every, m, torch.zeros(4, 1000, dtype=torch.float64))
     objective.commit()
@@ -261,7 +261,7 @@ def test_calibrated_is_the_true_log_ratio_of_gaussians(schedule):
     truth = shift * (x0["w"] - x0["l"])
     share = found / (2 * truth)
     assert 0.995 < share.min() < share.max() < 1.004
-    plain = build_objective("dde", schedule, beta=2.0)
+    plain = build_objective("dde", schedule, beta=2.0, correction_buckets=1000)
     plain.table.add(every, m, torch.zeros(4, 1000, dtype=torch.float64))
     plain.commit()
     share = plain.logits(m, every) / (2 * truth)
