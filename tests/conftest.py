@@ -62,14 +62,16 @@ def first_pairs(path: Path) -> Path:
     return path
 
 
-def shard(parquet: Path, model: Path, output: Path, rank: int = 0, world: int = 1, **options) -> Path:
-    from dde_ds.data.inputs import find_pairs
+def shard(
+    parquet: Path, model: Path, output: Path, rank: int = 0, world: int = 1, columns: tuple[str, ...] = (), **options
+) -> Path:
+    from dde_ds.data.inputs import TableOptions, find_pairs
     from dde_ds.data.make import EncodingConfig, make_shards
     from dde_ds.models.encode import Encoder
 
     encoder = Encoder(str(model))
     recipe = EncodingConfig(str(model), **{"resolution": encoder.resolution, "pairs_per_shard": 6, "batch": 4, **options})
-    make_shards(find_pairs([str(parquet)]), output, encoder, recipe, rank, world)
+    make_shards(find_pairs([str(parquet)], table=TableOptions(columns)), output, encoder, recipe, rank, world)
     return output
 
 

@@ -86,6 +86,7 @@ def summary(manifest: dict) -> Table:
         "size": f"{shard_bytes(manifest) / 1e9:.3f} GB",
         "latents": f"{'x'.join(map(str, manifest['latents']['shape']))} float16, {settings['latents']}, "
         f"{'also mirrored' if settings['flip'] else 'not mirrored'}, times {settings['scaling_factor']:g}",
+        **({"labels": "soft: the winner's share of the votes"} if settings.get("soft_label") else {}),
         "images": f"{settings['resolution']} pixels, from sides of {settings['min_side']} up",
         "model": f"{settings['model']} ({settings['family']}; VAE {settings['vae_dtype']}, text {settings['text_dtype']})",
         "input": f"{len(settings['input'])} files, {sum(file['rows'] for file in settings['input']):,} rows",

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dde_ds.data.columns import PRESETS
 from dde_ds.distributed.environment import DistributedEnv, read_environment
 from dde_ds.errors import RankError, UserError
 from dde_ds.models.base import called
@@ -36,20 +37,12 @@ def add_commands(commands: Any) -> None:
     options.add_argument(
         "--alone", action="store_true", help="do not look for a launcher's variables: this process makes all shards"
     )
+    add_input(options)
     options.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="parquet files in Pick-a-Pic v2's columns (paths, quoted globs, or URLs such as hf://…, s3://…), a pairs.jsonl, "
-        "a folder of either, or a data set for `datasets`",
+        "--min-margin",
+        type=float,
+        help="leave out pairs whose shares of the votes differ by less, 0 to 1; default: 0, none but ties",
     )
-    options.add_argument(
-        "--root", type=Path, help="folder that the paths of a pairs.jsonl are relative to and stay below; default: its own"
-    )
-    options.add_argument(
-        "--follow-links", action="store_true", help="take images of a pairs.jsonl behind links that lead out of it"
-    )
-    options.add_argument("--split", default="train", help="of a data set given by name")
     options.add_argument("--model", required=True, help="diffusers folder or hub id whose VAE and text encoders encode")
     options.add_argument("--revision", help="branch, tag or commit of a hub id")
     options.add_argument("--variant", help="of the weights' files, such as fp16; default: those without, or the only one")
@@ -58,11 +51,6 @@ def add_commands(commands: Any) -> None:
     options.add_argument("--min-side", type=int, help="leave out images with a shorter side; default: a quarter of the resolution")
     options.add_argument("--background", default="white", help="colour under transparent parts: a name or #rrggbb; default: white")
     options.add_argument("--keep-no-caption", action="store_true", help="keep pairs without a caption, with the empty one")
-    options.add_argument(
-        "--soft-labels",
-        action="store_true",
-        help="take labels between 0 and 1 for shares of votes, and store them for objective.soft_labels",
-    )
     options.add_argument("--pairs-per-shard", type=int, default=1000)
     options.add_argument(
         "--latents",
@@ -80,6 +68,42 @@ def add_commands(commands: Any) -> None:
     )
     options.add_argument("--text-dtype", choices=DTYPES, help="default: float32, on a GPU float16")
     options.add_argument("--dry-run", action="store_true", help="read labels, say what a run would keep and take, write nothing")
+
+
+def add_input(options: Any) -> None:
+    """Add the options that say where pairs come from: those of every command that reads pairs."""
+    options.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="parquet files in Pick-a-Pic v2's columns (paths, quoted globs, or URLs such as hf://…, s3://…), a pairs.jsonl, "
+        "a folder of either, or a data set for `datasets`; with --columns or --preset any parquet, arrow, feather, csv, json or jsonl",
+    )
+    options.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=NAME",
+        help="what the columns of a table mean: caption=… with winner=… loser=…, or image_0=… image_1=… and label_0=…, votes_0=… "
+        "votes_1=…, votes=… or preference_0=…; or a ranking: images=… ranks=…|scores=…, or image=… rank=…|score=… group=…",
+    )
+    options.add_argument("--preset", metavar="NAME", help=f"columns of a public data set: {', '.join(PRESETS)}")
+    options.add_argument("--pairs", metavar="WHICH", help="of a ranking: all (default), adjacent or best-worst")
+    options.add_argument(
+        "--root",
+        help="folder that the paths of a pairs.jsonl are relative to and stay below; default: its own. Of a table also a .zip, a .tar "
+        "or a URL",
+    )
+    options.add_argument("--follow-links", action="store_true", help="take images behind links that lead out of the root")
+    options.add_argument("--split", default="train", help="of a data set given by name")
+
+
+def input_pairs(args: argparse.Namespace) -> Any:
+    """Return the pairs that the options of :func:`add_input` name."""
+    from dde_ds.data.inputs import TableOptions, find_pairs
+
+    table = TableOptions(tuple(args.columns), args.preset, args.pairs, getattr(args, "min_margin", None))
+    return find_pairs(args.input, args.split, args.root, args.follow_links, table)
 
 
 def shard(args: argparse.Namespace) -> None:
@@ -138,7 +162,6 @@ def _recipe(args: argparse.Namespace, resolution: int):
         min_side=args.min_side,
         background=_colour(args.background),
         keep_no_caption=args.keep_no_caption,
-        soft_labels=args.soft_labels,
     )
 
 
@@ -155,10 +178,9 @@ def _resolution(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> None:
     from dde_ds.data.estimate import estimate
-    from dde_ds.data.inputs import find_pairs
 
     recipe = _recipe(args, _resolution(args))
-    expected = estimate(find_pairs(args.input, args.split, args.root, args.follow_links), recipe, args.revision)
+    expected = estimate(input_pairs(args), recipe, args.revision)
     _print_rows(expected["rows"], expected["noted"])
     print(f"a run would encode {expected['pairs']} pairs into {expected['shards']} shards, and {expected['prompts']} prompts")
     print(
@@ -174,7 +196,6 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dde_ds.data.estimate import shard_bytes
-    from dde_ds.data.inputs import find_pairs
     from dde_ds.data.make import make_shards
     from dde_ds.models.encode import Encoder
     from dde_ds.models.silence import silence_libraries
@@ -182,7 +203,7 @@ def _shard(args: argparse.Namespace, rank: int, world: int, local_rank: int) -> 
     silence_libraries()
     warnings.filterwarnings("ignore", module="PIL")  # the table at the end counts odd images
     recipe = _recipe(args, _resolution(args))
-    source = find_pairs(args.input, args.split, args.root, args.follow_links)  # refuse a bad input before minutes of loading
+    source = input_pairs(args)  # refuse a bad input before minutes of loading
     device = args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     # A restart must give the same bytes. The fastest algorithm may be a different one each time, and round differently.
     torch.backends.cudnn.deterministic = True

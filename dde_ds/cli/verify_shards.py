@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dde_ds.data.columns import ROLES
 from dde_ds.text import printable
 
 DESCRIPTION = """Check shards: checksums, shapes, types, finite values, prompt references, names of members.
@@ -76,6 +77,7 @@ def remake(settings: dict, folder: Path) -> str:
             "vae-dtype": str(settings["vae_dtype"]).removeprefix("torch."),
             "text-dtype": str(settings["text_dtype"]).removeprefix("torch."),
         }
+        reading = _reading_words(settings.get("reading", {}))
         if "background" in settings:  # manifests of earlier versions have none
             options["background"] = "#" + bytes(list(settings["background"])).hex()
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -84,7 +86,18 @@ def remake(settings: dict, folder: Path) -> str:
         "--input",
         *inputs,
         *(f"--{name}={value}" for name, value in options.items()),
+        *reading,
         *(["--flip"] if settings["flip"] else []),
         *(["--keep-no-caption"] if settings.get("no_caption") == "kept" else []),
     ]
     return shlex.join(["dde-ds", "shard", *words])
+
+
+def _reading_words(reading: dict) -> list[str]:
+    """The options of a table's columns and of its labels. A file of labels is known by its name alone, as inputs are."""
+    words = [f"--{name.replace('_', '-')}={reading[name]}" for name in ("pairs", "min_margin") if name in reading]
+    if "columns" in reading:
+        words += ["--columns", *(f"{role}={name}" for role, name in reading["columns"].items() if role in ROLES)]
+    if "labels" in reading:
+        words += [f"--labels={reading['labels']['name']}", f"--labels-as={reading['labels']['as']}"]
+    return words

@@ -39,7 +39,7 @@ def estimate(source: PairSource, recipe: EncodingConfig, revision: str | None = 
     Raises:
         UserError: the resolution does not fit the VAE, or the model's configuration or tokenizers cannot be loaded.
     """
-    survey = source.survey(recipe.keep_no_caption, recipe.soft_labels)
+    survey = source.survey(recipe.keep_no_caption)
     family = family_of(recipe.model, revision)
     vae = load_component_config(recipe.model, "vae", revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -55,7 +55,7 @@ def estimate(source: PairSource, recipe: EncodingConfig, revision: str | None = 
     known = [side for side in sides if side is not None]
     return {
         "rows": dict(survey.counts),
-        "noted": {CUT_CAPTION: int(cut)},
+        "noted": {CUT_CAPTION: int(cut), **survey.noted},
         "pairs": len(survey.rows),
         "shards": -(-len(survey.rows) // recipe.pairs_per_shard),
         "prompts": captions,

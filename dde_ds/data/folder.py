@@ -71,13 +71,9 @@ class FolderPairs:
     def name(self, row: int) -> str:
         return f"{encodable(self.path.name)}:{row}"
 
-    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
-        survey = SurveyBuilder(keep_no_caption, votes)
-        for row, line in enumerate(self.pairs):
-            if votes and line.label is not None and 0 < line.label < 0.5:
-                raise UserError(
-                    f"input {self.name(row)}: label {line.label:g} prefers the loser; swap the two paths and write {1 - line.label:g}"
-                )
+    def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
+        survey = SurveyBuilder(keep_no_caption, undecided)
+        for line in self.pairs:
             survey.add(line.caption, line.label)
         return survey.finish()
 
@@ -85,9 +81,7 @@ class FolderPairs:
         for row in rows.tolist():
             line = self.pairs[row]
             names = {role: name for role, name in (("winner", line.winner), ("loser", line.loser)) if name is not None}
-            yield PairRow(
-                row, self.name(row), line.caption or "", self._image(line.winner), self._image(line.loser), names, line.label or 1.0
-            )
+            yield PairRow(row, self.name(row), line.caption or "", self._image(line.winner), self._image(line.loser), names)
 
     def _image(self, name: str | None) -> bytes | None:
         try:

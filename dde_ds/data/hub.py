@@ -18,6 +18,29 @@ from dde_ds.errors import UserError
 from dde_ds.text import encodable
 
 
+def load_dataset(name: str, split: str) -> Any:
+    """Return a split of a data set of ``datasets``.
+
+    Raises:
+        UserError: it cannot be had, or has no such split.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
+    except Exception as error:  # whatever the hub, the network and the builder may raise
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"split {split}: {name} has {', '.join(map(str, found))}")
+        found = found[split]
+    return found
+
+
 class HubPairs:
     """Pairs of a data set in Pick-a-Pic's columns.
 
@@ -30,20 +53,7 @@ class HubPairs:
     """
 
     def __init__(self, name: str, split: str):
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(f"input {name}: needs `datasets`: pip install -e '.[hub]', or give parquet files") from None
-        datasets.disable_progress_bars()
-        try:
-            dataset = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        except Exception as error:  # the hub, the network and the builder raise many kinds of exceptions
-            problem = " ".join(str(error).split())[:300]
-            raise UserError(f"input {name}: no file, and no data set to be had: {type(error).__name__}: {problem}") from None
-        if isinstance(dataset, datasets.DatasetDict):
-            if split not in dataset:
-                raise UserError(f"split {split}: {name} has {', '.join(map(str, dataset))}")
-            dataset = dataset[split]
+        dataset = load_dataset(name, split)
         check_columns(name, dataset.features.arrow_schema)
         self.label = encodable(f"{name.rstrip('/').rpartition('/')[2]}/{split}")
         columns = [*COLUMNS, *(column for column in PROVENANCE if column in dataset.column_names)]
@@ -56,8 +66,8 @@ class HubPairs:
     def name(self, row: int) -> str:
         return f"{self.label}:{row}"
 
-    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
-        survey, row = SurveyBuilder(keep_no_caption, votes), 0
+    def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
+        survey, row = SurveyBuilder(keep_no_caption, undecided), 0
         for batch in self.table.select_columns(["caption", "label_0"]).iter(batch_size=10_000):
             captions = captions_of(batch["caption"], f"input {self.label}", row)
             for caption, label in zip(captions, batch["label_0"].to_pylist(), strict=True):

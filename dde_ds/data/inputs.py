@@ -6,17 +6,41 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from dde_ds.data.columns import parse_columns
 from dde_ds.data.folder import FolderPairs
 from dde_ds.data.hub import HubPairs
 from dde_ds.data.pairs import PairSource
 from dde_ds.data.pickapic import ParquetPairs, find_files
-from dde_ds.data.storage import SCHEMES
+from dde_ds.data.storage import SCHEMES, is_url
+from dde_ds.data.table_pairs import TablePairs, open_table_pairs
+from dde_ds.data.tables import HubTable, open_tables
 from dde_ds.errors import UserError
 
 
-def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = None, follow_links: bool = False) -> PairSource:
+@dataclass(frozen=True)
+class TableOptions:
+    """How a table is read whose columns are not Pick-a-Pic's. With none of them, an input is what its name says."""
+
+    columns: tuple[str, ...] = ()
+    """``ROLE=NAME`` for each column, as :mod:`dde_ds.data.columns` lists the roles."""
+    preset: str | None = None
+    """Name of a public data set whose columns are known."""
+    pairs: str | None = None
+    """Which pairs of a ranking are taken: ``all`` (default), ``adjacent`` or ``best-worst``."""
+    min_margin: float | None = None
+    """Least difference between the shares of the votes of winner and loser, 0 to 1."""
+
+
+def find_pairs(
+    inputs: Sequence[str],
+    split: str = "train",
+    root: Path | str | None = None,
+    follow_links: bool = False,
+    table: TableOptions = TableOptions(),
+) -> PairSource:
     """Return the pairs that ``--input`` names.
 
     Inputs may be
@@ -24,12 +48,15 @@ def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = 
     - parquet files, globs and URLs of either (local, ``s3://``, ``hf://`` …),
     - one ``pairs.jsonl``, or a folder that holds one,
     - a folder of parquet files,
-    - a folder that ``datasets`` saved, or the name of a data set on the hub.
+    - a folder that ``datasets`` saved, or the name of a data set on the hub,
+    - with ``columns`` or a ``preset``, tables of any kind that :mod:`dde_ds.data.tables` reads.
 
     Args:
         inputs: one or more of them; several only for parquet files.
         split: name of the split, for a data set of the hub or one that ``datasets`` saved.
-        root, follow_links: only for a ``pairs.jsonl``, as :class:`~dde_ds.data.folder.FolderPairs` takes them.
+        root, follow_links: for a ``pairs.jsonl`` as :class:`~dde_ds.data.folder.FolderPairs` takes them, for a table as
+            :class:`~dde_ds.data.image_files.ImageFiles` does.
+        table: how to read a table whose columns are not Pick-a-Pic's.
 
     Raises:
         UserError: nothing is found, the needed columns are missing, or the arguments do not fit the kind of input.
@@ -38,18 +65,37 @@ def find_pairs(inputs: Sequence[str], split: str = "train", root: Path | None = 
     for item in inputs:
         if "://" in item and item.partition("://")[0] not in SCHEMES:
             raise UserError(f"input {item}: expected a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+    if table.columns or table.preset:
+        return _table_pairs(inputs, split, root, follow_links, table)
+    for option in ("pairs", "min_margin"):
+        if getattr(table, option) is not None:
+            raise UserError(f"{option}: is for tables; name their columns with columns or preset")
     if lines := _pairs_jsonl(inputs):
-        return FolderPairs(lines, root, follow_links)
+        return FolderPairs(lines, None if root is None else Path(root), follow_links)
     if root or follow_links:
         option = "root" if root else "follow_links"
         raise UserError(f"{option}: is for the images of a pairs.jsonl, and --input {inputs[0]} is none; leave it out")
-    path = Path(inputs[0])
-    if len(inputs) == 1 and "://" not in inputs[0]:
-        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        name = inputs[0].count("/") == 1 and not path.exists() and not glob.has_magic(inputs[0]) and not path.suffix
-        if saved or name:
-            return HubPairs(inputs[0], split)
+    if len(inputs) == 1 and "://" not in inputs[0] and _is_dataset(inputs[0]):
+        return HubPairs(inputs[0], split)
     return ParquetPairs(inputs)
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether ``datasets`` has to read it: a folder that it saved, or a name on the hub."""
+    path = Path(name)
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    return saved or (name.count("/") == 1 and not path.exists() and not glob.has_magic(name) and not path.suffix)
+
+
+def _table_pairs(inputs: list[str], split: str, root: Path | str | None, follow_links: bool, options: TableOptions) -> TablePairs:
+    """The pairs of tables whose columns are named."""
+    columns = parse_columns(options.columns)
+    if len(inputs) == 1 and _is_dataset(inputs[0]):
+        tables, folders = [HubTable(inputs[0], split)], [None]
+    else:
+        tables = open_tables(inputs)
+        folders = [None if is_url(table.file) else Path(table.file).parent for table in tables]
+    return open_table_pairs(tables, folders, columns, options.preset, root, follow_links, options.pairs, options.min_margin)
 
 
 def _pairs_jsonl(inputs: list[str]) -> Path | None:

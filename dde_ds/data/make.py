@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dde_ds.data.manifest import FORMAT, MOST_FILES, PROMPTS_PER_FILE
-from dde_ds.data.pairs import NO_CAPTION, PairRow, PairSource, Survey
+from dde_ds.data.manifest import FORMAT, MOST_FILES, PROMPTS_PER_FILE, SOFT_LABEL
+from dde_ds.data.pairs import NO_CAPTION, PairRow, PairSource, Survey, has_soft_labels, reading_of
 from dde_ds.data.writer import Sample, finished_shard, remove_partials, write_manifest, write_shard
 from dde_ds.errors import RankError, UserError
 from dde_ds.files import write_atomically
@@ -68,8 +68,6 @@ class EncodingConfig:
     """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
     keep_no_caption: bool = False
     """Keep pairs without a caption, and give them the empty one. An empty caption in the input counts as a caption."""
-    soft_labels: bool = False
-    """Take labels between 0 and 1 for shares of votes, and store each winner's share."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
         """Return what identifies these shards, for the manifest: shards with other settings are other shards."""
@@ -91,8 +89,9 @@ class EncodingConfig:
             "empty_prompt": "zeros" if encoder.zero_empty_prompt else "encoded",
             "pairs_per_shard": self.pairs_per_shard,
             "input": source.identity,
-            # Sets without shares have no such key: they stay the sets that they were.
-            **({"soft_labels": True} if self.soft_labels else {}),
+            # In the settings of such inputs alone: those of all others are what they were.
+            **({"reading": reading} if (reading := reading_of(source)) else {}),
+            **({SOFT_LABEL: True} if has_soft_labels(source) else {}),
         }
 
     @property
@@ -131,12 +130,12 @@ def make_shards(
         UserError: the input is unusable, or the output folder was begun with other settings.
     """
     latent_shape = encoder.latent_shape(recipe.resolution)
-    survey = source.survey(recipe.keep_no_caption, recipe.soft_labels)
+    survey = source.survey(recipe.keep_no_caption)
     if not len(survey.rows):
         hint = (
             "keep_no_caption keeps those without a caption"
             if NO_CAPTION in survey.counts
-            else "label_0 must be 1 or 0 in some rows"
+            else "label_0 must be 1 or 0 in some rows; relabel gives labels to an input that has none"
         )
         raise UserError(f"input: no decided pair ({dict(survey.counts)}): {hint}")
     captions = ["", *(caption for caption in survey.captions if caption)]
@@ -232,7 +231,7 @@ def _finish(
         "prompts": {"distinct": prompts, "tensors": shapes, "files": [row for row, _ in files]},
         "samples": kept,
         "rows": dict(sorted(counts.items())),
-        "noted": {CUT_CAPTION: cut, REPEATED_PAIR: len(repeated)},
+        "noted": {CUT_CAPTION: cut, REPEATED_PAIR: len(repeated), **survey.noted},
         "shards": [row for row, _ in shards],
     }
     write_manifest(output, manifest)
@@ -373,8 +372,8 @@ def _encode(
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise RankError(f"{pair.source}: its latents hold NaN or infinity; the VAE overflowed: use --vae-dtype float32")
             tensors["prompt"] = torch.tensor(prompt_of[pair.caption])
-            if recipe.soft_labels:
-                tensors["soft_label"] = torch.tensor(pair.share, dtype=torch.float32)
+            if pair.soft_label is not None:
+                tensors[SOFT_LABEL] = torch.tensor(pair.soft_label)
             tensors |= encoder.family.pair_tensors(images, recipe.resolution)
             yield Sample(number, tensors, {"caption": pair.caption, "source": pair.source, **pair.provenance})
             fingerprints[number - first] = _fingerprint(pair)

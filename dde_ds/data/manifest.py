@@ -29,6 +29,8 @@ CHECKSUMS = {
 Each function computes what an index holds of a sample's run of bytes. CRC32 finds damage, but it can be forged.
 """
 PROMPTS_PER_FILE = 1024
+SOFT_LABEL = "soft_label"
+"""Name of the optional tensor of a pair, () float32: the share in [0.5, 1] of the votes that its winner has."""
 NAMES = re.compile(r"(prompts-)?[0-9]{5,9}")
 
 # Limits on the numbers in a manifest, far above those of real sets. Memory is allocated by these numbers before any
@@ -68,10 +70,10 @@ def pair_tensors(manifest: dict) -> dict[str, tuple[tuple[int, ...], torch.dtype
     expected |= {name: (shape, torch.float32) for name, shape in LAYOUTS[manifest["settings"]["family"]].pair.items()}
     if manifest["settings"]["flip"]:
         expected["latents_flipped"] = (latents, torch.float16)
-    if manifest["settings"].get("soft_labels"):
-        expected["soft_label"] = ((), torch.float32)
     if manifest["settings"]["latents"] == "mean+logvar":
         expected["logvar"] = (latents, torch.float16)
+    if manifest["settings"].get(SOFT_LABEL):
+        expected[SOFT_LABEL] = ((), torch.float32)
     return expected
 
 
@@ -136,7 +138,6 @@ def read_manifest(data: bytes, where: str) -> dict:
         raise UserError(f"{where}: was changed or damaged after it was written: delete it and run tools/shard_pickapic.py again")
     try:
         require_shape(manifest, SHAPE)
-        require_shape(manifest["settings"].get("soft_labels", False), bool, "settings.soft_labels")  # older sets have no such key
         problem = _problem_of(manifest)
     except ValueError as error:  # another shape
         problem = str(error)

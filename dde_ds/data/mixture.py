@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dde_ds.data.cache import Cache
+from dde_ds.data.manifest import SOFT_LABEL
 from dde_ds.data.order import Order
 from dde_ds.data.shards import ShardSet
 from dde_ds.errors import UserError
@@ -84,6 +85,7 @@ class MixedShards:
         self.sets, self.weights = list(sets), list(weights)
         self.manifest = sets[0].manifest
         self.latent_shape = sets[0].latent_shape
+        self._soft = any(one.manifest["settings"].get(SOFT_LABEL) for one in sets)
         self.counts = [count for one in sets for count in one.counts]
         self._places = [(one, shard) for one in sets for shard in range(len(one.counts))]
         self._first_prompt = np.cumsum([0, *(one.manifest["prompts"]["distinct"] for one in sets)]).tolist()
@@ -110,6 +112,8 @@ class MixedShards:
         """
         source, local_shard = self._places[shard]
         sample = source.read(local_shard, row)
+        if self._soft:
+            sample.setdefault(SOFT_LABEL, torch.tensor(1.0))  # a set without votes is sure of its winners
         return {**sample, "prompt": sample["prompt"] + self._first_prompt[self._set_of[shard]]}
 
     def prefetch(self, shard: int, row: int) -> None:
@@ -188,7 +192,7 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 def _kinds(first: dict, other: dict):
     """Yield (name, value in the first manifest, value in the other) of everything that must agree in a mixture."""
-    for key in ("family", "latents", "flip", "scaling_factor", "weights", "soft_labels"):
+    for key in ("family", "latents", "flip", "scaling_factor", "weights"):
         yield key, first["settings"].get(key), other["settings"].get(key)
     yield "the latents' shape", first["latents"]["shape"], other["latents"]["shape"]
     yield "the prompts' shape", first["prompts"]["tensors"], other["prompts"]["tensors"]

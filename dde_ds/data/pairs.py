@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +31,8 @@ class PairRow:
     loser: bytes | None
     provenance: dict
     """The uids of the row, if it has any; or the paths of its images."""
-    share: float = 1.0
-    """The winner's share of the votes."""
+    soft_label: float | None = None
+    """The winner's share of the votes, in [0.5, 1], or None if the input has no votes."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Survey:
     """(decided,) number of each decided pair's row in the input."""
     excluded: dict[int, str]
     """Number and reason of each row that holds no decision or no caption."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """Other counts by name, such as the pairs that came from rankings."""
 
     @property
     def counts(self) -> Counter:
@@ -60,12 +62,12 @@ class PairSource(Protocol):
     identity: list[dict]
     """Entry for the input in the settings of the shards. Another input has another identity."""
 
-    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
+    def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
         """Read the labels and captions of all rows, and no image.
 
         Args:
             keep_no_caption: give a decided row without a caption the empty one, instead of excluding the row.
-            votes: take labels between 0 and 1 for shares of votes, and not for ties.
+            undecided: count ties and rows without a label as decided, because they are going to be labelled.
         """
         ...
 
@@ -81,8 +83,8 @@ class PairSource(Protocol):
 class SurveyBuilder:
     """Build a :class:`Survey` row by row."""
 
-    def __init__(self, keep_no_caption: bool = False, votes: bool = False):
-        self._keep_no_caption, self._votes = keep_no_caption, votes
+    def __init__(self, keep_no_caption: bool = False, undecided: bool = False):
+        self._keep_no_caption, self._undecided = keep_no_caption, undecided
         self._index: dict[str, int] = {}
         self._caption_of: list[int] = []
         self._rows: list[int] = []
@@ -96,7 +98,17 @@ class SurveyBuilder:
             caption: the row's caption, or None.
             label: the row's label, as :func:`label_of` returns it.
         """
-        decision = decide(label, self._votes)
+        self.add_decision(caption, decide(label))
+
+    def add_decision(self, caption: str | None, decision: str) -> None:
+        """Add the next row.
+
+        Args:
+            caption: the row's caption, or None.
+            decision: :data:`DECIDED`, or why the row does not count.
+        """
+        if self._undecided and decision in (TIE, NO_LABEL):
+            decision = DECIDED
         if decision == DECIDED and caption is None and not self._keep_no_caption:
             decision = NO_CAPTION
         if decision == DECIDED:
@@ -106,20 +118,30 @@ class SurveyBuilder:
             self._excluded[self._next] = decision
         self._next += 1
 
-    def finish(self) -> Survey:
+    def finish(self, noted: dict[str, int] | None = None) -> Survey:
         """Return the survey of the rows that were added."""
-        return Survey(list(self._index), np.array(self._caption_of, np.int32), np.array(self._rows, np.int64), self._excluded)
+        rows = np.array(self._rows, np.int64)
+        return Survey(list(self._index), np.array(self._caption_of, np.int32), rows, self._excluded, noted or {})
 
 
-def decide(label: float | None, votes: bool = False) -> str:
+def reading_of(source: PairSource) -> dict:
+    """Return what, beside the files, decides which pairs a source gives: columns, labels. Empty for the sources that have no such choice."""
+    return getattr(source, "reading", {})
+
+
+def has_soft_labels(source: PairSource) -> bool:
+    """Return whether every pair of a source comes with :attr:`PairRow.soft_label`."""
+    return getattr(source, "soft", False)
+
+
+def decide(label: float | None) -> str:
     """Return the decision that a label stands for: ``decided``, ``tie`` or ``no label``.
 
-    As in the published Diffusion-DPO recipe, the label alone decides: 1 prefers image 0, and 0 prefers image 1. With
-    ``votes`` it is image 0's share of the votes, and the majority decides.
+    As in the published Diffusion-DPO recipe, the label alone decides: 1 prefers image 0, and 0 prefers image 1.
     """
     if label is None or label != label:
         return NO_LABEL
-    return DECIDED if label in (0.0, 1.0) or (votes and 0 < label < 1 and label != 0.5) else TIE
+    return DECIDED if label in (0.0, 1.0) else TIE
 
 
 def label_of(cell: Any) -> float | None:

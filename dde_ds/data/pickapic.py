@@ -66,8 +66,8 @@ class ParquetPairs:
         number = int(np.searchsorted([groups[-1] for groups in self.groups], row, side="right"))
         return f"{encodable(Path(self.files[number]).name)}:{row - int(self.groups[number][0])}"
 
-    def survey(self, keep_no_caption: bool = False, votes: bool = False) -> Survey:
-        survey = SurveyBuilder(keep_no_caption, votes)
+    def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
+        survey = SurveyBuilder(keep_no_caption, undecided)
         for file in self.files:
             with _opened(file) as parquet:
                 row = 0
@@ -107,11 +107,9 @@ def pair_row(row: int, source: str, values: dict[str, Any]) -> PairRow:
         values: the row's cells by column.
     """
     images = tuple(_bytes(values[name]) for name in ("jpg_0", "jpg_1"))
-    share = label_of(values["label_0"])
-    assert share is not None  # a decided row has a label
-    winner, loser = images if share > 0.5 else images[::-1]
+    winner, loser = images if label_of(values["label_0"]) == 1 else images[::-1]
     kept = {name: str(values[name]) for name in PROVENANCE if values.get(name) is not None}
-    return PairRow(row, source, values["caption"] or "", winner, loser, kept, max(share, 1 - share))
+    return PairRow(row, source, values["caption"] or "", winner, loser, kept)
 
 
 def _bytes(cell: bytes | dict | None) -> bytes | None:
@@ -197,7 +195,8 @@ def _opened(file: str):
         rest = "what is made is kept, a second run goes on"
         if not opened and isinstance(error, pa.ArrowInvalid | UnicodeDecodeError):
             rest = (
-                "parquet files in Pick-a-Pic's columns, one pairs.jsonl, a folder of either or a data set for `datasets` are read"
+                "parquet files in Pick-a-Pic's columns, one pairs.jsonl, a folder of either or a data set for `datasets` are read; "
+                "with columns or preset other tables too"
             )
         raise UserError(f"input {file}: not readable as parquet: {problem}; {rest}") from error
 
@@ -233,7 +232,9 @@ def check_columns(file: str, schema: Any) -> None:
     """
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
-        raise UserError(f"input {file}: no column {', '.join(missing)}; Pick-a-Pic v2's {', '.join(COLUMNS)} are needed")
+        raise UserError(
+            f"input {file}: no column {', '.join(missing)}; Pick-a-Pic v2's {', '.join(COLUMNS)} are needed; columns or preset names others"
+        )
     for name, is_kind in (("caption", _is_text), ("label_0", _is_label), ("jpg_0", _is_image), ("jpg_1", _is_image)):
         kind = schema.field(name).type
         if not is_kind(_values_of(kind)):

@@ -3,7 +3,7 @@ both.
 
 A micro-batch of B pairs is a dict of tensors: ``latents`` (2B,C,H,W) with all winners before all losers, ``noise`` (B
 or 2B,C,H,W), ``timesteps`` (B,), ``prompt_embeds`` (2B,S,D), for SDXL ``pooled_prompt_embeds`` (2B,P) and ``time_ids``
-(2B,6), and ``positions`` (B,).
+(2B,6), ``positions`` (B,) and, if the shards have soft labels, ``soft_label`` (B,) float32.
 
 The position is the only state. The trainer counts it at its optimizer steps. Micro-batches that were prefetched beyond
 it are simply read again after a resume. So the number of ranks, workers, prefetched batches and micro-batches does not
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from dde_ds.data.manifest import SOFT_LABEL
 from dde_ds.data.order import PairOrder
 from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.shards import Shards
@@ -110,13 +111,7 @@ class PairDataset(Dataset):
         latents = sample["latents_flipped" if self.draws.flipped(position) else "latents"]
         if "logvar" in sample:
             latents = (latents + (0.5 * sample["logvar"].float()).exp() * self.draws.posterior_noise(position, shape)).half()
-        kept = {name: sample[name] for name in PAIR_TENSORS if name in sample}
-        if "soft_label" in sample:
-            kept["soft_labels"] = sample["soft_label"]
-            if not 0 <= float(sample["soft_label"]) <= 1:
-                raise DamagedData(
-                    f"pair at position {position}: its soft label is {float(sample['soft_label']):g}: must lie in [0, 1]"
-                )
+        kept = {name: sample[name] for name in (*PAIR_TENSORS, SOFT_LABEL) if name in sample}
         return {
             "latents": latents,
             **kept,

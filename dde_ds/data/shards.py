@@ -18,7 +18,8 @@ written last. Each prompt is stored once.
 A pair has the tensors ``latents`` (2,C,H,W) float16, winner before loser, already scaled as the UNet takes them;
 ``prompt`` () int64, the number of its prompt; and for SDXL ``time_ids`` (2,6) float32. On request it also has
 ``latents_flipped`` of the mirrored images and ``logvar`` of the VAE's posterior. Both are scaled too, and have the
-shape of the latents. ``soft_label`` () float32, also on request, is the winner's share of the votes. A prompt has ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,), both float16.
+shape of the latents. If the input has votes, ``soft_label`` () float32 is the share of them that the winner has, in
+[0.5, 1]. A prompt has ``prompt_embeds`` (S,D) and, for SDXL, ``pooled`` (P,), both float16.
 
 The manifest holds the SHA-256 of each index, and an index holds the SHA-256 of each pair's run of bytes. Every read
 compares both, so a read returns what the manifest's author wrote, or fails. No checksum says who that author was. A run
@@ -55,6 +56,7 @@ from dde_ds.data.manifest import (
     FORMAT,
     INDEX_BYTES,
     PROMPTS_PER_FILE,
+    SOFT_LABEL,
     is_whole_manifest,
     largest_sample,
     pair_tensors,
@@ -176,6 +178,8 @@ class ShardSet:
         file = self.manifest["shards"][shard]
         number, _, tensors = self._sample(file, row)
         _check_tensors(tensors, pair_tensors(self.manifest), self._where(file, number))
+        if SOFT_LABEL in tensors and not 0.5 <= float(tensors[SOFT_LABEL]) <= 1:
+            raise DamagedData(f"{self._where(file, number)}: {SOFT_LABEL} is {float(tensors[SOFT_LABEL])}, expected 0.5 to 1")
         if not 0 <= int(tensors["prompt"]) < self.manifest["prompts"]["distinct"]:
             raise DamagedData(f"{self._where(file, number)}: names prompt {int(tensors['prompt'])}, which no prompts file holds")
         return tensors

@@ -35,10 +35,10 @@ class Batch:
     """(2B,P), SDXL's."""
     time_ids: Tensor | None = None
     """(2B,6) float32, SDXL's sizes and crops in pixels."""
-    soft_labels: Tensor | None = None
-    """(B,) float32 in [0, 1]: the winners' shares of the votes, where the shards hold them."""
     reference_errors: Tensor | None = None
     """(2B,) float32: the reference's errors, if an earlier run has written them down."""
+    soft_label: Tensor | None = None
+    """(B,) float32 in [0.5, 1]: each winner's share of the votes, if the shards hold it."""
 
     @property
     def conditioning(self) -> Conditioning:

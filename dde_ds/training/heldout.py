@@ -107,7 +107,7 @@ class HeldOut:
         for (prediction, target, batch), other in zip(self._predicted(unet, poll), base, strict=True):
             sums = noise_sums(prediction, other.to(prediction.device), target, moved=True)
             found.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
-            labels += [] if batch.soft_labels is None else [batch.soft_labels]
+            labels += [] if batch.soft_label is None else [batch.soft_label]
         policy, other, moved = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return Look(policy, other, moved, torch.cat(labels) if labels else None)
 

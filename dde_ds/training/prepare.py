@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dde_ds.config import RunConfig, load_config
+from dde_ds.data.manifest import SOFT_LABEL
 from dde_ds.data.mixture import MixedShards, open_sources
 from dde_ds.data.shards import ShardSet
 from dde_ds.engine import checkpoint
@@ -115,8 +116,11 @@ def open_shards(run: RunConfig) -> tuple[ShardSet | MixedShards, ShardSet | Mixe
 
 
 def _require_labels(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:
-    if run.objective.soft_labels and not shards.manifest["settings"].get("soft_labels"):
-        raise UserError(f"objective.soft_labels is true, but {name} holds no shares of votes; shard the pairs with --soft-labels")
+    sets = shards.sets if isinstance(shards, MixedShards) else [shards]  # pairs of a set without votes are sure, label 1
+    if run.objective.soft_labels and not any(one.manifest["settings"].get(SOFT_LABEL) for one in sets):
+        raise UserError(
+            f"objective.soft_labels is true, but {name} holds no shares of votes; shard pairs with votes (--columns votes_0=… votes_1=…)"
+        )
 
 
 def _check_fit(run: RunConfig, shards: ShardSet | MixedShards, name: str) -> None:

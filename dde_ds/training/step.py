@@ -40,7 +40,7 @@ def micro_step(
         with torch.no_grad():
             reference_pred = reference(seen, both, batch.conditioning)
     policy_pred = predict(policy, seen, both, batch.conditioning)
-    labels = batch.soft_labels if objective.options.soft_labels else None
+    labels = batch.soft_label if objective.options.soft_labels else None
     return objective(
         policy_pred,
         reference_pred,

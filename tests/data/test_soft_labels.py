@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,12 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dde_ds import UserError, build_objective, load_config
-from dde_ds.data.inputs import find_pairs
+from dde_ds.data.manifest import SOFT_LABEL
 from dde_ds.data.order import Order
 from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset
 from dde_ds.data.shards import ShardSet
-from dde_ds.data.storage import DamagedData
 from dde_ds.training.batches import Batch
 from dde_ds.training.heldout import HeldOut
 from dde_ds.training.prepare import open_shards
@@ -42,37 +40,8 @@ def voted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def voted_shards(voted, sd_model, tmp_path_factory):
-    return shard(voted, sd_model, tmp_path_factory.mktemp("voted") / "shards", soft_labels=True)
-
-
-def test_the_majority_comes_first(voted):
-    source, table = find_pairs([str(voted)]), pq.read_table(voted).to_pylist()
-    assert source.survey().rows.tolist() == [0, 4], "without votes a fraction is a tie, as ever"
-    rows = source.survey(votes=True).rows
-    assert rows.tolist() == [0, 1, 3, 4, 6]
-    pairs = list(source.read(rows))
-    assert [pair.share for pair in pairs] == SHARES
-    images = [(row["jpg_0"], row["jpg_1"]) for row in table]
-    images = [tuple(cell["bytes"] if isinstance(cell, dict) else cell for cell in both) for both in images]
-    assert [(pair.winner, pair.loser) for pair in pairs] == [
-        images[0],
-        images[1],
-        images[3][::-1],
-        images[4][::-1],
-        images[6],
-    ]
-
-
-def test_a_folder_of_pairs_names_its_winner_first(tmp_path):
-    lines = [{"winner": "a.png", "loser": "b.png", "caption": "x", "label": label} for label in (1, 0.8, 0.5)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = find_pairs([str(tmp_path / "pairs.jsonl")])
-    assert source.survey().rows.tolist() == [0]
-    assert [pair.share for pair in source.read(source.survey(votes=True).rows)] == [1.0, 0.8]
-    lines[1]["label"] = 0.2
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=r"label 0\.2 prefers the loser; swap the two paths and write 0\.8"):
-        find_pairs([str(tmp_path / "pairs.jsonl")]).survey(votes=True)
+    columns = ("caption=caption", "image_0=jpg_0", "image_1=jpg_1", "preference_0=label_0")
+    return shard(voted, sd_model, tmp_path_factory.mktemp("voted") / "shards", columns=columns)
 
 
 def batch_of(shards, schedule, count=5):
@@ -83,9 +52,9 @@ def batch_of(shards, schedule, count=5):
 def test_shares_reach_the_loss(voted_shards, sd_model, schedule):
     shards = ShardSet(voted_shards)
     dataset, batch = batch_of(shards, schedule)
-    assert batch.soft_labels is not None and batch.soft_labels.shape == (5,)
+    assert batch.soft_label is not None and batch.soft_label.shape == (5,)
     stored = [float(shards.read(*dataset.order.locate(position))["soft_label"]) for position in range(5)]
-    assert batch.soft_labels.tolist() == stored
+    assert batch.soft_label.tolist() == stored
     assert sorted(stored) == pytest.approx(sorted(SHARES))
 
     policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
@@ -112,9 +81,9 @@ def test_shares_reach_the_loss(voted_shards, sd_model, schedule):
 
 
 def test_shards_without_shares_are_what_they_were(sd_shards, voted_shards):
-    assert "soft_labels" not in ShardSet(sd_shards).manifest["settings"]
-    assert ShardSet(voted_shards).manifest["settings"]["soft_labels"] is True
-    assert "soft_label" not in ShardSet(sd_shards).read(0, 0)
+    assert SOFT_LABEL not in ShardSet(sd_shards).manifest["settings"]
+    assert ShardSet(voted_shards).manifest["settings"][SOFT_LABEL] is True
+    assert SOFT_LABEL not in ShardSet(sd_shards).read(0, 0)
 
 
 def test_a_run_that_needs_shares_is_refused_without_them(tmp_path, sd_model, sd_shards, voted_shards):
@@ -125,14 +94,3 @@ def test_a_run_that_needs_shares_is_refused_without_them(tmp_path, sd_model, sd_
     with pytest.raises(UserError, match=r"but evaluation\.path .* holds no shares of votes"):
         open_shards(load_config(config, [soft, f"data.path={voted_shards}", f"evaluation.path={sd_shards}"]))
     open_shards(load_config(config, [soft, f"data.path={voted_shards}"]))
-    with pytest.raises(UserError, match="soft_labels"):
-        open_shards(load_config(config, [f"data={{sources: [{{path: {sd_shards}}}, {{path: {voted_shards}}}]}}"]))
-
-
-@pytest.mark.parametrize("wrong", [1.5, -0.25, float("nan")])
-def test_a_share_that_is_none_is_damage(voted_shards, schedule, monkeypatch, wrong):
-    shards = ShardSet(voted_shards)
-    read = shards.read
-    monkeypatch.setattr(shards, "read", lambda *place: {**read(*place), "soft_label": torch.tensor(wrong)})
-    with pytest.raises(DamagedData, match=r"soft label is .* must lie in \[0, 1\]"):
-        batch_of(shards, schedule, 1)

@@ -1,0 +1,399 @@
+"""Preference pairs from a table of any kind: labels, votes and rankings become pairs, winner first.
+
+Rows of pairs keep their numbers. Pairs that come from rankings are numbered through: ``file:3/0>2`` is the pair of row 3 in which
+the picture at 0 is better than the one at 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dde_ds.data.columns import PAIRS, check_shape, choose_columns
+from dde_ds.data.image_files import ImageFiles
+from dde_ds.data.pairs import DECIDED, NO_LABEL, TIE, PairRow, Survey, SurveyBuilder, label_of
+from dde_ds.data.pickapic import PROVENANCE
+from dde_ds.data.tables import Row, Table
+from dde_ds.errors import UserError, nearest
+from dde_ds.untrusted import parse_json
+
+NO_TEXT = "caption is no text"
+BELOW_MARGIN = "below the margin"
+AGAINST = "votes against the winner"
+LENGTHS = "not as many {} as pictures"
+OTHER_CAPTION = "caption differs in its group"
+ALONE = "one picture alone"
+RANKED = "pairs of rankings"
+
+
+class Excluded(Exception):
+    """Why a row gives no pair."""
+
+
+class TablePairs:
+    """Pairs of tables.
+
+    Args:
+        tables: of the same columns.
+        columns: the column of each role, as :func:`~dde_ds.data.columns.choose_columns` gives it.
+        images: where pictures that are named by a path are.
+        pairs: which pairs of a ranking are taken, one of :data:`~dde_ds.data.columns.PAIRS`.
+        min_margin: the least difference, in [0, 1], between the shares of the votes that winner and loser have.
+
+    Raises:
+        UserError: options that have no meaning for these columns, or a value outside of its range.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        columns: dict[str, str],
+        images: Sequence[ImageFiles],
+        pairs: str | None = None,
+        min_margin: float | None = None,
+    ):
+        self.tables, self.columns, self.images = list(tables), columns, list(images)
+        self._shape = check_shape(columns)
+        self.is_ranking = self._shape in (("images",), ("image",))
+        self.soft = any(role in columns for role in ("votes_0", "votes", "preference_0"))
+        """Whether every pair comes with a soft label."""
+        _check_options(self.is_ranking, self.soft, pairs, min_margin)
+        self.pairs, self.min_margin = pairs or "all", min_margin or 0.0
+        self.identity = [table.identity for table in self.tables]
+        self.reading = {"columns": dict(columns)}
+        self.reading |= {"pairs": self.pairs} if self.is_ranking else {}
+        self.reading |= {"min_margin": self.min_margin} if self.min_margin else {}
+        self._first = np.cumsum([0, *(table.rows for table in self.tables)])
+        self._places: _Places | None = None
+
+    def name(self, row: int) -> str:
+        places = self._known()
+        first, second = places.rows[0][row], places.rows[1][row]
+        number = int(np.searchsorted(self._first, first, side="right")) - 1
+        where = f"{self.tables[number].name}:{first - int(self._first[number])}"
+        if not self.is_ranking:
+            return where
+        if second < 0:
+            return where
+        if first != second:
+            return f"{where}>{second - int(self._first[number])}"
+        return f"{where}/{places.sides[0][row]}>{places.sides[1][row]}"
+
+    def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
+        found, self._places = SurveyBuilder(keep_no_caption, undecided), _Places()
+        made = 0
+        for caption, pair in self._ranked() if self.is_ranking else self._plain():
+            self._places.add(pair)
+            found.add_decision(caption, pair.decision)
+            made += pair.loser[0] >= 0
+        return found.finish({RANKED: made} if self.is_ranking else None)
+
+    def read(self, rows: np.ndarray) -> Iterator[PairRow]:
+        places = self._known()
+        caption = self.columns["caption"]
+        cells = _Window(self._cells(np.unique([np.frombuffer(side, np.int64)[rows] for side in places.rows])))
+        for row in rows.tolist():
+            taken = [places.rows[side][row] for side in (0, 1)]
+            found = [cells.get(number, places.first[row]) for number in taken]
+            both = [self._image(taken[side], found[side], places.sides[side][row]) for side in (0, 1)]
+            kept = {name: str(found[0][name]) for name in PROVENANCE if found[0].get(name) is not None}
+            share = float(places.share[row]) if self.soft else None
+            # A row without a decision comes when somebody else is going to label it: its first picture then stands first.
+            yield PairRow(row, self.name(row), caption_of(found[0][caption]) or "", *both, kept, share)
+
+    def _known(self) -> _Places:
+        if self._places is None:
+            self.survey()
+        assert self._places is not None
+        return self._places
+
+    def _scan(self) -> Iterator[tuple[int, Row]]:
+        names = [name for role, name in self.columns.items() if role not in ("winner", "loser", "image_0", "image_1", "image")]
+        scans = (table.scan([name for name in dict.fromkeys(names) if name not in table.wide]) for table in self.tables)
+        yield from enumerate(itertools.chain.from_iterable(scans))
+
+    def _cells(self, rows: np.ndarray) -> Iterator[tuple[int, Row]]:
+        for table, first, end in zip(self.tables, self._first[:-1].tolist(), self._first[1:].tolist(), strict=True):
+            own = rows[(rows >= first) & (rows < end)]
+            if len(own):
+                names = [self.columns[role] for role in ("caption", *self._shape)]
+                names += [name for name in PROVENANCE if name in table.columns]
+                for row, cells in table.take(own - first, list(dict.fromkeys(names))):
+                    yield first + row, cells
+
+    def _image(self, row: int, cells: Row, side: int) -> bytes | None:
+        number = int(np.searchsorted(self._first, row, side="right")) - 1
+        if len(self._shape) == 2:
+            return self.images[number].read(cells[self.columns[self._shape[side]]])
+        cell = cells[self.columns[self._shape[0]]]
+        if self._shape == ("images",):
+            pictures = _list(cell, "picture")
+            cell = pictures[side] if side < len(pictures) else None
+        return self.images[number].read(cell)
+
+    def _plain(self) -> Iterator[tuple[str | None, _Pair]]:
+        """The pair of each row of two pictures, and its caption."""
+        for row, cells in self._scan():
+            caption, share = None, 1.0
+            try:
+                caption = caption_of(cells[self.columns["caption"]])
+                share = self._share(cells)
+                decision = self._decide(share)
+            except Excluded as why:
+                decision = str(why)
+            better = int(share is not None and share < 0.5)
+            certainty = 0.5 if share is None else max(share, 1 - share)
+            yield caption, _Pair(decision, (row, better), (row, 1 - better), certainty, row)
+
+    def _share(self, cells: Row) -> float | None:
+        """The share in [0,1] of the votes that the first picture has; None without a vote."""
+        cell = {role: cells.get(name) for role, name in self.columns.items()}
+        if "votes" in cell:
+            share = _share_of(_list(cell["votes"], "vote"))
+        elif "votes_0" in cell:
+            share = _share_of([cell["votes_0"], cell["votes_1"]])
+        elif "preference_0" in cell:
+            share = None if _is_missing(cell["preference_0"]) else _number(cell["preference_0"], "preference", 0, 1)
+        elif "label_0" in cell:
+            share = _label(cell["label_0"])
+        else:
+            share = 1.0 if self._shape == ("winner", "loser") else None
+        if self._shape == ("winner", "loser") and share is not None and share < 0.5:
+            raise Excluded(AGAINST)
+        return share
+
+    def _decide(self, share: float | None) -> str:
+        if share is None:
+            return NO_LABEL
+        if share == 0.5:
+            return TIE
+        return BELOW_MARGIN if self.soft and abs(2 * share - 1) < self.min_margin else DECIDED
+
+    def _ranked(self) -> Iterator[tuple[str | None, _Pair]]:
+        """The pairs of each ranking, and its caption. A ranking that gives none is counted as one that is excluded."""
+        for caption, rows, places, ranks in self._lists() if self._shape == ("images",) else self._groups():
+            if isinstance(ranks, str):
+                yield caption, _Pair(ranks, (rows[0], 0), NOWHERE, 1.0, rows[0])
+                continue
+            if len(ranks) == 1:
+                yield caption, _Pair(ALONE, (rows[0], 0), NOWHERE, 1.0, rows[0])
+            order = sorted(range(len(ranks)), key=ranks.__getitem__)
+            for better, worse in _pairs_of(order, self.pairs):
+                decision = TIE if ranks[better] == ranks[worse] else DECIDED
+                yield caption, _Pair(decision, (rows[better], places[better]), (rows[worse], places[worse]), 1.0, rows[0])
+
+    def _lists(self) -> Iterator[tuple[str | None, list[int], list[int], list[float] | str]]:
+        role = "ranks" if "ranks" in self.columns else "scores"
+        for row, cells in self._scan():
+            caption = None
+            try:
+                caption = caption_of(cells[self.columns["caption"]])
+                ranks = [_number(rank, role[:-1]) for rank in _list(cells[self.columns[role]], role[:-1])]
+                if not ranks:
+                    raise Excluded(f"no {role}")
+                # Pictures that are bytes are counted when they are read: one that is not there is missing.
+                if self.columns["images"] in cells and len(ranks) != len(_list(cells[self.columns["images"]], "picture")):
+                    raise Excluded(LENGTHS.format(role))
+                ranks = ranks if role == "ranks" else [-rank for rank in ranks]
+                yield caption, [row] * len(ranks), list(range(len(ranks))), ranks
+            except Excluded as why:
+                yield caption, [row], [0], str(why)
+
+    def _groups(self) -> Iterator[tuple[str | None, list[int], list[int], list[float] | str]]:
+        """Rows that follow each other and have the same group."""
+        role = "rank" if "rank" in self.columns else "score"
+        key = self.columns.get("group", self.columns["caption"])
+        seen: set[int] = set()
+        for group, members in itertools.groupby(self._scan(), key=lambda item: str(item[1][key])):
+            rows: list[int] = []
+            ranks: list[float] = []
+            caption = None
+            for row, cells in members:
+                try:
+                    own = caption_of(cells[self.columns["caption"]])
+                    rank = _number(cells[self.columns[role]], role)
+                    if rows and own != caption:
+                        raise Excluded(OTHER_CAPTION)
+                    caption = own
+                except Excluded as why:
+                    yield caption, [row], [0], str(why)
+                    continue
+                rows.append(row)
+                ranks.append(rank if role == "rank" else -rank)
+            if hash(group) in seen:
+                raise UserError(f"input: the pictures of {key} {group[:40]!r} are not together; sort the table by {key}")
+            seen.add(hash(group))
+            if rows:
+                yield caption, rows, [0] * len(rows), ranks
+
+
+NOWHERE = (-1, 0)
+
+
+class _Pair(NamedTuple):
+    decision: str
+    winner: tuple[int, int]
+    """Its row, and its place among the pictures of the row. Of an undecided pair: the first picture."""
+    loser: tuple[int, int]
+    """Likewise; :data:`NOWHERE` where there is no pair."""
+    share: float
+    """The winner's share of the votes, in [0.5, 1]."""
+    first: int
+    """The first row of its ranking: none before it is needed again."""
+
+
+class _Places:
+    """Where the pictures of each pair are. 32 bytes a pair."""
+
+    def __init__(self):
+        self.rows = (array("q"), array("q"))
+        self.sides = (array("h"), array("h"))
+        self.share = array("f")
+        self.first = array("q")
+
+    def add(self, pair: _Pair) -> None:
+        for side, (row, place) in enumerate((pair.winner, pair.loser)):
+            self.rows[side].append(row)
+            self.sides[side].append(place)
+        self.share.append(pair.share)
+        self.first.append(pair.first)
+
+
+class _Window:
+    """Cells of rows that are read once, in order, and kept while a pair may need them."""
+
+    def __init__(self, cells: Iterator[tuple[int, Row]]):
+        self._cells = cells
+        self._kept: dict[int, Row] = {}
+
+    def get(self, row: int, first: int) -> Row:
+        for number in [number for number in self._kept if number < first]:
+            del self._kept[number]
+        while row not in self._kept:
+            number, found = next(self._cells)
+            self._kept[number] = found
+        return self._kept[row]
+
+
+def _pairs_of(order: list[int], which: str) -> Iterator[tuple[int, int]]:
+    """Pairs of a ranking, best first, better picture first."""
+    if which == "all":
+        return itertools.combinations(order, 2)
+    if which == "adjacent":
+        return itertools.pairwise(order)
+    return iter([(order[0], order[-1])] if len(order) > 1 else [])
+
+
+def caption_of(cell: Any) -> str | None:
+    """Return the text of a cell: text, or what the user says in the messages of a conversation.
+
+    Raises:
+        Excluded: the cell holds something else.
+    """
+    if isinstance(cell, list):
+        said = [part.get("content") for part in cell if isinstance(part, dict) and part.get("role", "user") == "user"]
+        if len(said) == 1 and isinstance(said[0], list):  # of a picture and a text, say
+            said = [part.get("text") for part in said[0] if isinstance(part, dict) and part.get("text")]
+        cell = "\n".join(said) if said and all(isinstance(text, str) for text in said) else cell
+    if cell is not None and not isinstance(cell, str):
+        raise Excluded(NO_TEXT)
+    return cell
+
+
+def _share_of(votes: list) -> float | None:
+    if not votes or all(_is_missing(vote) for vote in votes):
+        return None
+    numbers = [_number(vote, "vote", 0) for vote in votes]
+    if len(numbers) != 2:
+        raise Excluded("vote out of range")
+    return numbers[0] / sum(numbers) if sum(numbers) else None
+
+
+def _label(cell: Any) -> float | None:
+    try:
+        label = label_of(cell)
+    except (TypeError, ValueError):
+        raise Excluded("label out of range") from None
+    if label is None or label != label:
+        return None
+    if not 0 <= label <= 1:
+        raise Excluded("label out of range")
+    return label if label in (0.0, 1.0) else 0.5
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or cell == "" or cell != cell
+
+
+def _number(cell: Any, what: str, low: float = -math.inf, high: float = math.inf) -> float:
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        raise Excluded(f"{what} out of range") from None
+    if not math.isfinite(number) or not low <= number <= high:
+        raise Excluded(f"{what} out of range")
+    return number
+
+
+def _list(cell: Any, what: str) -> list:
+    """The list in a cell, which may be JSON text."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            cell = parse_json(cell)
+        except ValueError:
+            raise Excluded(f"{what} out of range") from None
+    if cell is None:
+        return []
+    if not isinstance(cell, list):
+        raise Excluded(f"{what} out of range")
+    return cell
+
+
+def _check_options(is_ranking: bool, soft: bool, pairs: str | None, min_margin: float | None) -> None:
+    if pairs is not None and pairs not in PAIRS:
+        raise UserError(f"pairs {pairs!r}{nearest(pairs, PAIRS)}")
+    if pairs is not None and not is_ranking:
+        raise UserError(f"pairs {pairs}: is for rankings, and these columns are no ranks or scores; leave it out")
+    if min_margin is not None and not 0 <= min_margin <= 1:
+        raise UserError(f"min_margin {min_margin}: must be 0 to 1, the difference of the two shares of the votes")
+    if min_margin is not None and not soft:
+        raise UserError(
+            f"min_margin {min_margin}: is for votes_0 and votes_1, votes or preference_0, which are not among the columns"
+        )
+
+
+def open_table_pairs(
+    tables: Sequence[Table],
+    folders: Sequence[Path | None],
+    columns: dict[str, str],
+    preset: str | None = None,
+    root: str | Path | None = None,
+    follow_links: bool = False,
+    pairs: str | None = None,
+    min_margin: float | None = None,
+) -> TablePairs:
+    """Return the pairs of tables.
+
+    Args:
+        folders: of each table, which the paths in it are relative to where no ``root`` is given.
+        columns, preset: as :func:`~dde_ds.data.columns.choose_columns` takes them.
+        root, follow_links: as :class:`~dde_ds.data.image_files.ImageFiles` takes them.
+        pairs, min_margin: as :class:`TablePairs` takes them.
+
+    Raises:
+        UserError: what these refuse, or tables of different columns.
+    """
+    chosen = [choose_columns(table.name, table.columns, columns, preset) for table in tables if table.rows]
+    if not chosen:
+        raise UserError(f"input {tables[0].name}: holds no row")
+    if any(other != chosen[0] for other in chosen):
+        raise UserError(f"input {tables[0].name}: its columns differ from those of the other files; shard them one after another")
+    make: Callable[[Path | None], ImageFiles] = lambda folder: ImageFiles(root, folder, follow_links)  # noqa: E731
+    shared = make(None) if root is not None else None
+    return TablePairs(tables, chosen[0], [shared or make(folder) for folder in folders], pairs, min_margin)
