@@ -43,6 +43,13 @@ def add_commands(commands: Any) -> None:
         type=float,
         help="leave out pairs whose shares of the votes differ by less, 0 to 1; default: 0, none but ties",
     )
+    options.add_argument("--labels", type=Path, help="labels of scorers for this input, as relabel writes them")
+    options.add_argument(
+        "--labels-as",
+        metavar="HOW",
+        help="winner: the scorers' winner, where all prefer the same picture (default); agree: only pairs on which scorers and people "
+        "agree; soft: the scorers' winner, the difference of the scores as a soft label",
+    )
     options.add_argument("--model", required=True, help="diffusers folder or hub id whose VAE and text encoders encode")
     options.add_argument("--revision", help="branch, tag or commit of a hub id")
     options.add_argument("--variant", help="of the weights' files, such as fp16; default: those without, or the only one")
@@ -102,8 +109,17 @@ def input_pairs(args: argparse.Namespace) -> Any:
     """Return the pairs that the options of :func:`add_input` name."""
     from dde_ds.data.inputs import TableOptions, find_pairs
 
-    table = TableOptions(tuple(args.columns), args.preset, args.pairs, getattr(args, "min_margin", None))
-    return find_pairs(args.input, args.split, args.root, args.follow_links, table)
+    labels, how, margin = (getattr(args, name, None) for name in ("labels", "labels_as", "min_margin"))
+    of_scores = labels is not None and how == "soft"  # whose shares the margin is of
+    table = TableOptions(tuple(args.columns), args.preset, args.pairs, None if of_scores else margin)
+    source = find_pairs(args.input, args.split, args.root, args.follow_links, table)
+    if labels is None:
+        if how is not None:
+            raise UserError(f"labels_as {how}: is for labels, and there are none; leave it out")
+        return source
+    from dde_ds.data.labels import LabelledPairs
+
+    return LabelledPairs(source, labels, how or "winner", margin if of_scores else None)
 
 
 def shard(args: argparse.Namespace) -> None:

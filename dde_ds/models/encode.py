@@ -65,6 +65,20 @@ PNG = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
+def decode_image(data: bytes, min_side: int = 1, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Return an image as people see it: RGB, upright, its transparent parts laid on ``background``.
+
+    Raises:
+        ValueError: as :func:`prepare_image` raises.
+    """
+    width, height = image_size(data)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"decompression bomb: {width}x{height} pixels in {len(data)} bytes")
+    if min(width, height) < min_side:
+        raise ValueError(f"too small image: {width}x{height} pixels")
+    return _read(data, lambda image, data: _rgb(_upright(image), data, background))
+
+
 def prepare_image(data: bytes, resolution: int, min_side: int = 1, background: tuple[int, int, int] = WHITE) -> Prepared:
     """Decode an image and prepare it for the VAE.
 
@@ -82,12 +96,7 @@ def prepare_image(data: bytes, resolution: int, min_side: int = 1, background: t
             (``too small image: …``), or the image is so large that decoding it would be an attack on memory
             (``decompression bomb: …``).
     """
-    width, height = image_size(data)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"decompression bomb: {width}x{height} pixels in {len(data)} bytes")
-    if min(width, height) < min_side:
-        raise ValueError(f"too small image: {width}x{height} pixels")
-    image = _read(data, lambda image, data: _rgb(_upright(image), data, background))
+    image = decode_image(data, min_side, background)
     width, height = image.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))

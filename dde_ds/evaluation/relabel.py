@@ -1,0 +1,226 @@
+"""Score both pictures of every pair of an input, on any number of ranks, and write the scores to one file of labels.
+
+Each rank writes its rows to ``labels.jsonl.parts/RANK.jsonl`` and flushes them batch by batch. Started again, at any number of ranks,
+nothing that stands there is scored twice. When all rows are there, the first rank writes ``labels.jsonl`` in their order and deletes
+the parts. :mod:`dde_ds.data.labels` describes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dde_ds.data.labels import header_of, read_header, read_lines
+from dde_ds.data.pairs import PairRow, PairSource
+from dde_ds.distributed.collectives import barrier
+from dde_ds.distributed.environment import DistributedEnv
+from dde_ds.errors import RankError, UserError
+from dde_ds.evaluation.inception import InceptionScorer
+from dde_ds.evaluation.scorers import Scorer
+from dde_ds.evaluation.scoring import full_float32
+from dde_ds.files import put_in_place, staged_path, write_atomically
+from dde_ds.models.encode import decode_image
+from dde_ds.untrusted import open_regular
+
+
+@full_float32()
+def relabel(
+    source: PairSource,
+    output: Path,
+    scorers: Sequence[Scorer | InceptionScorer],
+    ranks: DistributedEnv,
+    device: torch.device,
+    batch: int = 8,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict | None:
+    """Score the pairs that have no scores yet. Every rank calls this.
+
+    Ties and rows without a label are scored too; rows without a caption are not.
+
+    Args:
+        batch: pairs scored at a time.
+        on_progress: called with pairs done and pairs in all, of this rank.
+
+    Returns:
+        On the first rank: ``rows`` by reason, and by scorer in ``agree`` how many pairs that people decided it decides alike.
+
+    Raises:
+        UserError: an output of another input or of other scorers.
+        RankError: a score that is not a finite number; it names the picture.
+    """
+    judges = [scorer for scorer in scorers if not isinstance(scorer, InceptionScorer)]
+    if len(judges) < len(scorers):
+        raise UserError("scorer inception: scores a set of pictures, not one; leave it out")
+    survey = source.survey(undecided=True)
+    if not len(survey.rows):
+        raise UserError(f"input: no pair to score ({dict(survey.counts)})")
+    header = header_of(source, {scorer.name: scorer.digest for scorer in judges}, len(survey.rows))
+    parts = output.with_name(f"{output.name}.parts")
+    whole = output.exists()
+    if whole:
+        _require_same(output, header)
+    else:
+        missing = np.setdiff1d(survey.rows, _known(parts, header))
+        barrier(ranks, device)  # all ranks read what is there before any rank writes
+        own = missing[len(missing) * ranks.rank // ranks.world_size : len(missing) * (ranks.rank + 1) // ranks.world_size]
+        _score(source, own, judges, parts / f"{ranks.rank:05d}.jsonl", header, batch, on_progress)
+    barrier(ranks, device)
+    if not ranks.is_main:
+        return None
+    if not whole:
+        _merge(parts, output, header)
+    return _summary(output, source)
+
+
+def _require_same(path: Path, header: dict) -> None:
+    with open_regular(path) as file:
+        found = read_header(file, f"output {path}")
+    differing = [key for key in header if found.get(key) != header[key]]
+    if differing:
+        what = {"input": "another input", "reading": "other columns or pairs", "scorers": "other scorers"}.get(
+            differing[0], "other rows"
+        )
+        raise UserError(f"output {path}: was begun with {what}; choose another file or delete this one")
+
+
+def _known(parts: Path, header: dict) -> np.ndarray:
+    """Rows that earlier runs have dealt with."""
+    found = [np.empty(0, np.int64)]
+    for path in sorted(parts.glob("*.jsonl")):
+        _require_same(path, header)
+        found.append(np.fromiter((row["row"] for row, _ in _rows(path)), np.int64))
+    return np.concatenate(found)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict, int]]:
+    """Rows of a part, and where each begins in the file."""
+    with open_regular(path) as file:
+        read_header(file, str(path))
+        places = _Counting(file)
+        for row in read_lines(places, str(path)):  # pyright: ignore[reportArgumentType]  # it only goes through the lines
+            yield row, places.start
+
+
+class _Counting:
+    """The lines of a file, and where the last one began."""
+
+    def __init__(self, file):
+        self._file, self.start, self._next = file, 0, file.tell()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._file:
+            self.start, self._next = self._next, self._next + len(line)
+            yield line
+
+
+def _score(source, rows: np.ndarray, scorers, path: Path, header: dict, batch: int, on_progress) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = list(_rows(path)) if path.exists() else []
+    # Written anew, the file loses a last line that was cut short.
+    write_atomically(path, b"".join(map(_line, [header, *(row for row, _ in kept)])))
+    del kept
+    with path.open("ab") as file, ThreadPoolExecutor(max_workers=8) as decoders:
+        done = 0
+        for pairs in _chunks(source.read(rows), batch):
+            both = list(decoders.map(_decoded, (data for pair in pairs for data in (pair.winner, pair.loser))))
+            found = [(pair, both[2 * number : 2 * number + 2]) for number, pair in enumerate(pairs)]
+            scored = [(pair, images) for pair, images in found if not any(isinstance(image, str) for image in images)]
+            scores = {pair.row: row for (pair, _), row in zip(scored, _scores(scored, scorers), strict=True)}
+            for pair, images in found:
+                row = {"row": pair.row, "source": pair.source}
+                if pair.row in scores:
+                    row["scores"] = scores[pair.row]
+                else:
+                    row["reason"] = next(image for image in images if isinstance(image, str))
+                file.write(_line(row))
+            file.flush()
+            done += len(pairs)
+            on_progress(done, len(rows))
+
+
+def _scores(pairs: list[tuple[PairRow, list[Image.Image]]], scorers: Sequence[Scorer]) -> list[dict[str, list[float]]]:
+    """Both scores of each pair by each scorer."""
+    images = [image for _, both in pairs for image in both]
+    prompts = [pair.caption for pair, _ in pairs for _ in range(2)]
+    found: list[dict[str, list[float]]] = [{} for _ in pairs]
+    for scorer in scorers if pairs else ():
+        scores = scorer.score(images, prompts).tolist()
+        for number, (pair, _) in enumerate(pairs):
+            found[number][scorer.name] = scores[2 * number : 2 * number + 2]
+            for picture, score in zip(("winner", "loser"), found[number][scorer.name], strict=True):
+                if not math.isfinite(score):
+                    raise RankError(
+                        f"scorer {scorer.name}: gives {score} for the {picture} of {pair.source} ({pair.caption[:60]!r})"
+                    )
+    return found
+
+
+def _chunks(pairs: Iterator[PairRow], size: int) -> Iterator[list[PairRow]]:
+    chunk = []
+    for pair in pairs:
+        chunk.append(pair)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _decoded(data: bytes | None) -> Image.Image | str:
+    """The picture, or why there is none."""
+    if data is None:
+        return "missing image"
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        return str(error)
+
+
+def _merge(parts: Path, output: Path, header: dict) -> None:
+    """Write the rows of all parts in their order. Memory holds where each is, 24 bytes a row."""
+    paths = sorted(parts.glob("*.jsonl"))
+    places = [(row["row"], number, start) for number, path in enumerate(paths) for row, start in _rows(path)]
+    table = np.array(places, np.int64).reshape(-1, 3)
+    table = table[np.unique(table[:, 0], return_index=True)[1]]
+    staged = staged_path(output)
+    files = [open_regular(path) for path in paths]
+    try:
+        with staged.open("wb") as merged:
+            merged.write(_line(header))
+            for _, number, start in table.tolist():
+                files[number].seek(start)
+                merged.write(files[number].readline())
+    finally:
+        for file in files:
+            file.close()
+    if len(table) != header["rows"]:
+        raise UserError(f"output {output}: {len(table)} of {header['rows']} rows are scored; start again, nothing is scored twice")
+    put_in_place(staged, output)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _summary(output: Path, source: PairSource) -> dict:
+    decided = source.survey().rows
+    reasons, agree, common = Counter(), Counter(), 0
+    with open_regular(output) as file:
+        names = list(read_header(file, str(output))["scorers"])
+        for row in read_lines(file, str(output)):
+            reasons[row["reason"].partition(":")[0] if "reason" in row else "scored"] += 1
+            place = int(np.searchsorted(decided, row["row"]))
+            if "scores" in row and place < len(decided) and decided[place] == row["row"]:
+                common += 1
+                agree.update(name for name in names if row["scores"][name][0] > row["scores"][name][1])
+    return {"rows": dict(reasons), "decided": common, "agree": {name: agree[name] for name in names}}
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
