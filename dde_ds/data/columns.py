@@ -1,6 +1,6 @@
-"""What the columns of a table of preferences mean: the roles that a column may have, and the column names of public data sets.
+"""Name the roles of a table's columns, and the columns of public data sets.
 
-A table has one of four shapes, and says in one of several ways which picture is preferred:
+A table has one of four shapes. It says in one of several ways which picture is preferred:
 
 =================  ====================================================  =========================================================
 shape              a row                                                 preference

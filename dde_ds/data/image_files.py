@@ -1,8 +1,10 @@
-"""Where the pictures of a table are: in its cells, in a folder, in an archive, or below a URL.
+"""Find the pictures of a table: in its cells, in a folder, in an archive, or below a URL.
 
-A cell is bytes, a record of bytes and path, a list of which the first counts, or text: a path or a URL. A path stays below the root:
-a folder, a ``.zip`` or ``.tar`` that need not be unpacked, or a URL. A URL in a cell stands for the file of its path, or of its last
-name, below a local root: nothing is fetched from a host that the root does not name.
+A cell is bytes, a record of bytes and path, a list whose first item counts, or text: a path or a URL. Paths stay below the
+root. The root is a folder, a ``.zip`` or ``.tar`` that need not be unpacked, or a URL.
+
+A URL in a cell stands for the file of its path, or of its last name, below a local root. Nothing is fetched from a host
+that the root does not name.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Find = Callable[[str], "bytes | None"]
 
 
 class ImageFiles:
-    """Bytes of pictures by what stands in a cell.
+    """The pictures of a table by what its cells hold.
 
     Args:
         root: folder, archive or URL that paths are relative to and stay below; None: ``default``.
@@ -126,7 +128,7 @@ def _in_zip(path: Path) -> Find:
 
 
 def _in_tar(path: Path) -> Find:
-    """Members by offset: the archive is gone through once, then read at any place."""
+    """Return a finder of members by their offset: the archive is gone through once, then read at any place."""
     file = path.open("rb")
     places: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:

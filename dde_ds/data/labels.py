@@ -1,11 +1,11 @@
-"""Labels of a scorer for the pairs of an input: ``labels.jsonl``, and the pairs as it labels them.
+"""Read the labels that scorers gave to the pairs of an input, and give the pairs as they label them.
 
     {"format": "dde_ds labels 1", "input": [...], "reading": {}, "scorers": {"pickscore": "<sha256>"}, "rows": 2}
     {"row": 0, "source": "train.parquet:0", "scores": {"pickscore": [21.3, 20.1]}}
     {"row": 1, "source": "train.parquet:1", "reason": "missing image"}
 
-The two scores of a row are those of the pictures in the order in which the input gives them, its own winner first. ``input`` is the
-identity of the input: the labels of one input are refused for another.
+The two scores of a row belong to its pictures in the order in which the input gives them, its own winner first. ``input``
+is the identity of the input: labels of another input are refused.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class LabelledPairs:
             yield replace(pair, soft_label=share)
 
     def _verdict(self, row: int) -> tuple[int, str | None]:
-        """1 where the scorers prefer the first picture, -1 where they prefer the second; and why the pair is left out, if it is."""
+        """Return 1 if the scorers prefer the first picture, -1 if the second; and why the pair is left out, if it is."""
         gains = self._gains(row)
         if gains is None:
             return 1, self._failed.get(row, NO_SCORE)
@@ -162,20 +162,23 @@ class LabelledPairs:
         return 1 if gains[0] > 0 else -1, None
 
     def _share(self, row: int) -> float:
-        """The mean over the scorers of σ(difference of the two scores): the chance by Bradley and Terry that the first is preferred."""
+        """Return the chance that the first picture is preferred.
+
+        It is the mean over the scorers of σ(first score − second score), the model of Bradley and Terry.
+        """
         gains = self._gains(row)
         assert gains is not None  # of a row that is read
         return float((0.5 * (1 + np.tanh(gains / 2))).mean())
 
     def _gains(self, row: int) -> np.ndarray | None:
-        """By how much each scorer prefers the first picture; None without scores."""
+        """Return by how much each scorer prefers the first picture, or None without scores."""
         place = int(np.searchsorted(self._rows, row))
         found = place < len(self._rows) and self._rows[place] == row
         return self._scores[place, :, 0] - self._scores[place, :, 1] if found else None
 
 
 def _read(path: Path, source: PairSource) -> tuple[np.ndarray, np.ndarray, dict[int, str], str]:
-    """Numbers of the scored rows (N,), their scores (N, scorers, 2), why others have none, and the SHA-256 of the file."""
+    """Return the numbers of the scored rows (N,), their scores (N, scorers, 2), why others have none, and the file's SHA-256."""
     where, digest = f"labels {path}", hashlib.sha256()
     try:
         with open_regular(path) as file:

@@ -6,6 +6,7 @@ again by their numbers. So any number of processes can split the work by arithme
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,8 +87,7 @@ class SurveyBuilder:
     def __init__(self, keep_no_caption: bool = False, undecided: bool = False):
         self._keep_no_caption, self._undecided = keep_no_caption, undecided
         self._index: dict[str, int] = {}
-        self._caption_of: list[int] = []
-        self._rows: list[int] = []
+        self._caption_of, self._rows = array("i"), array("q")  # lists would take six times as much
         self._excluded: dict[int, str] = {}
         self._next = 0
 

@@ -1,7 +1,7 @@
-"""Preference pairs from a table of any kind: labels, votes and rankings become pairs, winner first.
+"""Read preference pairs from tables of any columns: labels, votes and rankings become pairs, winner first.
 
-Rows of pairs keep their numbers. Pairs that come from rankings are numbered through: ``file:3/0>2`` is the pair of row 3 in which
-the picture at 0 is better than the one at 2.
+Rows of pairs keep their numbers. Pairs of rankings are numbered through. ``file:3/0>2`` names the pair of row 3 in which
+the picture at 0 is better than the one at 2; ``file:3>5`` the pair of rows 3 and 5.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ class TablePairs:
         for row in rows.tolist():
             taken = [places.rows[side][row] for side in (0, 1)]
             found = [cells.get(number, places.first[row]) for number in taken]
-            both = [self._image(taken[side], found[side], places.sides[side][row]) for side in (0, 1)]
+            winner, loser = (self._image(taken[side], found[side], places.sides[side][row]) for side in (0, 1))
             kept = {name: str(found[0][name]) for name in PROVENANCE if found[0].get(name) is not None}
             share = float(places.share[row]) if self.soft else None
             # A row without a decision comes when somebody else is going to label it: its first picture then stands first.
-            yield PairRow(row, self.name(row), caption_of(found[0][caption]) or "", *both, kept, share)
+            yield PairRow(row, self.name(row), caption_of(found[0][caption]) or "", winner, loser, kept, share)
 
     def _known(self) -> _Places:
         if self._places is None:
@@ -138,7 +138,7 @@ class TablePairs:
         return self.images[number].read(cell)
 
     def _plain(self) -> Iterator[tuple[str | None, _Pair]]:
-        """The pair of each row of two pictures, and its caption."""
+        """Yield the caption and the pair of each row of two pictures."""
         for row, cells in self._scan():
             caption, share = None, 1.0
             try:
@@ -152,7 +152,7 @@ class TablePairs:
             yield caption, _Pair(decision, (row, better), (row, 1 - better), certainty, row)
 
     def _share(self, cells: Row) -> float | None:
-        """The share in [0,1] of the votes that the first picture has; None without a vote."""
+        """Return the first picture's share of the votes, in [0,1], or None without a vote."""
         cell = {role: cells.get(name) for role, name in self.columns.items()}
         if "votes" in cell:
             share = _share_of(_list(cell["votes"], "vote"))
@@ -176,7 +176,7 @@ class TablePairs:
         return BELOW_MARGIN if self.soft and abs(2 * share - 1) < self.min_margin else DECIDED
 
     def _ranked(self) -> Iterator[tuple[str | None, _Pair]]:
-        """The pairs of each ranking, and its caption. A ranking that gives none is counted as one that is excluded."""
+        """Yield the caption and the pairs of each ranking. A ranking that gives none counts as one excluded pair."""
         for caption, rows, places, ranks in self._lists() if self._shape == ("images",) else self._groups():
             if isinstance(ranks, str):
                 yield caption, _Pair(ranks, (rows[0], 0), NOWHERE, 1.0, rows[0])
@@ -206,7 +206,7 @@ class TablePairs:
                 yield caption, [row], [0], str(why)
 
     def _groups(self) -> Iterator[tuple[str | None, list[int], list[int], list[float] | str]]:
-        """Rows that follow each other and have the same group."""
+        """Yield caption, rows, places and ranks of each run of rows of the same group; or why a row does not count."""
         role = "rank" if "rank" in self.columns else "score"
         key = self.columns.get("group", self.columns["caption"])
         seen: set[int] = set()
@@ -249,11 +249,11 @@ class _Pair(NamedTuple):
 
 
 class _Places:
-    """Where the pictures of each pair are. 32 bytes a pair."""
+    """Where the pictures of each pair are. 36 bytes a pair."""
 
     def __init__(self):
         self.rows = (array("q"), array("q"))
-        self.sides = (array("h"), array("h"))
+        self.sides = (array("i"), array("i"))
         self.share = array("f")
         self.first = array("q")
 
@@ -282,7 +282,7 @@ class _Window:
 
 
 def _pairs_of(order: list[int], which: str) -> Iterator[tuple[int, int]]:
-    """Pairs of a ranking, best first, better picture first."""
+    """Yield the pairs of a ranking, better picture first."""
     if which == "all":
         return itertools.combinations(order, 2)
     if which == "adjacent":
@@ -300,7 +300,8 @@ def caption_of(cell: Any) -> str | None:
         said = [part.get("content") for part in cell if isinstance(part, dict) and part.get("role", "user") == "user"]
         if len(said) == 1 and isinstance(said[0], list):  # of a picture and a text, say
             said = [part.get("text") for part in said[0] if isinstance(part, dict) and part.get("text")]
-        cell = "\n".join(said) if said and all(isinstance(text, str) for text in said) else cell
+        texts = [text for text in said if isinstance(text, str)]
+        cell = "\n".join(texts) if texts and len(texts) == len(said) else cell
     if cell is not None and not isinstance(cell, str):
         raise Excluded(NO_TEXT)
     return cell
@@ -342,7 +343,7 @@ def _number(cell: Any, what: str, low: float = -math.inf, high: float = math.inf
 
 
 def _list(cell: Any, what: str) -> list:
-    """The list in a cell, which may be JSON text."""
+    """Return the list in a cell, which may be JSON text."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = parse_json(cell)

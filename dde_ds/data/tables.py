@@ -1,7 +1,8 @@
-"""Tables of any kind, read row by row: parquet, Arrow, CSV, JSON, JSON lines, and what ``datasets`` saved.
+"""Read tables of any kind row by row: parquet, Arrow, CSV, JSON, JSON lines, and what ``datasets`` saved.
 
-A :class:`Table` gives chosen columns of all its rows, or of some by number, as dictionaries of plain values. Memory stays that of
-some rows. Parquet and Arrow go straight to the batch of a row; text is read from its start to the last row that is asked for.
+A :class:`Table` gives chosen columns as dictionaries of plain values: of all its rows, or of some by number. Memory stays
+that of some rows. Parquet and Arrow files are read from the batch that holds a row. Text is read from its start to the
+last row that is asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ Row = dict[str, Any]
 
 
 class Table(Protocol):
+    """Rows of named columns, which can be read again by number."""
+
     file: str
     """Path or URL."""
     name: str
@@ -42,11 +45,11 @@ class Table(Protocol):
     """Another content gives another identity."""
 
     def scan(self, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows, in order."""
+        """Yield all rows, in order."""
         ...
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        """The rows of these ascending numbers, and their numbers."""
+        """Yield the rows with these ascending numbers, each behind its number."""
         ...
 
 
@@ -79,6 +82,8 @@ def _open_table(file: str) -> Table:
 
 
 class ParquetTable:
+    """A parquet file, or its URL. Reading takes only the row groups that hold the rows."""
+
     def __init__(self, file: str):
         self.file, self.name = file, Path(file).name
         with _opened(file) as parquet:
@@ -106,21 +111,24 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """An Arrow file, or an Arrow stream, as ``datasets`` writes them; Feather is the former."""
+    """An Arrow file, such as Feather, or an Arrow stream, as ``datasets`` writes them."""
 
     def __init__(self, file: str):
         self.file, self.name = file, Path(file).name
         _refuse_url(file)
         digest = hashlib.sha256()
-        sizes = []
+        self.rows = 0
         with self._opened() as (schema, batches):
             self.columns, self.wide = list(schema.names), _wide(schema)
+            narrow = [name for name in self.columns if name not in self.wide]
             digest.update(str(schema).encode())
             for batch in batches:
-                sizes.append(batch.num_rows)
+                # Of what is bytes the size alone: hashing all pictures before each start would take longer than many runs.
                 digest.update(f"{batch.num_rows} {batch.nbytes}\n".encode())
-        self.rows = sum(sizes)
-        self.identity = {"name": self.name, "rows": self.rows, "bytes": Path(file).stat().st_size, "batches": digest.hexdigest()}
+                for name in narrow:
+                    digest.update(repr(_cells(batch[name], f"input {file}", name, self.rows)).encode())
+                self.rows += batch.num_rows
+        self.identity = {"name": self.name, "rows": self.rows, "bytes": Path(file).stat().st_size, "cells": digest.hexdigest()}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[Any, Iterator[Any]]]:
@@ -177,7 +185,13 @@ class HubTable:
 
 
 class TextTable:
-    """A file of text whose records are read one after another by ``records``: CSV, JSON, JSON lines."""
+    """A file of text, or its URL, whose records are read one after another: CSV, JSON, JSON lines.
+
+    Args:
+        file: path or URL.
+        kind: what to call its format in messages.
+        records: yields the records of an opened text; its second argument names the file in messages.
+    """
 
     def __init__(self, file: str, kind: str, records: Callable[[io.TextIOBase, str], Iterator[Row]]):
         self.file, self.name, self._kind, self._parse = file, Path(file).name, kind, records
@@ -229,7 +243,7 @@ class TextTable:
 
 
 def csv_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Rows of comma-separated values under a line of names; an empty cell is None."""
+    """Yield the rows of comma-separated values under a line of names. An empty cell is None."""
     reader = csv.DictReader(text, strict=True)
     for record in reader:
         if None in record or None in record.values():
@@ -238,14 +252,14 @@ def csv_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
 
 
 def lines_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Objects of JSON lines. Blank lines are no rows."""
+    """Yield the objects of JSON lines. Blank lines are no rows."""
     for number, line in enumerate(text, 1):
         if line.strip():
             yield _object(line, f"{where}, line {number}")
 
 
 def json_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Objects of one JSON array, read one at a time; or, where the text does not begin with ``[``, of JSON lines."""
+    """Yield the objects of one JSON array, of which one at a time is in memory. A text that does not begin with ``[`` is JSON lines."""
     buffer = text.read(CHUNK).lstrip()
     if not buffer.startswith("["):
         yield from lines_records(_Rest(buffer, text), where)
@@ -309,7 +323,7 @@ def _wide(schema: Any) -> frozenset[str]:
 
 
 def _records(batch: Any, columns: Sequence[str], where: str, first: int) -> Iterator[Row]:
-    """Rows of an Arrow batch or table as plain values, whose first row has the number ``first``."""
+    """Yield the rows of an Arrow batch or table as plain values. Its first row has the number ``first``."""
     values = [_cells(batch[name], f"input {where}", name, first) for name in columns]
     for cells in zip(*values, strict=True):
         yield dict(zip(columns, cells, strict=True))
@@ -328,7 +342,7 @@ def _cells(column: Any, where: str, name: str, first: int) -> list:
 
 
 def _wanted(batches: Iterator[Any], first: int, rows: np.ndarray, columns: Sequence[str], where: str) -> Iterator[tuple[int, Row]]:
-    """The rows of these numbers out of consecutive batches, of which the first begins at row ``first``."""
+    """Yield the rows with these numbers out of consecutive batches. The first batch begins at row ``first``."""
     for batch in batches:
         inside = rows[(rows >= first) & (rows < first + len(batch))]
         for row in inside.tolist():

@@ -1,8 +1,8 @@
 """Score both pictures of every pair of an input, on any number of ranks, and write the scores to one file of labels.
 
-Each rank writes its rows to ``labels.jsonl.parts/RANK.jsonl`` and flushes them batch by batch. Started again, at any number of ranks,
-nothing that stands there is scored twice. When all rows are there, the first rank writes ``labels.jsonl`` in their order and deletes
-the parts. :mod:`dde_ds.data.labels` describes the file.
+Each rank appends its rows to ``labels.jsonl.parts/RANK.jsonl`` batch by batch. A second run, on any number of ranks, scores
+only what is missing there. When all rows are there, the first rank writes ``labels.jsonl`` in their order and deletes the
+parts. :mod:`dde_ds.data.labels` describes the file.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _require_same(path: Path, header: dict) -> None:
 
 
 def _known(parts: Path, header: dict) -> np.ndarray:
-    """Rows that earlier runs have dealt with."""
+    """Return the rows that earlier runs have dealt with."""
     found = [np.empty(0, np.int64)]
     for path in sorted(parts.glob("*.jsonl")):
         _require_same(path, header)
@@ -102,7 +102,7 @@ def _known(parts: Path, header: dict) -> np.ndarray:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict, int]]:
-    """Rows of a part, and where each begins in the file."""
+    """Yield the rows of a part, and where each begins in the file."""
     with open_regular(path) as file:
         read_header(file, str(path))
         places = _Counting(file)
@@ -133,7 +133,7 @@ def _score(source, rows: np.ndarray, scorers, path: Path, header: dict, batch: i
         for pairs in _chunks(source.read(rows), batch):
             both = list(decoders.map(_decoded, (data for pair in pairs for data in (pair.winner, pair.loser))))
             found = [(pair, both[2 * number : 2 * number + 2]) for number, pair in enumerate(pairs)]
-            scored = [(pair, images) for pair, images in found if not any(isinstance(image, str) for image in images)]
+            scored = [(pair, whole) for pair, images in found if len(whole := [i for i in images if not isinstance(i, str)]) == 2]
             scores = {pair.row: row for (pair, _), row in zip(scored, _scores(scored, scorers), strict=True)}
             for pair, images in found:
                 row = {"row": pair.row, "source": pair.source}
@@ -148,7 +148,7 @@ def _score(source, rows: np.ndarray, scorers, path: Path, header: dict, batch: i
 
 
 def _scores(pairs: list[tuple[PairRow, list[Image.Image]]], scorers: Sequence[Scorer]) -> list[dict[str, list[float]]]:
-    """Both scores of each pair by each scorer."""
+    """Return both scores of each pair by each scorer."""
     images = [image for _, both in pairs for image in both]
     prompts = [pair.caption for pair, _ in pairs for _ in range(2)]
     found: list[dict[str, list[float]]] = [{} for _ in pairs]
@@ -176,7 +176,7 @@ def _chunks(pairs: Iterator[PairRow], size: int) -> Iterator[list[PairRow]]:
 
 
 def _decoded(data: bytes | None) -> Image.Image | str:
-    """The picture, or why there is none."""
+    """Return the picture, or why there is none."""
     if data is None:
         return "missing image"
     try:

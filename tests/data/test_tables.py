@@ -246,6 +246,17 @@ def test_every_kind_of_file_gives_the_same_shards(kind, images, folder, encoder,
     assert pairs_of(ranking, images) == [("kite", 1, 2), ("kite", 1, 0), ("kite", 2, 0)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_label_is_another_input(kind, folder):
+    """Of the same size: settings and labels of scorers must not be taken for those of another input."""
+    rows = [{"c": "kite", "w": "a.jpg", "l": "b.jpg", "v": 0.25}, {"c": "boat", "w": "a.jpg", "l": "b.jpg", "v": 0.75}]
+    found = []
+    for value in (0.25, 0.75, 0.25):
+        (table,) = open_tables([str(written(folder / f"id.{kind}", [{**rows[0], "v": value}, rows[1]]))])
+        found.append(table.identity)
+    assert found[0] == found[2] != found[1]
+
+
 def test_soft_labels_reach_the_batch_and_the_mixture(images, encoder, tmp_path):
     path = written(tmp_path / "votes.parquet", rapidata(images))
     make(open_with(path, preset="rapidata"), tmp_path / "soft", encoder)
