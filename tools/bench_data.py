@@ -4,6 +4,7 @@
     python tools/bench_data.py resume                       # start-up and resume at a million samples
     python tools/bench_data.py memory                       # reading parquet of images, row group by row group
     python tools/bench_data.py encode --model launchers/demo/base --input launchers/demo/pairs/held_out.parquet
+    python tools/bench_data.py relabel --scorer pickscore=MODEL --input launchers/demo/pairs/held_out.parquet
 
 Every ratio is of two measurements in one run. Nothing is asserted: numbers are printed as rows of a Markdown table.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import itertools
 import os
 import statistics
@@ -24,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks import machine, record, table
+from PIL import Image
 
 from dde_ds.data.inputs import find_pairs
 from dde_ds.data.make import EncodingConfig, make_shards
@@ -33,7 +36,11 @@ from dde_ds.data.pair_rng import PairRng
 from dde_ds.data.reader import PairDataset, RankSlices, micro_batches
 from dde_ds.data.shards import ShardSet
 from dde_ds.data.writer import Sample, write_manifest, write_shard
+from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.errors import UserError
+from dde_ds.evaluation.inception import InceptionScorer
+from dde_ds.evaluation.relabel import relabel
+from dde_ds.evaluation.scorers import build_scorers
 from dde_ds.models.encode import Encoder
 from dde_ds.models.silence import silence_libraries
 
@@ -59,7 +66,12 @@ def main() -> int:
     encode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     memory = commands.add_parser("memory", help="memory of reading parquet, by the size of its row groups")
     memory.add_argument("--rows", type=int, default=4000)
-    for command in (read, resume, encode, memory):
+    scoring = commands.add_parser("relabel", help="rows/s of relabelling and of a plain loop with the same scorer")
+    scoring.add_argument("--scorer", required=True, help="as for dde-ds relabel")
+    scoring.add_argument("--input", nargs="+", required=True)
+    scoring.add_argument("--batch", type=int, default=8)
+    scoring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (read, resume, encode, memory, scoring):
         command.add_argument("--write", action="store_true", help="put the table into BENCHMARKS.md")
     args = parser.parse_args()
     silence_libraries()
@@ -68,6 +80,7 @@ def main() -> int:
         "resume": (bench_resume, "Starting and resuming"),
         "encode": (bench_encode, "Making shards"),
         "memory": (bench_memory, "Memory of reading parquet"),
+        "relabel": (bench_relabel, "Relabelling"),
     }[args.command]
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -301,6 +314,36 @@ def bench_encode(args: argparse.Namespace, folder: Path) -> str:
     tool, loop = (2 * pairs / min(times[name]) for name in ("tool", "plain loop"))
     about = f"{pairs} pairs at {recipe.resolution} pixels, {args.batch} at a time, model {args.model}; better of two."
     head = ("tool, images/s", "plain diffusers loop, images/s", "tool / loop")
+    return f"{about}\n\n{table(head, [(f'{tool:.1f}', f'{loop:.1f}', f'{tool / loop:.2f}')])}"
+
+
+def bench_relabel(args: argparse.Namespace, folder: Path) -> str:
+    """Score all pairs by the tool and by a plain loop: decode, score, append to a list."""
+    source, device = find_pairs(args.input), torch.device(args.device)
+    (scorer,) = build_scorers([args.scorer], device)
+    assert not isinstance(scorer, InceptionScorer)
+    rows = source.survey().rows
+
+    def plain() -> None:
+        kept, stream = [], source.read(rows)
+        while chunk := list(itertools.islice(stream, args.batch)):
+            images = [Image.open(io.BytesIO(data)) for pair in chunk for data in (pair.winner, pair.loser) if data]
+            kept.append(scorer.score(images, [pair.caption for pair in chunk for _ in range(2)]))
+
+    times: dict[str, list[float]] = {"tool": [], "plain loop": []}
+    plain()  # loads the model
+    for turn in range(2):
+        output = folder / f"{turn}.jsonl"
+        for name, work in (
+            ("tool", lambda output=output: relabel(source, output, [scorer], DistributedEnv(0, 1, 0), device, args.batch)),
+            ("plain loop", plain),
+        ):
+            started = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started)
+    tool, loop = (len(rows) / min(times[name]) for name in ("tool", "plain loop"))
+    about = f"{len(rows)} pairs, {args.batch} at a time, {scorer.name}; better of two."
+    head = ("relabel, rows/s", "plain loop, rows/s", "relabel / loop")
     return f"{about}\n\n{table(head, [(f'{tool:.1f}', f'{loop:.1f}', f'{tool / loop:.2f}')])}"
 
 

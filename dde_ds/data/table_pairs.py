@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -128,14 +129,21 @@ class TablePairs:
                     yield first + row, cells
 
     def _image(self, row: int, cells: Row, side: int) -> bytes | None:
+        """Return the bytes of a picture, or None if there are none.
+
+        Raises:
+            UserError: as :meth:`~dde_ds.data.image_files.ImageFiles.read` raises; the message names the row.
+        """
         number = int(np.searchsorted(self._first, row, side="right")) - 1
-        if len(self._shape) == 2:
-            return self.images[number].read(cells[self.columns[self._shape[side]]])
-        cell = cells[self.columns[self._shape[0]]]
+        cell = cells[self.columns[self._shape[side if len(self._shape) == 2 else 0]]]
         if self._shape == ("images",):
             pictures = _list(cell, "picture")
             cell = pictures[side] if side < len(pictures) else None
-        return self.images[number].read(cell)
+        try:
+            return self.images[number].read(cell)
+        except UserError as error:
+            where = f"{self.tables[number].name}:{row - int(self._first[number])}"
+            raise UserError(re.sub("^input: ", f"input {where}: ", str(error))) from None
 
     def _plain(self) -> Iterator[tuple[str | None, _Pair]]:
         """Yield the caption and the pair of each row of two pictures."""
