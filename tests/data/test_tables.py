@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dde_ds import UserError
+from dde_ds.cli.inspect_shards import summary
 from dde_ds.cli.parsing import Parser
 from dde_ds.cli.shard import _recipe, add_commands, input_pairs
 from dde_ds.cli.verify_shards import remake
@@ -31,6 +32,7 @@ from dde_ds.data.storage import DamagedData
 from dde_ds.data.tables import json_records, open_tables
 from dde_ds.data.verify import verify
 from dde_ds.models.encode import Encoder
+from dde_ds.training.batches import Batch
 from tests.support.tiny import write_tiny
 
 
@@ -274,6 +276,9 @@ def test_soft_labels_reach_the_batch_and_the_mixture(images, encoder, tmp_path):
     assert labels.dtype == torch.float32 and labels.shape == (4,)
     assert sorted(set(labels.tolist())) == pytest.approx([0.75, 0.8])
     assert "soft_label" not in batch(ShardSet(tmp_path / "hard"))
+    moved = Batch(**batch(soft)).to(torch.device("cpu"))
+    assert moved.soft_label is not None and torch.equal(moved.soft_label, labels)
+    assert "soft: the winner's share of the votes" in map(str, summary(soft.manifest).columns[1].cells)
     mixed = open_sources([(str(tmp_path / "soft"), 1), (str(tmp_path / "hard"), 1)])
     assert isinstance(mixed, MixedShards)
     assert sorted(float(mixed.read(shard, 0)["soft_label"]) for shard in range(2)) == [0.75, 1.0]
