@@ -131,8 +131,8 @@ class ReferenceConfig:
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "dde"
-    """``dde``, ``dde_single``, ``dde_step``, ``uniform`` (Diffusion-DPO), ``discounted``, ``sft``, ``dspo``, ``kto`` or ``mapo``. ``sft`` and
-    ``mapo`` compare with no reference and ignore β; ``dspo`` needs a β far below 1."""
+    """Name of an objective in the table of ``dde_ds/objective/README.md``: ``dde`` and its two halves, ``uniform`` (Diffusion-DPO), and
+    others. ``sft`` and ``mapo`` compare with no reference and ignore β. ``dspo`` needs a β far below 1."""
 
     beta: float = 2000.0
     """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier.

@@ -372,9 +372,9 @@ def build_objective(
     """An objective by its name.
 
     Args:
-        name: ``dde`` (eq. 11), its ablations ``dde_single`` (no correction) and ``dde_step`` (no single-shot weight), the
-            baselines ``uniform`` (eq. 12: Diffusion-DPO, D3PO), ``discounted`` and ``sft``, and the neighbours ``dspo``, ``kto``
-            and ``mapo``. The last four have a loss of their own, which no option below changes but ``timestep_range``.
+        name: a row of :data:`dde_ds.objective.specs.OBJECTIVES`: ``dde`` (eq. 11), its ablations ``dde_single`` (no correction)
+            and ``dde_step`` (no single-shot weight), ``uniform`` (eq. 12: Diffusion-DPO, D3PO), and others. A row with a loss of
+            its own, such as ``sft`` or ``kto``, takes no option below but ``timestep_range``, and ``beta`` where it has one.
         schedule: the noise schedule of the model that is trained.
         beta: strength of the preference term, for errors that are *means* over a latent's elements (Diffusion-DPO: 2000 for
             SD1.5, 5000 for SDXL).

@@ -45,10 +45,8 @@ def test_guides_name_every_link(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_guides_name_every_objective(name):
-    section = inspect.getsource(config.ObjectiveConfig)
-    for text in (section, build_objective.__doc__, (ROOT / "launchers/recipes/sdxl_dde.yaml").read_text(encoding="utf-8")):
-        assert re.search(rf"\b{name}\b", text)
+def test_the_commented_recipe_names_every_objective(name):
+    assert re.search(rf"\b{name}\b", (ROOT / "launchers/recipes/sdxl_dde.yaml").read_text(encoding="utf-8"))
 
 
 def test_a_row_is_all_that_a_new_objective_needs(schedule, monkeypatch):
