@@ -1,11 +1,11 @@
-"""Start one node's ranks of a run, in a container say, and end with their exit code.
+"""Start the ranks of one node, for example in a container, and end with their exit code.
 
     python launchers/node.py --config launchers/recipes/sdxl_dde.yaml --resume auto output=runs/first
     python launchers/node.py --nodes 2 --node-rank 1 --address node0 --config …
 
-What is not known here goes to launchers/train.py. The ranks of a node live and end together: TERM, INT and USR1 reach all of them as
-a request to stop, one that crashes takes the others along, and none outlives this process. Exit code 75, stopped and resumable,
-comes through, which torchrun turns into 1 and the deepspeed launcher loses when it is sent TERM itself.
+Options that are not listed below go to launchers/train.py. The ranks of a node live and end together. TERM, INT and USR1 reach all of
+them as a request to stop. A rank that crashes ends the others too, and no rank outlives this process. The exit code 75 (stopped and
+resumable) is passed on; torchrun turns it into 1, and the deepspeed launcher loses it when it gets TERM itself.
 
 Defaults come from PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT, as Kubeflow Trainer sets them.
 """

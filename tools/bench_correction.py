@@ -1,9 +1,9 @@
-"""How near the correction's table comes to the true correction, and what stratified timesteps do, on the demo's own pairs.
+"""Measure how near the correction's table comes to the true correction, and what stratified timesteps do, on the demo's pairs.
 
     python tools/bench_correction.py --shards demo_run/shards            # trains as launchers/demo/train.yaml does, then measures
 
-One process trains the demo in plain PyTorch and keeps every timestep and margin that training sees. Each estimator is given exactly
-those. The true K_t = Σ_{j>t} λ_j E[m_j] is that of the final policy: every timestep is evaluated on the same number of pairs. Those
+One process trains the demo in plain PyTorch and keeps every timestep and margin that training sees. Each estimator gets exactly
+these. The true K_t = Σ_{j>t} λ_j E[m_j] is that of the final policy: every timestep is evaluated on the same number of pairs. Those
 evaluations are kept as well, and batches drawn from them show the variance that the choice of timesteps leaves.
 """
 

@@ -1,10 +1,10 @@
-"""The fused objective beside the plain formulation, eager and compiled, in one run.
+"""Measure the fused objective beside the plain formulation, eager and compiled, in one run.
 
     python tools/bench_objective.py            # prints; --write puts the tables into BENCHMARKS.md
 
-Each row times forward and backward of the loss from predictions that are already there. The candidates take turns, and a ratio is
-the median of those within a turn, with its quartiles. The floor is the bytes that must move, read once and written once, divided by the
-device's measured copy bandwidth. A GPU's calls take turns on copies of the inputs, so that its cache does not hold what a call reads.
+Each row times the loss forward and backward, from given predictions. The candidates take turns. A ratio is the median of the ratios
+within a turn, with its quartiles. The floor divides the bytes that must be read and written once by the device's measured copy
+bandwidth. On a GPU the calls use several copies of the inputs in turn, so that the cache never holds what a call reads.
 """
 
 from __future__ import annotations

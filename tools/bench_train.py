@@ -1,15 +1,15 @@
-"""A training step of ours beside a plain PyTorch + diffusers loop of the same work, in turns.
+"""Measure a training step beside a plain PyTorch and diffusers loop of the same work, in turns.
 
     python tools/bench_train.py                                     # the demo's model
     python tools/bench_train.py --model sdxl-base --latent 128 --micro 2 --precision bf16 --checkpointing full --zero 2 --compile
     python tools/bench_train.py --unet-config unet.json …           # an architecture with random weights
-    python tools/bench_train.py --precomputed                            # with and without a precomputed reference, no plain loop
+    python tools/bench_train.py --precomputed                       # with and without a precomputed reference, no plain loop
     python tools/bench_train.py --apart …                           # where both do not fit the memory together
 
-The plain loop is what public Diffusion-DPO scripts do: a pass of the policy and a separate one of the reference, each over winners and
-losers at once, the loss in eager PyTorch, gradient clipping, AdamW, no compilation. Ours is the trainer's step with all that belongs to
-it: ZeRO, correction table, agreement of the ranks, metrics, log and heartbeat. Both read made-up pairs from memory, so that no disk is
-measured. The split of the time comes from further steps, in which the device is waited for after each part.
+The plain loop is what public Diffusion-DPO scripts do. Policy and reference each make one pass over winners and losers, the loss is in
+eager PyTorch, and AdamW follows gradient clipping. Nothing is compiled. Ours is the trainer's whole step: ZeRO, correction table,
+agreement of the ranks, metrics, log and heartbeat. Both read made-up pairs from memory, so no disk is measured. Further steps, which
+wait for the device after each part, give the split of the time.
 """
 
 from __future__ import annotations

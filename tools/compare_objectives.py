@@ -1,16 +1,16 @@
-"""All six objectives, and segments of the trajectory, on the demo's emoji: from the same base, seeds, data order and noise.
+"""Compare objectives, and segments of the trajectory, on the demo's emoji: with the same base, seeds, data order and noise.
 
     python tools/compare_objectives.py [--output demo_compare] [--seeds 3]
     python tools/compare_objectives.py --report      # table and figure of what is there, nothing trained
 
-1. *Settings.* Every objective is trained with every β and learning rate of one grid, at full length, with a seed of its own, and
-   drawn on **training** captions. Taken is the setting with the highest win rate over the base there, among those whose Fréchet
-   distance to the real preferred images is not above the base's; of equal ones the nearer. Where none is as near as the base, the
-   highest win rate of all is taken, and the table marks it. No held-out caption is looked at.
-2. *Comparison.* Every objective at its setting, and segments of the trajectory at DDE's, is trained with each seed and drawn on the
-   held-out captions. Seeds come one after another, so that a run that is cut short has whole seeds.
+1. *Settings.* Every objective is trained at full length with every β and learning rate of a grid, and drawn on **training** captions.
+   Its setting is the one with the highest win rate over the base, among those whose Fréchet distance to the real preferred images is
+   not above the base's. Of equal settings the one with the smaller distance is taken. If no setting is as near as the base, the highest
+   win rate of all is taken, and the table marks it. No held-out caption is used.
+2. *Comparison.* Every objective at its setting, and segments of the trajectory at DDE's setting, are trained with each seed and drawn
+   on the held-out captions. Seeds come one after another, so a run that is cut short has whole seeds.
 
-What is done is kept, run by run: started again, it goes on. Writes ``comparison.json``, ``comparison.md`` and ``comparison.png``.
+Each finished run is kept, and the same command continues. It writes ``comparison.json``, ``comparison.md`` and ``comparison.png``.
 """
 
 from __future__ import annotations

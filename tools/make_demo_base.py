@@ -2,15 +2,15 @@
 
     python tools/make_demo_base.py --pairs launchers/demo/pairs/train.parquet --output launchers/demo/base
 
-Learns from **both** images of every pair, with no word of which vendor drew which, so that there is a preference left to
-align to. Captions that are to be held out must not be in ``--pairs``. Three parts, in order:
+The model learns from **both** images of every pair, and never which vendor drew which. So a preference is left to align to. Held-out
+captions must not be in ``--pairs``. There are three parts, in this order:
 
 1. an AutoencoderKL, factor 4, whose latents are then normalised in the weights (see ``normalise_latents``);
 2. a byte-pair vocabulary of the captions, as a CLIPTokenizer;
 3. a CLIPTextModel and a UNet2DConditionModel with cross-attention, trained together on the noise-prediction loss.
 
-The output is a diffusers folder in float16. About 12 + 60 minutes on two cores. ``--output`` that already holds a ``vae``
-continues with part 2; delete the folder to start over.
+The output is a diffusers folder in float16. It takes about 12 and 60 minutes on two cores. If ``--output`` already holds a ``vae``, the
+tool continues with part 2; delete the folder to start over.
 """
 
 # The hints of diffusers' and transformers' constructors are narrower than what they take: tuple[str] for any number of blocks.

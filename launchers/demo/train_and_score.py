@@ -2,11 +2,10 @@
 
     deepspeed launchers/demo/train_and_score.py --plan demo_compare/plan.json
 
-The plan is ``{"settings": …, "jobs": [{"name", "captions", "overrides", "precomputed"}, …]}``, as ``tools/compare_objectives.py`` writes it; beside it
-lie the judge and the held-out shards. Each job
-is a run of ``train.yaml`` with its overrides (none: the base model as it is), drawn on training or on held-out captions. Its
-result, ``results/NAME.json`` beside the plan, is whole or absent, and jobs that have one are left out: a launch that was killed
-goes on where it was.
+``tools/compare_objectives.py`` writes the plan: ``{"settings": …, "jobs": [{"name", "captions", "overrides", "precomputed"}, …]}``. The
+judge and the held-out shards lie beside it. Each job is a run of ``train.yaml`` with its overrides, or the base model if it has
+none. Its pictures are drawn for training or held-out captions. Its result is ``results/NAME.json`` beside the plan, whole or absent.
+Jobs that have a result are left out, so a launch that was killed continues where it was.
 
 Exit code 0: all done. 75: stopped as asked. 1: an error, in one line.
 """
