@@ -51,6 +51,8 @@ SEGMENTS = [
     for low, high in ((0, 100), (300, 400), (500, 600), (700, 800), (900, 1000), (200, 700))
 ]
 VARIANTS = {variant.name: variant for variant in OBJECTIVES + SEGMENTS}
+# Objectives with a loss of their own need another grid: `--only dspo --betas 0.01 0.1 1`, say.
+COMPARED = [name for name, variant in VARIANTS.items() if variant.objective in (*specs.LINKED, "sft")]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Setting:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("demo_compare"))
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=COMPARED, help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--betas", type=float, nargs="+", default=[50.0, 500.0, 2000.0], help="of the grid")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 2e-4], help="learning rates of the grid")
