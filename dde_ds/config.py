@@ -168,7 +168,8 @@ class ObjectiveConfig:
     often disagree."""
 
     soft_labels: bool = False
-    """Use each pair's share of votes from the shards in the place of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold it."""
+    """Use each pair's share of votes from the shards instead of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold
+    it. In a mixture of sources, pairs of a source without votes count as sure."""
 
     winner_preserving: float | None = None
     """Share μ in [0, 1] of SDPO's safeguard. It scales the loser's gradient down where that would raise the winner's error. Of SDPO's runs:
@@ -176,10 +177,10 @@ class ObjectiveConfig:
 
     credit: Literal["pair", "mean"] = "pair"
     """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean margin,
-    which is the curve that ``dde-ds explain`` draws. Use it to train the middle of the trajectory."""
+    which is the curve that ``dde-ds explain`` draws. That curve begins at the noisy end, and moves as the pairs get ahead."""
 
     single_shot: Literal["weight", "calibrated"] = "weight"
-    """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z is then the true log
+    """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z/β is then the true log
     ratio for Gaussian data of unit variance."""
 
     shared_noise: bool = True

@@ -159,7 +159,8 @@ def job(name: str, variant: Variant, setting: Setting, seed: int, captions: str)
     if variant.timesteps:
         overrides.append(f"objective.timestep_range={list(variant.timesteps)}")
     # The first run of a seed writes the reference's errors there, and the other runs of the seed read them.
-    precomputed = None if variant.timesteps else f"seed-{seed}"
+    own = variant.timesteps or specs.OBJECTIVES[variant.objective].needs_prediction
+    precomputed = None if own else f"seed-{seed}"
     name = f"{name}-{variant.name.replace(' ', '-')}-beta{setting.beta:g}-rate{setting.rate:g}-seed{seed}"
     return {"name": name, "captions": captions, "overrides": overrides, "precomputed": precomputed}
 

@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
 def explain(args: argparse.Namespace) -> None:
     """Draw which timesteps the objectives teach, and print where their credit lies.
 
-    With ``--run``, draw instead the correction that a run recorded, and print only the path of the picture.
+    With ``--run``, draw instead what a run recorded, and print each tenth's share of its credit.
     """
     from rich.console import Console
     from rich.table import Table

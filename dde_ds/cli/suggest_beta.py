@@ -32,6 +32,11 @@ def suggest_beta(args: argparse.Namespace) -> None:
     )
     for target in TARGETS:
         print(f"mean z {target:g}: β = {float(f'{found.beta_for(target):.3g}'):g}")
+    if found.rate_share < 0.9:
+        print(
+            f"note: these steps ran at {found.rate_share:.0%} of optimizer.learning_rate, in its warm-up: at the full rate margins grow faster, "
+            "and the same mean z takes a lower β; take later steps, or a run with optimizer.warmup_steps=0"
+        )
     if found.mean_z > LARGE:
         print(
             f"note: a mean z above {LARGE:g} slows learning down, and a lower β would not: take fewer steps, or a run with a lower β"

@@ -43,6 +43,9 @@ class Link(NamedTuple):
     soft_labels: bool = False
     """It has a meaning with labels of a pair's own."""
 
+    one_sided: bool = False
+    """A pair far ahead teaches nothing more, and a pair far behind keeps its full weight."""
+
 
 class BoundLink(NamedTuple):
     """A link with its β and label smoothing: functions of z, (B,), and optionally of the pairs' own p, (B,)."""
@@ -101,11 +104,22 @@ def _dmpo_weight(z: Tensor, p: Label, beta: float) -> Tensor:
 
 LINKS: dict[str, Link] = {
     "logistic": Link(
-        _logistic, _logistic_weight, "p softplus(-z) + (1-p) softplus(z)", "DPO; cDPO where p < 1", smoothing=True, soft_labels=True
+        _logistic,
+        _logistic_weight,
+        "p softplus(-z) + (1-p) softplus(z)",
+        "DPO; cDPO where p < 1",
+        smoothing=True,
+        soft_labels=True,
+        one_sided=True,
     ),
     # Divides by 2p-1, which is 0 for a pair whose votes are level: for one rate of wrong labels, not for labels of each pair.
     "robust": Link(
-        _robust, _robust_weight, "[p softplus(-z) - (1-p) softplus(z)] / (2p-1)", "robust DPO, arXiv 2403.00409", smoothing=True
+        _robust,
+        _robust_weight,
+        "[p softplus(-z) - (1-p) softplus(z)] / (2p-1)",
+        "robust DPO, arXiv 2403.00409",
+        smoothing=True,
+        one_sided=True,
     ),
     "ipo": Link(
         lambda z, p, beta: ((z - 0.5) / beta).square(),
@@ -113,7 +127,13 @@ LINKS: dict[str, Link] = {
         "(z/β - 1/(2β))²",
         "IPO, arXiv 2310.12036",
     ),
-    "hinge": Link(lambda z, p, beta: F.relu(1 - z), lambda z, p, beta: (z < 1).to(z.dtype), "relu(1-z)", "SLiC, arXiv 2305.10425"),
+    "hinge": Link(
+        lambda z, p, beta: F.relu(1 - z),
+        lambda z, p, beta: (z < 1).to(z.dtype),
+        "relu(1-z)",
+        "SLiC, arXiv 2305.10425",
+        one_sided=True,
+    ),
     "sigmoid": Link(
         lambda z, p, beta: torch.sigmoid(-z),
         lambda z, p, beta: torch.sigmoid(z) * torch.sigmoid(-z),

@@ -261,7 +261,7 @@ class Objective:
             return torch.zeros_like(z)
         gain = self._gain if self._credit_gain is None else self._mean_credit(self._credit_gain)
         weight = self.link.weight(z) if soft_labels is None else self.link.weight(z, soft_labels.to(z.dtype))
-        return gain[timesteps].to(z.dtype) * weight
+        return gain[timesteps].to(z.dtype) * weight.abs()  # some links push a pair back once it is far enough ahead
 
     @torch.no_grad()
     def _metrics(
@@ -271,8 +271,8 @@ class Objective:
         gain = self._gain[timesteps].to(z.dtype)
         scale = -(self.beta / 2) * gain
         margins, ahead = scale * (chosen_drift - rejected_drift), losses.share_ahead(rejected_drift - chosen_drift)
-        push = losses.logistic_weight(z)
-        correction = self.correction_weight * self.correction(timesteps).mean()
+        # With ``credit: mean`` K shapes the credit, and is no part of z.
+        correction = (self.correction_weight if self._credit_gain is None else 0.0) * self.correction(timesteps).mean()
         metrics = {
             "loss": loss,
             "rewards/chosen": (scale * chosen_drift).mean(),
@@ -285,11 +285,13 @@ class Objective:
             "drift/rejected": rejected_drift.mean(),
             "dde/correction_mean": correction,
             "dde/offset_mean": 0 - self.beta / 2 * correction,  # in units of z
+        }
+        if not self.spec.own_loss and LINKS[self.options.link].one_sided:
             # Shares of pairs whose σ(-z) is pinned near 0, learnt, or near 1, far on the wrong side: the first teach nothing, the second
             # push with full weight.
-            "dde/saturated_learnt": (push < SATURATED).to(z.dtype).mean(),
-            "dde/saturated_wrong": (push > 1 - SATURATED).to(z.dtype).mean(),
-        }
+            push = losses.logistic_weight(z)
+            metrics["dde/saturated_learnt"] = (push < SATURATED).to(z.dtype).mean()
+            metrics["dde/saturated_wrong"] = (push > 1 - SATURATED).to(z.dtype).mean()
         if self._reference_point:
             metrics["kto/reference_point"] = self._reference_point.value
         metrics |= {f"error/{name}": error.mean() for name, error in zip(ERROR_NAMES, errors, strict=True)}

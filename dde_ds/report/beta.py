@@ -19,6 +19,7 @@ class BetaEffect(NamedTuple):
     """What a run's β came to in its first steps."""
 
     objective: str
+    """Its name, with its link and credit where these are not the defaults."""
     beta: float
     mean_z: float
     """Mean of -(β/2) g_t m over the pairs of the rows: z without the correction. Above 0."""
@@ -26,6 +27,8 @@ class BetaEffect(NamedTuple):
     first: int
     last: int
     """First and last step of the rows."""
+    rate_share: float
+    """Mean learning rate of these steps, in parts of the rate that the run reaches after its warm-up."""
 
     def beta_for(self, mean_z: float) -> float:
         """Return the β at which the mean would have been ``mean_z``."""
@@ -48,9 +51,14 @@ def measure_beta(folder: Path, steps: int = 40) -> BetaEffect:
         raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
     if steps < 1:
         raise UserError(f"steps {steps}: must be 1 or more")
-    objective = load_config(folder / "config.yaml").objective
+    run = load_config(folder / "config.yaml")
+    objective = run.objective
     if objective.name in OBJECTIVES and not OBJECTIVES[objective.name].needs_reference:
         raise UserError(f"run {folder}: {objective.name} compares with no reference and has no z")
+    if objective.name in OBJECTIVES and OBJECTIVES[objective.name].own_loss:
+        raise UserError(f"run {folder}: {objective.name} has a loss of its own, which does not follow from z")
+    if objective.link == "ipo":
+        raise UserError(f"run {folder}: the link ipo pulls every z to 1/2, whatever β is; β sets the margin 1/(2β) itself")
     rows = read_rows(folder / "metrics.jsonl", is_metrics)
     steps = min(steps, max((row["step"] for row in rows), default=steps))
     begin = steps // 2
@@ -70,4 +78,17 @@ def measure_beta(folder: Path, steps: int = 40) -> BetaEffect:
             f"run {folder}: the mean z is {mean:.4g} in steps {spans[0][0]} to {spans[-1][0]}, not above 0: its pairs are not ahead, and no β "
             "changes that; take more steps, or larger batches"
         )
-    return BetaEffect(objective.name, objective.beta, mean, len(spans), spans[0][0], spans[-1][0])
+    begin = spans[0][0] - spans[0][1]
+    rates = [run.optimizer.rate(step) for step in range(begin, spans[-1][0])]
+    share = sum(rates) / len(rates) / run.optimizer.learning_rate
+    name = " ".join(
+        [
+            objective.name,
+            *(
+                f"{key} {value}"
+                for key, value, plain in (("link", objective.link, "logistic"), ("credit", objective.credit, "pair"))
+                if value != plain
+            ),
+        ]
+    )
+    return BetaEffect(name, objective.beta, mean, len(spans), spans[0][0], spans[-1][0], share)

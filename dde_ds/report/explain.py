@@ -95,7 +95,11 @@ def draw_run(
         _credit(axis, {f"{objective.name}, at the mean margin": mean})
         if over_pairs:
             name, sums = over_pairs
-            axis.plot((torch.arange(len(sums)) + 0.5) * steps / len(sums), sums / sums.max(), label=f"{objective.name}, {name}")
+            axis.plot(
+                (torch.arange(len(sums)) + 0.5) * steps / len(sums),
+                sums / sums.max().clamp_min(1e-300),
+                label=f"{objective.name}, {name}",
+            )
             axis.legend(fontsize=8)
         axis.set_title("credit of a timestep in this run: |∂loss/∂d|, times how often it is drawn")
 
@@ -164,7 +168,7 @@ def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
 def _tenths(credit: Tensor) -> list[float]:
     """Each tenth's share."""
     tenth = torch.arange(len(credit)) * 10 // len(credit)
-    return (torch.zeros(10, dtype=torch.float64).index_add_(0, tenth, credit) / credit.sum()).tolist()
+    return (torch.zeros(10, dtype=torch.float64).index_add_(0, tenth, credit) / credit.sum().clamp_min(1e-300)).tolist()
 
 
 def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
@@ -187,7 +191,7 @@ def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
 
 def _credit(axis, found: dict[str, Profile]) -> None:
     for name, profile in found.items():
-        (line,) = axis.plot(profile.credit / profile.credit.max(), label=name)
+        (line,) = axis.plot(profile.credit / profile.credit.max().clamp_min(1e-300), label=name)
         if profile.credit.max() > profile.credit.min() * 1.001:
             axis.plot(profile.peak, 1.0, "o", color=line.get_color(), markersize=4)
     axis.set_ylabel("credit, in parts of its peak")

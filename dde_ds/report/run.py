@@ -148,7 +148,7 @@ def _credit(folder: Path, run: RunConfig | None) -> str:
     lines = []
     for objective, (name, profile) in zip([trained, *others], profiles([trained, *others], MARGIN).items(), strict=True):
         credit = profile.credit * objective.timestep_probabilities
-        lines.append(Line(name, timesteps, (credit / credit.max()).tolist()))
+        lines.append(Line(name, timesteps, (credit / credit.max().clamp_min(1e-300)).tolist()))
     return line_chart(
         f"Credit of a timestep, every pair {MARGIN:g} ahead, in parts of its peak", lines, "timestep t: clean → noise"
     )

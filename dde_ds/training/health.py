@@ -36,12 +36,12 @@ def find_problems(row: dict[str, float]) -> dict[str, str]:
             f"the path KL from the reference is {row['drift/path_kl']:.0f} nats, {path:.0%} of what the reference's own errors come to, at "
             f"accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
-    if row["dde/saturated_learnt"] > LEARNT:
+    if row.get("dde/saturated_learnt", 0.0) > LEARNT:
         found["learnt"] = (
             f"{row['dde/saturated_learnt']:.0%} of the pairs are learnt (σ(-z) below 0.01) and teach nothing more: "
             "lower objective.beta, or stop the run"
         )
-    if row["dde/saturated_wrong"] > WRONG:
+    if row.get("dde/saturated_wrong", 0.0) > WRONG:
         found["wrong"] = (
             f"{row['dde/saturated_wrong']:.0%} of the pairs are far on the wrong side (σ(-z) above 0.99) and push with full weight: "
             "lower objective.beta or optimizer.learning_rate, or leave out the noisiest timesteps with objective.timestep_range"

@@ -82,6 +82,8 @@ def test_the_plain_loop_follows_the_record(configs, kind):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-8)
     assert min(abs(a - b) for a, b in combinations(losses, 2)) > 5 * LOSS, "a run that learns nothing would agree as well"
     assert min(norms) > run.optimizer.max_grad_norm, "every step is clipped"
+    without = plain_steps(load_config(configs[kind], ["objective.correction_weight=0"]))
+    assert max(abs(loss - own) for loss, (own, _) in zip(losses, without, strict=True)) > 5 * LOSS, "a missing correction is seen"
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from dde_ds import load_config
+from dde_ds import UserError, load_config
 from dde_ds.cli import main
 from dde_ds.objective.objective import Objective
 from dde_ds.report.beta import measure_beta
@@ -65,7 +66,7 @@ def once(folder, model, shards, objective):
 def test_by_float64(ran, name):
     run, expected, _ = ran[name]
     found = measure_beta(run)
-    assert found == (name, 2, pytest.approx(expected, rel=5e-3), 5, 6, 10)
+    assert found == (name, 2, pytest.approx(expected, rel=5e-3), 5, 6, 10, pytest.approx(1))
     assert found.beta_for(0.5) == pytest.approx(2 * 0.5 / expected, rel=5e-3)
     assert found.beta_for(5) == pytest.approx(10 * found.beta_for(0.5))
 
@@ -108,7 +109,7 @@ def made(tmp_path, sd_model, sd_shards):
 def test_rows_count_by_the_steps_that_they_average(made, capsys):
     """Also the one that reaches back before the window, whole; a row of skipped steps has no number."""
     folder = made({15: 9.0, 25: 1.0, 30: None, 31: 3.0, 40: 4.0, 50: 7.0})
-    assert measure_beta(folder) == ("uniform", 100, pytest.approx((10 * 1.0 + 1 * 3.0 + 9 * 4.0) / 20), 3, 25, 40)
+    assert measure_beta(folder) == ("uniform", 100, pytest.approx((10 * 1.0 + 1 * 3.0 + 9 * 4.0) / 20), 3, 25, 40, pytest.approx(1))
     assert main(["suggest-beta", str(folder)]) == 0
     assert "note: a mean z above 1 slows learning down" in capsys.readouterr().out
     assert main(["suggest-beta", str(folder), "--steps", "30"]) == 0
@@ -137,3 +138,24 @@ def test_runs_that_say_nothing_of_beta(made, capsys, margins, objective, argumen
 def test_no_run(tmp_path, capsys):
     assert main(["suggest-beta", str(tmp_path)]) == 1
     assert "no config.yaml there; name the output folder of a run" in capsys.readouterr().err
+
+
+def test_where_the_mean_z_does_not_follow_from_beta(made):
+    for objective, message in (
+        ({"name": "kto"}, "kto has a loss of its own"),
+        ({"link": "ipo"}, "the link ipo pulls every z to 1/2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure_beta(made({40: 1.0}, **objective))
+    assert measure_beta(made({40: 1.0}, link="sigmoid")).objective == "uniform link sigmoid"
+
+
+def test_steps_of_a_warm_up_are_said_to_be_that(made, capsys):
+    """The row averages steps 1 to 40 of a warm-up of 200: (1 + … + 40) / 40 / 200 of the rate."""
+    folder = made({40: 0.5})
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["optimizer"]["warmup_steps"] = 200
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert measure_beta(folder).rate_share == pytest.approx(20.5 / 200)
+    assert main(["suggest-beta", str(folder)]) == 0
+    assert "note: these steps ran at 10% of optimizer.learning_rate, in its warm-up" in capsys.readouterr().out
