@@ -1,4 +1,4 @@
-"""The objective as a training loop sees it: predictions in, loss and metrics out."""
+"""The objective as a training loop uses it: from predictions to the loss and its metrics."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ from dde_ds.objective.specs import OBJECTIVES, ObjectiveSpec, calibrated, single
 
 SATURATED = 0.01
 TIMESTEP_BUCKETS = 50
-# Rows of what is summed by timestep: pairs with m < 0, of those with m = 0 one half, reward margins, the winner's drift, its reference error,
-# the credit g_t · (the link's weight), and how many pairs.
+# The sums by timestep, one a row: pairs with m < 0 (a pair with m = 0 counts one half), reward margins, the winner's drift, the winner's
+# reference error, the credit g_t · (the link's weight), and the number of pairs.
 BY_TIMESTEP = ("accuracy", "margin", "drift", "reference", "credit", "pairs")
 
 
 @dataclass
 class ObjectiveOutput:
+    """The result of one call of :class:`Objective`."""
+
     loss: Tensor
-    """Scalar, mean over the pairs of this call; carries the gradient."""
+    """The mean loss over the pairs of this call, 0-d. It carries the gradient."""
 
     logits: Tensor
-    """z of each pair, (B,), detached. Empty for ``sft``, which has none."""
+    """z of each pair, (B,), detached. Empty for ``sft``, which has no z."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """0-d tensors, detached, still on the device: reading one is a host synchronisation."""
+    """Detached 0-d tensors, still on the device. Reading a value synchronises the host with the device."""
 
     by_timestep: Tensor | None = None
-    """(len(BY_TIMESTEP),50): sums over the pairs of each fiftieth of the timesteps, so that micro-batches and ranks can be added up.
-    None where there is no reference."""
+    """Sums over the pairs of each fiftieth of the timesteps, (len(BY_TIMESTEP),50). Being sums, they can be added over micro-batches and
+    ranks. None where there is no reference."""
 
     reference_errors: Tensor | None = None
-    """d(ref,w) of each pair, then d(ref,l), (2B,), as the loss took them: what a later call may be given in the place of a
+    """d(ref,w) of each pair, then d(ref,l), (2B,), as the loss used them. A later call accepts them instead of the reference's
     prediction. None where there is no reference."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How z becomes a loss. What each means, :func:`build_objective` says."""
+    """Options that turn z into a loss. :func:`build_objective` explains each of them."""
 
     link: str = "logistic"
     label_smoothing: float = 0.0
@@ -64,7 +66,10 @@ CREDITS = ("pair", "mean")
 
 
 class Objective:
-    """Build it with :func:`build_objective`. Call it once a micro-batch, :meth:`commit` once an optimizer step."""
+    """A preference objective with its correction table. Build it with :func:`build_objective`.
+
+    Call the objective once a micro-batch and :meth:`commit` once an optimizer step.
+    """
 
     def __init__(
         self,
@@ -84,12 +89,12 @@ class Objective:
         is_calibrated = options.single_shot == "calibrated"
         self.correction_weight = (1 + is_calibrated) * correction_weight if spec.corrected else 0.0
         self.timestep_probabilities = _timestep_probabilities(spec, schedule, discount, discount_mode, timestep_range)
-        """p(t), (T,) float64: what the trainer samples timesteps from."""
+        """p(t), (T,) float64: the distribution from which the trainer samples timesteps."""
         self.needs_reference = spec.needs_reference
         self.link = bind(LINKS[options.link], beta, options.label_smoothing)
-        """The loss of z, and its gradient weight, of an objective without a loss of its own."""
+        """The loss of z and its gradient weight, for an objective without its own loss."""
         self.table = CorrectionTable(schedule.stepwise_weight, correction_ema, correction_buckets)
-        drawn = spec.discounted and discount_mode == "sample"  # the gain is then in how often t is drawn
+        drawn = spec.discounted and discount_mode == "sample"  # The frequency of t then carries the gain.
         gain = calibrated if is_calibrated else spec.gain
         ones = torch.ones(schedule.num_train_timesteps, dtype=torch.float64)
         own_gain = ones if drawn else gain(schedule, discount)
@@ -99,7 +104,7 @@ class Objective:
         self._reference_point = ReferencePoint() if spec.has_reference_point else None
 
     def to(self, device: torch.device | str) -> Objective:
-        """Move the tables; done by itself at the first call on another device."""
+        """Move the tables to ``device``. The first call with predictions on another device does this by itself."""
         self._gain, self._path_weight, self._drawn_log = (
             each.to(device) for each in (self._gain, self._path_weight, self._drawn_log)
         )
@@ -121,22 +126,23 @@ class Objective:
         reference_errors: Tensor | None = None,
         soft_labels: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """Loss of B pairs.
+        """Compute the loss of B pairs.
 
         Args:
             policy_pred: the policy's output, (2B,C,H,W): B winners, then their B losers.
-            reference_pred: the reference's output, same shape, no gradient; None for ``sft`` and ``mapo``, or where its errors are given.
-            noise: ε, (B,C,H,W), shared by winner and loser; or (2B,C,H,W) where each has its own.
+            reference_pred: the reference's output, same shape, without a gradient. None for ``sft`` and ``mapo``, and where
+                ``reference_errors`` is given.
+            noise: ε, (B,C,H,W) where winner and loser share it, or (2B,C,H,W) where each has its own.
             timesteps: (B,) int64, shared by winner and loser.
-            noisy_latents: x_t, (2B,C,H,W): needed only where the model predicts v or the sample.
-            reference_errors: d(ref,·), (2B,), in the place of ``reference_pred``: what an earlier call with the same noise and
-                timesteps gave out under this name. The loss is then the same, on a CPU to the last bit;
-                on a GPU a test tells.
-            soft_labels: how sure each pair's label is, such as the winner's share of votes, (B,) in [0, 1]: exactly where the option
-                ``soft_labels`` is on. Their range is checked on the CPU alone, since a look at a GPU's numbers waits for it.
+            noisy_latents: x_t, (2B,C,H,W). Needed only where the model predicts v or the sample.
+            reference_errors: d(ref,·), (2B,), given instead of ``reference_pred``. They are the ``reference_errors`` of an earlier
+                call with the same noise and timesteps. The loss is then the same: on a CPU to the last bit; on a GPU a test checks it.
+            soft_labels: the certainty of each pair's label, such as the winner's share of votes, (B,) in [0, 1]. Required where the
+                option ``soft_labels`` is on, refused where it is off. Their range is checked on the CPU alone, because reading
+                a GPU tensor makes the host wait for the GPU.
 
         Raises:
-            UserError: shapes that do not fit together, or labels out of range.
+            UserError: shapes do not match, an input is missing or given twice, or a label is out of range.
         """
         self._check(policy_pred, reference_pred, reference_errors, noise, timesteps, noisy_latents)
         self._check_labels(soft_labels, len(timesteps))
@@ -155,7 +161,7 @@ class Objective:
         if sums.inner is not None and share is not None:
             policy_error = losses.preserve_winner(policy_error, sums.inner, policy_pred[0].numel(), share)
         if self.needs_reference and reference_error is None:
-            assert reference_errors is not None  # one of the two is there: _check
+            assert reference_errors is not None  # _check refuses a call with neither reference_pred nor reference_errors.
             reference_error = reference_errors.to(policy_error.dtype)
 
         of_each, z = self.pair_losses(timesteps, policy_error, reference_error, sums.moved, soft_labels)
@@ -179,12 +185,12 @@ class Objective:
         moved: Tensor | None = None,
         soft_labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair, (B,), and the z that metrics tell of it, (B,), or (0,) for ``sft``, by the state as it stands.
+        """Return the loss of each pair, (B,), and z for the metrics, (B,), or (0,) for ``sft``. Use the current state and leave it as it is.
 
         Args:
             timesteps: (B,).
-            policy, reference, moved: d(θ,·), d(ref,·) and ‖ε_θ - ε_ref‖², (2B,) each, winners then losers. ``reference`` is None
-                where there is none; ``moved`` is needed by ``dspo`` alone.
+            policy, reference, moved: d(θ,·), d(ref,·) and ‖ε_θ - ε_ref‖², (2B,) each, winners then losers. ``reference`` is None for
+                objectives without a reference. Only ``dspo`` needs ``moved``.
             soft_labels: (B,).
         """
         z = None if reference is None else self.logits(losses.margin(policy, reference), timesteps)
@@ -192,16 +198,17 @@ class Objective:
             point = self._reference_point.value.to(policy.dtype) if self._reference_point else None
             steps = self.schedule.num_train_timesteps
             return self.spec.own_loss(losses.Terms(policy, reference, moved, z, self.beta, steps, point))
-        assert z is not None  # an objective without a reference has a loss of its own
+        assert z is not None  # An objective without a reference has its own loss.
         of_each = self.link.loss(z) if soft_labels is None else self.link.loss(z, soft_labels.to(z.dtype))
         if self._credit_gain is not None:
             of_each = self._mean_credit(self._credit_gain)[timesteps].to(z.dtype) * of_each
         return of_each, z
 
     def _mean_credit(self, gain: Tensor) -> Tensor:
-        """c_t / mean(c), (T,) float64, for ``credit: mean``: c_t = g_t σ(-z̄_t), z̄_t of the table's mean margin; the mean is over p(t).
+        """Return c_t / mean(c), (T,) float64, for ``credit: mean``. The mean is over p(t).
 
-        By logarithms, so that timesteps that are all far ahead still have shares.
+        c_t = g_t σ(-z̄_t), with z̄_t from the mean margin of the correction table. The computation uses logarithms, so that no share
+        underflows where the policy is far ahead at every timestep.
         """
         margin = self.table.average[0][self.table.bucket]
         z = losses.logits(margin, gain, self.table.correction, self.beta, self.correction_weight)
@@ -209,25 +216,27 @@ class Objective:
         return torch.exp(credit - torch.logsumexp(credit + self._drawn_log, 0))
 
     def logits(self, margin: Tensor, timesteps: Tensor) -> Tensor:
-        """z of pairs with these margins at these timesteps, all (B,), by the correction table as it stands. With ``credit: mean`` that of
-        ``uniform``."""
+        """Return z, (B,), of pairs with these margins, (B,), at these timesteps, (B,), by the current correction table.
+
+        With ``credit: mean``, return the z of ``uniform``.
+        """
         gain, correction = (table[timesteps].to(margin.dtype) for table in (self._gain, self.table.correction))
         weight = self.correction_weight if self._credit_gain is None else 0.0
         return losses.logits(margin, gain, correction, self.beta, weight)
 
     def correction(self, timesteps: Tensor) -> Tensor:
-        """K_t of the given timesteps, (B,) float64, as the last :meth:`commit` left it."""
+        """Return K_t of the given timesteps, (B,) float64, from the table of the last :meth:`commit`."""
         return self.table.correction[timesteps]
 
     def commit(self) -> None:
-        """At the end of each optimizer step: all-reduce the step's sums and update the correction table. Collective."""
+        """End an optimizer step: all-reduce the step's sums and update the correction table. Collective."""
         if self.needs_reference:
             self.table.commit()
         if self._reference_point:
             self._reference_point.commit()
 
     def discard(self) -> None:
-        """In the place of :meth:`commit` where the optimizer skipped the step: forget what the step added to the table."""
+        """Forget the step's sums. Call this instead of :meth:`commit` where the optimizer skipped the step."""
         self.table.discard()
         if self._reference_point:
             self._reference_point.discard()
@@ -250,13 +259,13 @@ class Objective:
 
     @torch.no_grad()
     def _path_metrics(self, moved: Tensor, reference_error: Tensor, timesteps: Tensor, elements: int) -> dict[str, Tensor]:
-        """The path KL between policy and reference in nats, and the same sum of the reference's errors, to compare it with."""
+        """Return the path KL between policy and reference in nats, and, for comparison, the same sum over the reference's errors."""
         weight = elements * self._path_weight[timesteps].repeat(2)
         return {"drift/path_kl": (weight * moved).mean(), "error/reference_path": (weight * reference_error).mean()}
 
     @torch.no_grad()
     def _credit(self, z: Tensor, timesteps: Tensor, soft_labels: Tensor | None) -> Tensor:
-        """What each pair's timestep takes of the gradient, g_t times the link's weight, (B,); zero for an objective with a loss of its own."""
+        """Return each pair's credit, g_t times the link's weight, (B,). Return zeros for an objective with its own loss."""
         if self.spec.own_loss:
             return torch.zeros_like(z)
         gain = self._gain if self._credit_gain is None else self._mean_credit(self._credit_gain)
@@ -279,16 +288,16 @@ class Objective:
             "rewards/rejected": (scale * rejected_drift).mean(),
             "rewards/margins": margins.mean(),
             "rewards/accuracies": losses.share_ahead(z).mean(),
-            # Without the correction, which is the same for all pairs of a timestep: comparable between objectives.
+            # Without the correction, so that the number compares between objectives.
             "rewards/margin_accuracies": ahead.mean(),
             "drift/chosen": chosen_drift.mean(),
             "drift/rejected": rejected_drift.mean(),
             "dde/correction_mean": correction,
-            "dde/offset_mean": 0 - self.beta / 2 * correction,  # in units of z
+            "dde/offset_mean": 0 - self.beta / 2 * correction,  # In units of z.
         }
         if not self.spec.own_loss and LINKS[self.options.link].one_sided:
-            # Shares of pairs whose σ(-z) is pinned near 0, learnt, or near 1, far on the wrong side: the first teach nothing, the second
-            # push with full weight.
+            # The shares of saturated pairs. Where σ(-z) is near 0, the pair is learnt and teaches nothing more. Where σ(-z) is near 1,
+            # the pair is far on the wrong side and pushes with full weight.
             push = losses.logistic_weight(z)
             metrics["dde/saturated_learnt"] = (push < SATURATED).to(z.dtype).mean()
             metrics["dde/saturated_wrong"] = (push > 1 - SATURATED).to(z.dtype).mean()
@@ -343,10 +352,10 @@ class Objective:
 
 
 def check_soft_labels(labels: Tensor) -> None:
-    """Refuse labels that are no shares. Waits for the device that they are on.
+    """Refuse labels outside [0, 1]. This waits for the labels' device.
 
     Raises:
-        UserError: one is out of [0, 1], or no number.
+        UserError: a label is outside [0, 1] or not a number.
     """
     wrong = labels[~((labels >= 0) & (labels <= 1))]
     if len(wrong):
@@ -371,36 +380,38 @@ def build_objective(
     credit: str = "pair",
     single_shot: str = "weight",
 ) -> Objective:
-    """An objective by its name.
+    """Build an objective by its name.
 
     Args:
-        name: a row of :data:`dde_ds.objective.specs.OBJECTIVES`: ``dde`` (eq. 11), its ablations ``dde_single`` (no correction)
-            and ``dde_step`` (no single-shot weight), ``uniform`` (eq. 12: Diffusion-DPO, D3PO), and others. A row with a loss of
-            its own, such as ``sft`` or ``kto``, takes no option below but ``timestep_range``, and ``beta`` where it has one.
-        schedule: the noise schedule of the model that is trained.
-        beta: strength of the preference term, for errors that are *means* over a latent's elements (Diffusion-DPO: 2000 for
-            SD1.5, 5000 for SDXL).
-        correction_weight: η, weight of the stepwise correction. A choice of ours: 1, as in eq. 11; 0 makes ``dde`` equal
+        name: a row of :data:`dde_ds.objective.specs.OBJECTIVES`. Among them are ``dde`` (eq. 11), its ablations ``dde_single`` (no
+            correction) and ``dde_step`` (no single-shot weight), and ``uniform`` (eq. 12: Diffusion-DPO, D3PO). An objective with its
+            own loss, such as ``sft`` or ``kto``, uses only ``timestep_range`` of the options below, and ``beta`` where its loss has one.
+        schedule: the noise schedule of the trained model.
+        beta: β, the strength of the preference term, for errors that are *means* over a latent's elements. Diffusion-DPO uses 2000 for
+            SD1.5 and 5000 for SDXL.
+        correction_weight: η, the weight of the stepwise correction. The default 1, as in eq. 11, is our choice. With 0, ``dde`` equals
             ``dde_single`` bit for bit.
-        correction_ema: ρ, what an optimizer step leaves of the table's sums. The paper says "exponential moving average"; 0.9 is our
-            choice.
-        correction_buckets: n equal ranges of timesteps that each share one average margin, from 1 to T. T gives the paper's array, whose
-            entries are old at small batches.
-        discount: γ per training timestep of ``discounted``; default 0.9^(50/T), that is 0.9 per step of a 50-step sampler.
-        discount_mode: ``weight`` puts γ^(T-1-t) inside log σ; ``sample`` draws t in proportion to it. Not the same objective.
-        timestep_range: [lo, hi) that timesteps are drawn from; default all.
-        link: from z to the loss, a row of :data:`dde_ds.objective.links.LINKS`.
-        label_smoothing: ε in [0, 0.5), share of pairs whose label is taken to be wrong; for ``logistic``, ``robust`` and ``dmpo``.
-        soft_labels: each call gives its pairs' own labels, in the place of 1-ε; for ``logistic`` and ``dmpo``.
-        winner_preserving: μ in [0, 1] of :func:`dde_ds.objective.losses.preserve_winner`; default: losers' gradients stay whole.
-        credit: what shares the gradient out over timesteps. ``pair``: g_t, K_t and each pair's own z. ``mean``: the loss is
-            c_t / mean(c) times the link of ``uniform``'s z, with c_t = g_t σ(-z̄_t) from the correction table's mean margins, which carries
-            no gradient. A pair far on the wrong side then weighs no more than its timestep does.
-        single_shot: ``weight``, w_t with η as given (eq. 11), or ``calibrated``, 1/ᾱ_t with twice η; for ``dde`` and ``dde_single``. For
-            Gaussian data of unit variance z/β is then 0.995 to 1.004 of a pair's true log ratio; with ``weight`` it is 0.44 to 0.99.
+        correction_ema: ρ, the share of the table's sums that remains after an optimizer step. The paper says "exponential moving
+            average"; the default 0.9 is our choice.
+        correction_buckets: n, from 1 to T: the number of equal ranges of timesteps. The timesteps of a range share one average margin.
+            T gives the paper's array, but at small batches its entries are old.
+        discount: γ per training timestep, for ``discounted``. The default is 0.9^(50/T), which is 0.9 per step of a 50-step sampler.
+        discount_mode: ``weight`` puts γ^(T-1-t) inside log σ. ``sample`` draws t in proportion to γ^(T-1-t). The two are different
+            objectives.
+        timestep_range: [lo, hi), the range from which timesteps are drawn. The default is all timesteps.
+        link: the function from z to the loss, a row of :data:`dde_ds.objective.links.LINKS`.
+        label_smoothing: ε in [0, 0.5), the assumed share of wrong labels, for ``logistic``, ``robust`` and ``dmpo``.
+        soft_labels: use the labels that each call gives for its pairs instead of 1-ε, for ``logistic`` and ``dmpo``.
+        winner_preserving: μ in [0, 1] of :func:`dde_ds.objective.losses.preserve_winner`. By default losers' gradients stay whole.
+        credit: the way to distribute the gradient over timesteps. ``pair`` uses g_t, K_t and each pair's own z. ``mean`` multiplies the
+            link of ``uniform``'s z by c_t / mean(c), where c_t = g_t σ(-z̄_t) comes from the correction table's mean margins and carries
+            no gradient. With ``mean``, a pair far on the wrong side weighs no more than its timestep does.
+        single_shot: ``weight`` for w_t with η as given (eq. 11), or ``calibrated`` for 1/ᾱ_t with twice η. For ``dde`` and
+            ``dde_single``. For Gaussian data of unit variance, ``calibrated`` makes z/β 0.995 to 1.004 of a pair's true log ratio;
+            ``weight`` makes it 0.44 to 0.99.
 
     Raises:
-        UserError: an unknown name, an option out of range, or one that has no meaning with the objective.
+        UserError: the name is unknown, an option is out of range, or an option has no meaning with the objective.
     """
     if name not in OBJECTIVES:
         raise UserError(f"objective.name {name!r}{nearest(str(name), OBJECTIVES)}")
@@ -430,8 +441,10 @@ def build_objective(
 
 
 def _check_options(name: str, options: LossOptions) -> None:
-    """Raises:
-    UserError: an option out of range, or one that has no meaning with the objective or with another option.
+    """Refuse options that are invalid alone or in combination.
+
+    Raises:
+        UserError: an option is out of range, or has no meaning with the objective or with another option.
     """
     if options.link not in LINKS:
         raise UserError(f"objective.link {options.link!r}{nearest(str(options.link), LINKS)}")
@@ -476,10 +489,10 @@ def _timestep_probabilities(
 
 
 def configured_objective(options: Any, scheduler: dict) -> Objective:
-    """The objective of a run's ``objective`` section, :class:`dde_ds.config.ObjectiveConfig`, under a model's scheduler configuration.
+    """Build the objective of a run's ``objective`` section, :class:`dde_ds.config.ObjectiveConfig`, for a model's scheduler configuration.
 
     Raises:
-        UserError: as :func:`build_objective`.
+        UserError: for the reasons of :func:`build_objective` and :meth:`.schedule.NoiseSchedule.from_scheduler`.
     """
     return build_objective(
         options.name,

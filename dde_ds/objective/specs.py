@@ -1,6 +1,6 @@
-"""The table of objectives. To add one, add a row to :data:`OBJECTIVES`, and its line to the README beside this file.
+"""The table of objectives. To add an objective, add a row to :data:`OBJECTIVES` and its line to the README beside this file.
 
-Loss, gradient weight, credit profile, held-out evaluation, command line and comparison tool all read the table.
+The loss, its gradient weight, the credit profile, the held-out evaluation, the command line and the comparison tool all read this table.
 """
 
 from __future__ import annotations
@@ -16,52 +16,55 @@ from dde_ds.objective.losses import Terms
 from dde_ds.objective.schedule import NoiseSchedule
 
 Gain = Callable[[NoiseSchedule, float], Tensor]
-"""g_t for every timestep, (T,) float64, from the schedule and the discount γ."""
+"""A function from the schedule and the discount γ to g_t for every timestep, (T,) float64."""
 
 
 OwnLoss = Callable[[Terms], tuple[Tensor, Tensor]]
-"""Loss of each pair, (B,), and the z that metrics tell of it, (B,), or (0,) where there is none."""
+"""A function that returns the loss of each pair, (B,), and z for the metrics, (B,), or an empty z, (0,), for a loss without z."""
 
 
 class ObjectiveSpec(NamedTuple):
-    """What makes an objective this objective."""
+    """Describe one objective: its gain, loss and needs."""
 
     gain: Gain
-    """g_t, what a margin at timestep t is multiplied by."""
+    """g_t, the factor on a margin at timestep t."""
 
     symbol: str
-    """g_t as the README's table writes it."""
+    """g_t in the README's notation."""
 
     source: str
-    """Where it comes from, as the README's table says."""
+    """The objective's source, as in the README's table."""
 
     corrected: bool = False
     """Add the stepwise correction η K_t."""
 
     discounted: bool = False
-    """Let ``discount_mode: sample`` draw t in proportion to g_t instead of multiplying by it."""
+    """With ``discount_mode: sample``, draw t in proportion to g_t instead of multiplying by g_t."""
 
     needs_reference: bool = True
-    """Compare with a frozen reference. False: the loss is the policy's error on the winner alone."""
+    """Compare the policy with a frozen reference. False: the loss uses the policy's errors alone."""
 
     own_loss: OwnLoss | None = None
-    """A loss of its own. None: the link of z, which the option ``link`` names."""
+    """The objective's own loss. None: the loss is the link of z that the option ``link`` names."""
 
     needs_prediction: bool = False
-    """Its loss holds ‖ε_θ - ε_ref‖², for which the reference's errors alone are too little."""
+    """The loss contains ‖ε_θ - ε_ref‖², so it needs the reference's prediction: the reference's errors do not suffice."""
 
     has_reference_point: bool = False
-    """Keep the mean lead of all samples, :mod:`.reference_point`."""
+    """Keep the mean lead of all samples; see :mod:`.reference_point`."""
 
 
 def single_shot(schedule: NoiseSchedule, discount: float) -> Tensor:
-    """Return w_t = 1/SNR(t), (T,) float64: errors of the noise become errors of the image that one step to x₀ gives (eq. 11)."""
+    """Return w_t = 1/SNR(t), (T,) float64 (eq. 11). w_t turns a noise error into the error of the one-step estimate of x₀."""
     return schedule.single_shot_weight
 
 
 def calibrated(schedule: NoiseSchedule, discount: float) -> Tensor:
-    """Return 1/ᾱ_t, (T,) float64, in the place of w_t. With η = 2 it is DDE's estimate for the single-shot variance σ² = 1-ᾱ_t, which is that of
-    x₀ given x_t for Gaussian data of unit variance; w_t with η = 1 is that for σ² = ½."""
+    """Return 1/ᾱ_t, (T,) float64, to be used instead of w_t.
+
+    With η = 2 this gain gives DDE's estimate for the single-shot variance σ² = 1-ᾱ_t. That is the variance of x₀ given x_t for
+    Gaussian data of unit variance. w_t with η = 1 corresponds to σ² = ½.
+    """
     return 1 / schedule.alphas_cumprod
 
 
@@ -71,7 +74,7 @@ def flat(schedule: NoiseSchedule, discount: float) -> Tensor:
 
 
 def discounted(schedule: NoiseSchedule, discount: float) -> Tensor:
-    """Return γ^(T-1-t), (T,) float64, counted from the noisy start."""
+    """Return γ^(T-1-t), (T,) float64. The exponent counts steps from the noisy start."""
     return torch.tensor(discount, dtype=torch.float64) ** torch.arange(
         schedule.num_train_timesteps - 1, -1, -1, dtype=torch.float64
     )
@@ -92,7 +95,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
 }
 
 COMPARING = tuple(name for name, spec in OBJECTIVES.items() if spec.needs_reference)
-"""Names of the objectives that compare pairs with a reference."""
+"""Names of the objectives that compare the policy with a reference."""
 
 LINKED = tuple(name for name, spec in OBJECTIVES.items() if not spec.own_loss)
-"""Names of the objectives whose loss is a link of z, and whose gain and correction share out the credit."""
+"""Names of the objectives whose loss is a link of z. Their gain and correction distribute the credit over timesteps."""
