@@ -1,8 +1,8 @@
-"""Per-sample noise-prediction errors of policy and reference in one read, with nothing kept for the backward pass but the inputs.
+"""Per-sample noise-prediction errors of policy and reference in one read. Only the inputs are kept for the backward pass.
 
-Shapes: N samples of C·H·W elements. Written as plain autograd, the differences, their float32 copies and their squares would each
-live until the backward pass, at the size of the whole prediction. The two passes are Triton kernels on CUDA (``passes_triton``) and
-PyTorch elsewhere (``passes_torch``); on a CPU, predictions too small for that to matter go through autograd after all.
+There are N samples of C·H·W elements. Plain autograd would keep the differences, their float32 copies and their squares until the backward
+pass, each at the size of the whole prediction. Here the two passes are Triton kernels on CUDA (``passes_triton``) and PyTorch code
+elsewhere (``passes_torch``). On a CPU, predictions too small for the saving to matter do go through autograd.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from dde_ds.objective import passes_torch
 from dde_ds.objective.passes_torch import Wanted
 from dde_ds.objective.schedule import NoiseTarget
 
-# Up to here, eight pairs of SD1.5 latents or two of SDXL's, a CPU is done sooner than with a function of our own. Autograd keeps 1 MB.
+# Up to this size, plain autograd is faster on a CPU than our own function. It is the size of eight pairs of SD1.5 latents, or two of SDXL.
+# Autograd then keeps 1 MB.
 SMALL_ELEMENTS = 2**18
 
 
 class NoiseSums(NamedTuple):
-    """Means over a latent's elements, of one read of N predictions: float32, or float64 for float64 predictions."""
+    """Means over a latent's elements, from one read of N predictions. They are float32, or float64 for float64 predictions."""
 
     policy: Tensor
     """‖ε_θ - ε‖², (N,)."""
     reference: Tensor | None
-    """‖ε_ref - ε‖², (N,), without a gradient. None where there is no reference's prediction."""
+    """‖ε_ref - ε‖², (N,), without a gradient. None where no reference's prediction was given."""
     moved: Tensor | None
-    """q = ‖ε_θ - ε_ref‖², (N,). None where it was not asked for."""
+    """q = ‖ε_θ - ε_ref‖², (N,). None unless requested."""
     inner: Tensor | None
-    """⟨ε_θ - ε of the winner, ε_θ - ε of the loser⟩, (N/2,), without a gradient. None where it was not asked for."""
+    """⟨ε_θ - ε of the winner, ε_θ - ε of the loser⟩, (N/2,), without a gradient. None unless requested."""
 
 
 def noise_errors(policy_pred: Tensor, reference_pred: Tensor | None, target: NoiseTarget) -> tuple[Tensor, Tensor | None]:
-    """Return the first two of :func:`noise_sums`: mean squared errors of policy and reference, (N,) each."""
+    """Return the mean squared errors of policy and reference, (N,) each: the first two results of :func:`noise_sums`."""
     return noise_sums(policy_pred, reference_pred, target)[:2]
 
 
@@ -55,21 +56,21 @@ def noise_sums(
     """Compare each sample's noise predictions, by policy and by reference, with the noise and with each other.
 
     Args:
-        policy_pred: the policy's output, (N,C,H,W), any floating dtype and stride. The only input that takes a gradient.
-        reference_pred: the reference's, same shape; None where there is none.
-        target: what both are compared with.
-        moved: compare the two with each other as well; needs ``reference_pred``.
-        teach_moved: give ``moved`` a gradient, for which the reference's prediction is kept until the backward pass.
-        inner: give the inner product of each winner's and loser's error. Winners are the first half of the samples.
+        policy_pred: the policy's output, (N,C,H,W), of any floating dtype and stride. Only this input receives a gradient.
+        reference_pred: the reference's output, of the same shape. None for no reference.
+        target: the noise target of both predictions.
+        moved: also compare the two predictions with each other. This needs ``reference_pred``.
+        teach_moved: give ``moved`` a gradient. The reference's prediction is then kept until the backward pass.
+        inner: also return the inner product of each winner's and loser's error. Winners are the first half of the samples.
 
     Returns:
-        Accumulated and given back in float32 (float64 for float64 predictions) whatever the inputs' dtype: at
-        β = 5000 the rounding of a bfloat16 mean alone would move the logit by more than 1. Equal predictions that
-        lie alike in memory have equal errors, on a CPU to the last bit; on a GPU a test tells. What is not asked for is not computed,
-        and changes no bit of the rest.
+        The sums, accumulated in float32 whatever the inputs' dtype, or in float64 for float64 predictions. At β = 5000 the rounding of a
+        bfloat16 mean alone would move the logit by more than 1. Equal predictions with the same memory layout have equal errors: on a
+        CPU to the last bit; on a GPU a test checks it. Sums that were not requested are not computed. Requesting them changes no bit of
+        the others.
 
     Raises:
-        UserError: shapes that do not fit together.
+        UserError: shapes do not match.
     """
     shape, noise = policy_pred.shape, target.noise.shape
     if len(shape) != 4 or 0 in shape:
@@ -81,7 +82,7 @@ def noise_sums(
     for other, name in ((reference_pred, "the reference's prediction"), (target.noisy, "x_t")):
         if other is not None and other.shape != shape:
             raise UserError(f"{name} has shape {tuple(other.shape)}, the policy's prediction {tuple(shape)}")
-    assert reference_pred is not None or not (moved or teach_moved)  # the objective asks for it where there is one
+    assert reference_pred is not None or not (moved or teach_moved)  # The objective requests it only with a reference's prediction.
     wanted = Wanted(moved or teach_moved, teach_moved, inner)
     if policy_pred.device.type == "cpu" and policy_pred.numel() <= SMALL_ELEMENTS:
         return NoiseSums(*passes_torch.plain_sums(policy_pred, reference_pred, target, wanted))
@@ -113,6 +114,6 @@ class _NoiseSums(torch.autograd.Function):
 
 @functools.cache
 def _passes(device: str):
-    """The module whose ``sums`` and ``gradient`` run there."""
+    """Return the module with the ``sums`` and ``gradient`` for this type of device."""
     triton = device == "cuda" and importlib.util.find_spec("triton") is not None
     return importlib.import_module(f"dde_ds.objective.passes_{'triton' if triton else 'torch'}")

@@ -1,9 +1,11 @@
-"""The table of links: from a pair's z to its loss. To add one, add a row to :data:`LINKS`, and its line to the README beside this file.
+"""The table of links. A link is a function from a pair's z to its loss.
 
-    p    how sure the label is that the winner is the better one: 1, or 1-ε with label smoothing, or the pair's own share of votes
-    β    the objective's
+To add a link, add a row to :data:`LINKS` and its line to the README beside this file.
 
-The logistic alone pushes a pair that is far on the wrong side with full weight for ever; ``sigmoid`` lets go of it.
+    p    the certainty that the winner is the better image: 1, or 1-ε with label smoothing, or the pair's own share of votes
+    β    the objective's β
+
+``logistic`` pushes a pair that is far on the wrong side with full weight for ever. ``sigmoid`` stops pushing such a pair.
 """
 
 from __future__ import annotations
@@ -19,43 +21,43 @@ from torch import Tensor
 from dde_ds.objective.losses import logistic_loss, logistic_weight
 
 Label = Tensor | float
-"""p, a number or (B,)."""
+"""p: one number, or one for each pair, (B,)."""
 
 SUREST = 1 - 1e-6
-"""Largest p of ``dmpo``, whose loss is infinite at 1."""
+"""The largest p of ``dmpo``. At p = 1 its loss would be infinite."""
 
 
 class Link(NamedTuple):
-    """From z, (B,), with p and β, to each pair's loss, and to what it leaves of the gradient, -∂loss/∂z, (B,)."""
+    """A link's loss, (B,), and its gradient weight -∂loss/∂z, (B,), as functions of z, (B,), p and β."""
 
     loss: Callable[[Tensor, Label, float], Tensor]
     weight: Callable[[Tensor, Label, float], Tensor]
 
     formula: str
-    """As the README's table writes it."""
+    """The loss in the README's notation."""
 
     source: str
-    """Where it comes from, as the README's table says."""
+    """The link's source, as in the README's table."""
 
     smoothing: bool = False
-    """It has a meaning with ``label_smoothing``."""
+    """The link accepts ``label_smoothing``."""
 
     soft_labels: bool = False
-    """It has a meaning with labels of a pair's own."""
+    """The link accepts each pair's own label."""
 
     one_sided: bool = False
     """A pair far ahead teaches nothing more, and a pair far behind keeps its full weight."""
 
 
 class BoundLink(NamedTuple):
-    """A link with its β and label smoothing: functions of z, (B,), and optionally of the pairs' own p, (B,)."""
+    """A link with β and label smoothing set. Its functions take z, (B,), and optionally each pair's own p, (B,)."""
 
     loss: Callable[..., Tensor]
     weight: Callable[..., Tensor]
 
 
 def bind(link: Link, beta: float, label_smoothing: float) -> BoundLink:
-    """Return ``link`` with β and p = 1 - ``label_smoothing`` set, for pairs without a label of their own."""
+    """Return ``link`` with β set. A call without labels uses p = 1 - ``label_smoothing``."""
 
     def with_label(function: Callable[[Tensor, Label, float], Tensor]) -> Callable[..., Tensor]:
         return lambda z, label=None: function(z, 1 - label_smoothing if label is None else label, beta)
@@ -84,12 +86,15 @@ def _robust_weight(z: Tensor, p: Label, beta: float) -> Tensor:
 
 
 def _held(p: Label, z: Tensor) -> tuple[Label, Label]:
-    """log p and log (1-p), p held between 1e-6 and 1-1e-6, by float64: float32 has hardly a digit of 1e-6 left beside 1."""
+    """Return log p and log(1-p), with p clamped to 1e-6 … 1-1e-6.
+
+    The computation runs in float64, because float32 keeps hardly a digit of 1e-6 in 1-1e-6.
+    """
     if isinstance(p, Tensor):
-        held = p.double().clamp(1 - SUREST, SUREST)
-        return held.log().to(z.dtype), (1 - held).log().to(z.dtype)
-    held = min(max(p, 1 - SUREST), SUREST)
-    return math.log(held), math.log(1 - held)
+        clamped = p.double().clamp(1 - SUREST, SUREST)
+        return clamped.log().to(z.dtype), (1 - clamped).log().to(z.dtype)
+    clamped = min(max(p, 1 - SUREST), SUREST)
+    return math.log(clamped), math.log(1 - clamped)
 
 
 def _dmpo(z: Tensor, p: Label, beta: float) -> Tensor:
@@ -112,7 +117,8 @@ LINKS: dict[str, Link] = {
         soft_labels=True,
         one_sided=True,
     ),
-    # Divides by 2p-1, which is 0 for a pair whose votes are level: for one rate of wrong labels, not for labels of each pair.
+    # The loss divides by 2p-1, which is 0 for a pair with equal votes. So this link takes one rate of wrong labels, but no label of
+    # each pair.
     "robust": Link(
         _robust,
         _robust_weight,

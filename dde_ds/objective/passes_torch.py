@@ -1,4 +1,4 @@
-"""The passes of :mod:`.fused` in PyTorch, a block of samples at a time: what is in between stays in the processor's cache."""
+"""The passes of :mod:`.fused` in PyTorch, one block of samples at a time, so that intermediate results stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from dde_ds.objective.schedule import NoiseTarget
 
-# 1 MB in float32: about what a core's second-level cache holds.
+# 1 MB in float32, about the size of a core's second-level cache.
 BLOCK_ELEMENTS = 2**18
 
 
 Sums = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""The four of :class:`dde_ds.objective.fused.NoiseSums`."""
+"""The four fields of :class:`dde_ds.objective.fused.NoiseSums`."""
 
 
 class Wanted(NamedTuple):
-    """What a caller wants beside the errors."""
+    """The results that a caller requests besides the errors."""
 
     moved: bool = False
-    """‖ε_θ - ε_ref‖²."""
+    """Compute ‖ε_θ - ε_ref‖²."""
     teach_moved: bool = False
-    """Its gradient too."""
+    """Also give ‖ε_θ - ε_ref‖² a gradient."""
     inner: bool = False
-    """⟨e_w, e_l⟩."""
+    """Compute ⟨e_w, e_l⟩."""
 
 
 def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: Wanted) -> Sums:
-    """Return mean squared errors, (N,), of the policy and of the reference where there is one, and what is ``wanted``."""
+    """Return mean squared errors, (N,), of the policy and, where given, of the reference, and the ``wanted`` results."""
     rows = rows_of(policy, target, wanted)
     own, other, moved = (policy.new_empty(len(policy), dtype=accumulator(policy)) for _ in range(3))
     inner = own.new_empty(rows)
@@ -54,7 +54,7 @@ def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: 
 
 
 def plain_sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: Wanted) -> Sums:
-    """Return the same numbers as :func:`sums`, through autograd: faster for predictions of up to a block."""
+    """Return the same numbers as :func:`sums`, through autograd. This is faster for predictions of up to one block."""
     error, moved, inner = _plain_error(policy, target), None, None
     with torch.no_grad():
         other = None if reference is None else _plain_error(reference, target)
@@ -75,18 +75,25 @@ def _inner(policy: Tensor, target: NoiseTarget, rows: int) -> Tensor:
 
 
 def implied_moved(moved: Tensor, target: NoiseTarget) -> Tensor:
-    """Return ‖ε_θ - ε_ref‖² from that of the predictions, (N,): what both have in common cancels, the scale is left."""
+    """Return ‖ε_θ - ε_ref‖², (N,), from ``moved``, the mean squared difference of the two predictions.
+
+    The shift and x_t are common to both implied noises and cancel, so only the scale remains.
+    """
     return moved if target.scale is None else moved * target.scale.to(moved.dtype).square()
 
 
 def _plain_error(pred: Tensor, target: NoiseTarget) -> Tensor:
-    # Calls cost more than arithmetic here: nothing is sliced, what is simpler than unflatten and flatten takes their place, and
-    # difference and square are one function, as are their derivatives.
-    own = pred.to(accumulator(pred)).view(-1, *target.noise.shape)
+    # Calls cost more than arithmetic here. So this code slices nothing and uses view instead of unflatten and flatten. mse_loss computes
+    # difference and square in one call, and so does its derivative.
+    implied_noise = pred.to(accumulator(pred)).view(-1, *target.noise.shape)
     if implied := target.implied:
-        noisy, scale, shift = (_halves(each, len(target.noise)).to(own.dtype) for each in implied)
-        own = (own * _spread(scale)).addcmul(noisy, _spread(shift))
-    return F.mse_loss(own, target.noise.to(own.dtype).expand_as(own), reduction="none").mean((2, 3, 4)).view(-1)
+        noisy, scale, shift = (_halves(each, len(target.noise)).to(implied_noise.dtype) for each in implied)
+        implied_noise = (implied_noise * _spread(scale)).addcmul(noisy, _spread(shift))
+    return (
+        F.mse_loss(implied_noise, target.noise.to(implied_noise.dtype).expand_as(implied_noise), reduction="none")
+        .mean((2, 3, 4))
+        .view(-1)
+    )
 
 
 def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -109,18 +116,18 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Ten
 
 
 def gradient_factor(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
-    """(N,): what ε_θ - ε is multiplied with, as ∂d/∂prediction = 2 · scale · (ε_θ - ε) / (C·H·W)."""
+    """Return the factor on ε_θ - ε, (N,), in the gradient: ∂d/∂prediction = 2 · scale · (ε_θ - ε) / (C·H·W)."""
     factor = grad.to(accumulator(policy)) * (2.0 / policy[0].numel())
     return factor if target.scale is None else factor * target.scale.to(factor.dtype)
 
 
 def moved_factor(policy: Tensor, target: NoiseTarget, grad: Tensor) -> Tensor:
-    """(N,): what the difference of the two predictions is multiplied with, as ∂q/∂prediction = 2 · scale² · (pred_θ - pred_ref) / (C·H·W)."""
+    """Return the factor on the predictions' difference, (N,), in the gradient: ∂q/∂prediction = 2 · scale² · (pred_θ - pred_ref) / (C·H·W)."""
     return implied_moved(grad.to(accumulator(policy)) * (2.0 / policy[0].numel()), target)
 
 
 def rows_of(policy: Tensor, target: NoiseTarget, wanted: Wanted) -> int:
-    """Return how many samples are taken for a half: those of the noise, or the winners, where winner and loser must meet."""
+    """Return the number of rows of :func:`_halves`: the number of noise tensors, or of winners where winner and loser must meet."""
     return len(policy) // 2 if wanted.inner else len(target.noise)
 
 
@@ -129,13 +136,18 @@ def accumulator(pred: Tensor) -> torch.dtype:
 
 
 def _halves(tensor: Tensor, rows: int) -> Tensor:
-    """(N,…) as (N/rows,rows,…): winners and losers, where they share their noise or must meet; otherwise as (1,N,…)."""
+    """Return a view of (N,…) as (N/rows,rows,…).
+
+    The first dimension is winners and losers where they share their noise or must meet. Otherwise it is 1.
+    """
     return tensor.unflatten(0, (-1, rows))
 
 
 def _blocks(policy: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the rows, so many that what belongs to them fits a block, and memory for them, (1 or 2, rows, C,H,W). It is the same for
-    all blocks: new memory each time might come from the system, which clears it first."""
+    """Yield slices of the rows, each small enough for one block, and scratch memory for a slice, (1 or 2, rows, C,H,W).
+
+    All blocks share the same memory. New memory for each block might come from the system, which clears it first.
+    """
     size = min(rows, max(1, BLOCK_ELEMENTS * rows // policy.numel()))
     scratch = policy.new_empty(len(policy) // rows, size, *policy.shape[1:], dtype=accumulator(policy))
     for low in range(0, rows, size):
@@ -143,7 +155,7 @@ def _blocks(policy: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _difference(pred: Tensor, target: NoiseTarget, rows: int, block: slice, scratch: Tensor) -> Tensor:
-    """ε_θ - ε of a block, in ``scratch``."""
+    """Compute ε_θ - ε of a block in ``scratch``, and return ``scratch``."""
     noise = scratch.copy_(_halves(pred, rows)[:, block])
     if implied := target.implied:
         noisy, scale, shift = (_halves(each, rows)[:, block].to(scratch.dtype) for each in implied)
@@ -152,5 +164,5 @@ def _difference(pred: Tensor, target: NoiseTarget, rows: int, block: slice, scra
 
 
 def _spread(per_sample: Tensor) -> Tensor:
-    """(1 or 2, rows) → (…, 1,1,1)."""
+    """Return ``per_sample``, (1 or 2, rows), with three dimensions of 1 appended, to broadcast over (C,H,W)."""
     return per_sample[..., None, None, None]

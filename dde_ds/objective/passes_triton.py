@@ -1,8 +1,8 @@
-"""The passes of :mod:`.fused` as Triton kernels: each element is read once and nothing is written between.
+"""The passes of :mod:`.fused` as Triton kernels. They read each element once and write no intermediate results.
 
-A sample's elements are visited in the order in which the policy's prediction lies in memory, whatever its strides. Every
-program takes one part of a noise tensor and of the samples that share it; the sums of the parts are added afterwards in a fixed
-order, so the result is the same every time. Samples are the grid's first axis: CUDA ends the others at 65,535.
+A program visits a sample's elements in the memory order of the policy's prediction, whatever its strides. Every program takes one part of a
+noise tensor and of the samples that share it. The sums of the parts are added afterwards in a fixed order, so the result is the same every
+time. Samples are the grid's first axis, because CUDA limits the other axes to 65,535.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PART = 4096
 
 
 def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: Wanted) -> Sums:
-    """Return mean squared errors, (N,), of the policy and of the reference where there is one, and what is ``wanted``."""
+    """Return mean squared errors, (N,), of the policy and, where given, of the reference, and the ``wanted`` results."""
     size, rows, samples = policy[0].numel(), rows_of(policy, target, wanted), len(policy)
-    # One below the other: the policy's errors, the reference's, what has moved, and the inner products.
+    # The rows of ``parts``, in this order: the policy's errors, the reference's errors, ``moved``, and the inner products.
     lengths = [samples, samples * (reference is not None), samples * wanted.moved, rows * wanted.inner]
     parts = torch.empty(sum(lengths), triton.cdiv(size, PART), dtype=accumulator(policy), device=policy.device)
     tensors = {"policy": policy, "reference": reference, "noise": target.noise, "noisy": target.noisy}
@@ -63,7 +63,7 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Ten
 
 
 def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseTarget) -> dict:
-    """Kernel arguments: every tensor with its strides, dimensions in the order in which the policy's prediction lies in memory."""
+    """Return kernel arguments: every tensor with its strides. Dimensions are in the memory order of the policy's prediction."""
     order = sorted(range(1, 4), key=policy.stride, reverse=True)
     _, middle, inner = sizes = [policy.shape[dim] for dim in order]
     arguments = {
@@ -76,7 +76,7 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
     linear = True
     for name, tensor in tensors.items():
         strides = (0, 0, 0, 0) if tensor is None else (tensor.stride(0), *(tensor.stride(dim) for dim in order))
-        # A dimension of one element has no stride that matters.
+        # The stride of a dimension with one element does not matter.
         dense = (middle * inner, inner, 1)
         linear &= tensor is None or all(n == 1 or s == d for n, s, d in zip(sizes, strides[1:], dense, strict=True))
         arguments |= {name: tensor, f"{name}_strides": strides}
@@ -85,7 +85,8 @@ def _arguments(tensors: dict[str, Tensor | None], policy: Tensor, target: NoiseT
 
 def _constants(policy: Tensor, target: NoiseTarget, rows: int) -> dict:
     exact = tl.float64 if policy.dtype == torch.float64 else tl.float32
-    # Products and sums are rounded each for itself, so that a kernel with a reference and one without, which are compiled apart, round alike.
+    # Without fusion, each product and each sum is rounded separately. So kernels with and without a reference, which are compiled
+    # separately, round alike.
     halves = len(policy) // rows
     return {
         "rows": rows,
@@ -99,11 +100,11 @@ def _constants(policy: Tensor, target: NoiseTarget, rows: int) -> dict:
 
 @triton.jit
 def _place(element, row, strides, middle, inner, linear: tl.constexpr):
-    """Offset of an element of a row, counted in the policy's memory order."""
+    """Return the offset in memory of a row's element. ``element`` counts in the policy's memory order."""
     first = row.to(tl.int64) * strides[0]
     if linear:
         return first + element
-    # Strides of 32 bits may reach beyond them, in a view of a larger tensor. The divisions need no more than 32, and are faster so.
+    # In a view of a larger tensor, offsets may exceed 32 bits although strides do not. The divisions need only 32 bits, which is faster.
     outer = (element // (middle * inner)).to(tl.int64)
     rest = element % (middle * inner)
     return first + outer * strides[1] + (rest // inner).to(tl.int64) * strides[2] + (rest % inner).to(tl.int64) * strides[3]

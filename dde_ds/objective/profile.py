@@ -1,7 +1,7 @@
-"""How strongly an objective corrects each timestep, read from its own gradient: the paper's credit assignment (sec. 4.4).
+"""The strength with which an objective corrects each timestep, read from its own gradient: the paper's credit assignment (sec. 4.4).
 
-The paper's picture is of pairs that all have one margin. A gradient holds the mean over pairs instead. The two differ: log σ saturates on
-one side only, so that a pair on the wrong side keeps its full weight (β/2) w_t, however far the mean is ahead.
+The paper's figure assumes that all pairs have one margin. A training gradient is a mean over pairs instead. The two differ, because log σ
+saturates on one side only. A pair on the wrong side keeps its full weight (β/2) w_t, however far ahead the mean is.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from dde_ds.objective.objective import Objective
 
-NODES = 1201  # 200 to a standard deviation: σ(-z) is nearly a step where w_t is large
+NODES = 1201  # 100 nodes to a standard deviation: σ(-z) is nearly a step function where w_t is large.
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One value a timestep, (T,) float64 each."""
+    """An objective's credit and push at each timestep, (T,) float64 each."""
 
     credit: Tensor
-    """|∂loss/∂d|, d the policy's error on the winner (or the loser) of one pair: (β/2) g_t σ(-z_t) for the logistic link."""
+    """|∂loss/∂d|, where d is the policy's error on the winner of one pair. For the logistic link this is (β/2) g_t σ(-z_t)."""
 
     push: Tensor
-    """-∂loss/∂z_t, what the link leaves of the gradient. Of the logistic σ(-z_t): near 0 a pair is learnt, near 1 it is far on the wrong side.
-    NaN where there is none."""
+    """-∂loss/∂z_t, the link's gradient weight. For the logistic link this is σ(-z_t): near 0 a pair is learnt, near 1 it is far on the
+    wrong side. NaN for an objective with its own loss."""
 
     @property
     def peak(self) -> int:
         return int(self.credit.argmax())
 
     def middle_half(self) -> tuple[int, int]:
-        """The timesteps between which the middle half of all credit lies."""
+        """Return the two timesteps between which the middle half of the credit lies."""
         share = self.credit.cumsum(0) / self.credit.sum()
         low, high = (int(torch.searchsorted(share, value)) for value in (0.25, 0.75))
         return low, high
@@ -44,9 +44,9 @@ def assume_margin(objective: Objective, value: float) -> None:
 
 
 def credit_profile(objective: Objective, margins: Tensor, spread: float = 0.0) -> Profile:
-    """Profile of pairs with margins (T,), one at every timestep, by the correction table as it stands.
+    """Return the profile of pairs with ``margins``, (T,), one pair at every timestep, by the current correction table.
 
-    Through autograd, so that what is shown is what a training step does.
+    The credit comes from autograd, so that the profile shows what a training step does.
 
     Args:
         spread: standard deviation of the pairs' margins around ``margins`` at every timestep. Above 0 the profile is the mean over a
@@ -66,7 +66,7 @@ def credit_profile(objective: Objective, margins: Tensor, spread: float = 0.0) -
 
 def _profile(objective: Objective, margins: Tensor) -> Profile:
     every = torch.arange(objective.schedule.num_train_timesteps)
-    if not objective.needs_reference:  # the error itself is the loss
+    if not objective.needs_reference:  # The winner's error itself is the loss.
         return Profile(torch.ones(len(every), dtype=torch.float64), torch.full((len(every),), torch.nan, dtype=torch.float64))
     winner = margins.double().clone().requires_grad_()
     others = torch.zeros_like(margins, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Diffusion-KTO's reference point: how far ahead the samples are on average, winners and losers alike."""
+"""Diffusion-KTO's reference point: the mean lead of all samples, both winners and losers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from torch import Tensor
 
 
 class ReferencePoint:
-    """κ = max(0, mean δ) over the samples of all ranks of one optimizer step, δ = -(d(θ) - d(ref)), without a gradient; float64.
+    """κ = max(0, mean δ), float64, without a gradient, where δ = -(d(θ) - d(ref)) is a sample's lead.
 
-    It is *delayed*, as the correction's table is: a step uses κ as the step before left it, and 0 at first. So all micro-batches and
-    ranks of a step see one κ, and it is the same for any split of the same global batch.
+    The mean runs over the samples of all ranks in one optimizer step. κ is *delayed*, like the correction table: a step uses the κ of the
+    previous step, and the first step uses 0. So all micro-batches and ranks of a step use the same κ, and κ is the same for any split of
+    the same global batch.
     """
 
     def __init__(self):
         self.value = torch.zeros((), dtype=torch.float64)
-        self._pending = torch.zeros(2, dtype=torch.float64)  # the sum of δ, and how many
+        self._pending = torch.zeros(2, dtype=torch.float64)  # The sum of δ and the number of samples.
 
     def to(self, device: torch.device | str) -> None:
         self.value, self._pending = self.value.to(device), self._pending.to(device)
 
     @torch.no_grad()
     def add(self, lead: Tensor) -> None:
-        """Take in one micro-batch's δ, (2B,)."""
+        """Add the δ of one micro-batch, (2B,)."""
         lead = lead.double()
         self._pending += torch.stack([lead.sum(), torch.ones_like(lead).sum()])
 
     @torch.no_grad()
     def commit(self) -> None:
-        """End an optimizer step: sum over ranks and renew κ. Collective. A step without samples leaves it."""
+        """End an optimizer step: sum over ranks and update κ. Collective. A step without samples keeps κ."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._pending)
         total, count = self._pending
@@ -37,5 +38,5 @@ class ReferencePoint:
         self._pending.zero_()
 
     def discard(self) -> None:
-        """Forget the sums of the running step: its update was not made."""
+        """Forget the sums of the current step, whose update was skipped."""
         self._pending.zero_()
