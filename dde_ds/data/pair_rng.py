@@ -1,11 +1,12 @@
 """The random draws of a pair, each a pure function of (seed, position).
 
-Timesteps are stratified. Positions fall into strata of T, the number of timesteps; with a random permutation of 0…T-1 for each stratum,
+Timesteps are stratified. A stratum is T consecutive positions, where T is the number of timesteps. Each stratum has its own random
+permutation of 0…T-1. With it,
 
     u = (permutation[position mod T] + U(0,1)) / T        t = the inverse of the cumulative p(t) at u
 
-Each t alone has the probability p(t). For every k, the number of draws below k in a stratum is T · P(t < k), rounded down or up: under
-uniform p each timestep comes exactly once.
+Each single draw equals t with probability p(t). For every k, the number of draws below k in a stratum is T · P(t < k), rounded down or up.
+Under a uniform p, a stratum draws each timestep exactly once.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Streams of one position: what one of them draws never depends on how much another took.
+# The random streams of one position. The draws of a stream do not depend on how many numbers another stream took.
 TRAINING, FLIP, POSTERIOR, STRATUM = 0, 1, 2, 3
 
 
 class PairRng:
-    """Timestep, noise, caption dropout, flip and posterior noise of the pair at a position.
+    """The timestep, noise, caption dropout, flip and posterior noise of the pair at a position.
 
-    A counter-based generator keyed by the seed and started at the position: no state, so no draw depends on ranks, workers,
-    micro-batches or on what was drawn before.
+    The generator is counter-based, with the seed as its key and the position in its counter. It keeps no state. So no draw depends on
+    ranks, workers, micro-batches or earlier draws.
     """
 
     def __init__(
@@ -34,14 +35,17 @@ class PairRng:
         flip: bool = False,
     ):
         self.seed, self.shared_noise, self.caption_dropout, self.flip = seed, shared_noise, caption_dropout, flip
-        # In parts of the largest: sums of equal probabilities are then exact, and no draw on the edge of a cell falls into the one before.
+        # Divide by the largest weight. Sums of equal probabilities are then exact, and no draw on a cell's edge falls into the cell before.
         weights = timestep_probabilities.double().numpy()
         self.cumulative = (weights / weights.max()).cumsum()
-        self._last = int(np.searchsorted(self.cumulative, self.cumulative[-1]))  # the last timestep that has a probability
-        self._stratum = (-1, np.empty(0, dtype=np.int64))  # the last one's number and permutation
+        self._last = int(np.searchsorted(self.cumulative, self.cumulative[-1]))  # The last timestep with a probability above 0.
+        self._stratum = (-1, np.empty(0, dtype=np.int64))  # The number and the permutation of the last stratum.
 
     def __call__(self, position: int, shape: tuple[int, ...]) -> tuple[int, Tensor, bool]:
-        """``shape`` is the pair's, (2,C,H,W). Gives back t, noise float32 (1,C,H,W) or (2,C,H,W), and whether to drop the caption."""
+        """Draw the timestep, the noise, and whether to drop the caption, for the pair at ``position``.
+
+        ``shape`` is the pair's, (2,C,H,W). The noise is float32, (1,C,H,W) where winner and loser share it, otherwise (2,C,H,W).
+        """
         random = self._random(position, TRAINING)
         uniform = random.random(2)
         timestep = self._timestep(position, uniform[0])
@@ -49,25 +53,25 @@ class PairRng:
         return timestep, torch.from_numpy(noise), bool(uniform[1] < self.caption_dropout)
 
     def timestep(self, position: int) -> int:
-        """The timestep alone, as a call gives it."""
+        """Return the timestep alone, the same as a call returns."""
         return self._timestep(position, self._random(position, TRAINING).random())
 
     def _timestep(self, position: int, uniform: float) -> int:
         steps = len(self.cumulative)
         number, place = divmod(position, steps)
         known, permutation = self._stratum
-        if known != number:  # a worker goes through positions in order, so that one is remembered
+        if known != number:  # A worker reads positions in order, so remembering one permutation suffices.
             permutation = self._random(number, STRATUM).permutation(steps)
             self._stratum = (number, permutation)
         cell = (permutation[place] + uniform) * (self.cumulative[-1] / steps)
         return min(int(np.searchsorted(self.cumulative, cell, side="right")), self._last)
 
     def flipped(self, position: int) -> bool:
-        """Whether the pair is trained on mirrored: half of the positions where ``flip`` was asked for."""
+        """Return whether to train on the mirrored pair. With ``flip`` this is true for half of the positions, otherwise for none."""
         return self.flip and bool(self._random(position, FLIP).random() < 0.5)
 
     def posterior_noise(self, position: int, shape: tuple[int, ...]) -> Tensor:
-        """What draws latents from the VAE's posterior: float32 of ``shape``, the two images' independent."""
+        """Return standard normal noise of ``shape``, float32, for a draw from the VAE's posterior. The two images' noises are independent."""
         return torch.from_numpy(self._random(position, POSTERIOR).standard_normal(shape, dtype=np.float32))
 
     def _random(self, position: int, stream: int) -> np.random.Generator:

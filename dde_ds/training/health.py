@@ -1,22 +1,25 @@
-"""Known ways in which preference training goes wrong, told from the metrics while it runs."""
+"""Detect known failures of preference training from the metrics of a run."""
 
 from __future__ import annotations
 
-# Share of the reference's error by which the winners' may grow, over all timesteps and in a tenth of them. A healthy run moves it by a
-# few percent. Where the noise is strong errors are small, and the mean over all hides what happens there.
+# The largest growth of the winners' error, as a fraction of the reference's error: over all timesteps, and in one tenth of them. A healthy
+# run changes this error by a few percent. Where the noise is strong, errors are small, and the mean over all timesteps hides their growth.
 DRIFT, DRIFT_IN_A_TENTH = 0.1, 0.25
-# Path KL in parts of the same sum of the reference's errors: 0.1 is what would raise every error by 10 % if the policy moved in no particular
-# direction. It also shows a policy that moved far along its errors, which these alone do not.
+# The largest path KL, as a fraction of the same sum over the reference's errors. A policy that moves in no particular direction by 0.1 raises
+# every error by 10 %. The path KL also shows a policy that moved far along its errors, which the errors alone do not show.
 PATH = 0.25
-# Shares of pairs that are learnt, and far on the wrong side.
+# The largest shares of pairs that are learnt, and of pairs far on the wrong side.
 LEARNT, WRONG = 0.5, 0.25
 BROKEN = "the model is being broken, not aligned; lower optimizer.learning_rate, raise objective.beta, or stop earlier"
-# Weight of the newest row in what is judged: single rows of small batches are noisy.
+# The weight of the newest row in the moving average that is judged. Single rows of small batches are noisy.
 NEWEST = 0.2
 
 
 def find_problems(row: dict[str, float]) -> dict[str, str]:
-    """What is wrong with a row of ``metrics.jsonl``, by a short name. Empty where all is well, and for ``sft``."""
+    """Return the problems that a row of ``metrics.jsonl`` shows, as messages by a short name.
+
+    The result is empty for a healthy run, and for objectives without a reference.
+    """
     found = {}
     if "drift/chosen" not in row:
         return found
@@ -50,7 +53,7 @@ def find_problems(row: dict[str, float]) -> dict[str, str]:
 
 
 class HealthMonitor:
-    """Says each concern when it arises, and again only after it had gone."""
+    """Report each problem when it arises. Report it again only if it went away in between."""
 
     def __init__(self):
         self._smooth: dict[str, float] = {}

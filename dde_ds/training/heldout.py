@@ -1,8 +1,9 @@
-"""Evaluation on held-out pairs: the same pairs, timesteps and noise each time, so that numbers compare over a run, between runs and
-between objectives.
+"""Evaluation on held-out pairs.
 
-Each pair is seen at one of ten fixed timesteps, the midpoints of the tenths (50, 150 … 950 of 1000), in rotation: for a given number of
-forward passes more pairs say more than more timesteps of the same pair.
+Every evaluation uses the same pairs, timesteps and noise. So its numbers compare over a run, between runs and between objectives.
+
+Each pair is evaluated at one of ten fixed timesteps, in rotation. These are the midpoints of the tenths: 50, 150 … 950 of 1000. Use one
+timestep a pair: for the same cost, more pairs tell more than more timesteps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dde_ds.training.reference import frozen_model
 from dde_ds.training.step import predictions_of
 from dde_ds.training.stop import StopRequest, none_if_stopped
 
-# β of `loss_uniform`, the Diffusion-DPO loss that all runs share whatever they train on.
+# β of `loss_uniform`, the Diffusion-DPO loss that every run reports, whatever its objective.
 COMMON_BETA = 2000.0
 
 
@@ -39,7 +40,7 @@ TENTHS = 10
 
 
 class Look(NamedTuple):
-    """What one rank's pairs show of a policy and its base, winners then losers: (2,n) float64 each, on the CPU."""
+    """The errors of a policy and its base on one rank's pairs, (2,n) float64 each, on the CPU: row 0 for winners, row 1 for losers."""
 
     policy: Tensor
     """d(θ,·)."""
@@ -48,14 +49,14 @@ class Look(NamedTuple):
     moved: Tensor
     """Mean ‖ε_θ - ε_base‖² over a latent's elements."""
     soft_labels: Tensor | None
-    """The winners' shares of the votes, (n,) float32, where the shards hold them."""
+    """The winners' shares of the votes, (n,) float32. None where the shards do not hold them."""
 
 
 class HeldOut:
-    """One rank's part of the first ``pairs`` held-out pairs (None: all), in an order that no run's seed changes.
+    """One rank's part of the first ``pairs`` held-out pairs (None: all), in an order that does not depend on a run's seed.
 
-    All ranks hold the same number of pairs, since under ZeRO-3 a forward pass is a collective: where the pairs do not divide,
-    some are evaluated twice, with weight 0.
+    All ranks hold the same number of pairs, because under ZeRO-3 a forward pass is a collective. Where the pairs do not divide evenly,
+    some pairs are evaluated a second time, with weight 0.
     """
 
     def __init__(
@@ -76,39 +77,45 @@ class HeldOut:
         self.weight = torch.tensor([float(position < self.pairs) for position in own], dtype=torch.float64)
         """(n,): 1, or 0 for a pair that another rank evaluates."""
         self.elements = math.prod(shards.latent_shape)
-        """Of a latent."""
+        """Number of elements of a latent."""
         steps = schedule.num_train_timesteps
         midpoints = (2 * torch.arange(TENTHS) + 1) * steps // (2 * TENTHS)
         tenths = torch.tensor(self._positions) % TENTHS
         self.timesteps = midpoints[tenths]
         """(n,) int64."""
-        # Σλ of each tenth, for which its midpoint stands, over the pairs there are at it.
+        # A midpoint stands for its whole tenth. So its pairs share the tenth's Σλ.
         weight = torch.zeros(TENTHS, dtype=torch.float64)
         weight.index_add_(0, torch.arange(steps) * TENTHS // steps, schedule.stepwise_weight.cpu())
         seen = torch.bincount(torch.arange(self.pairs) % TENTHS, minlength=TENTHS)
         self._path_weight = (self.elements * self.pairs * weight / seen.clamp_min(1))[tenths]
 
     def errors(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> Tensor:
-        """Return the UNet's errors on winners and on losers, (2,n) float64 on the CPU. Under ZeRO-3 all ranks call this together.
+        """Return the UNet's errors on winners and on losers, (2,n) float64 on the CPU. Collective under ZeRO-3.
 
-        ``poll`` is called before each batch, as often on every rank; what it raises ends the evaluation.
+        ``poll`` is called before each batch, equally often on every rank. An exception from ``poll`` ends the evaluation.
         """
-        found = [noise_errors(prediction, None, target)[0] for prediction, target, _ in self._predicted(unet, poll)]
-        return torch.cat([_two_rows(errors) for errors in found], 1)
+        batches = [noise_errors(prediction, None, target)[0] for prediction, target, _ in self._predicted(unet, poll)]
+        return torch.cat([_two_rows(errors) for errors in batches], 1)
 
     def predictions(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> list[Tensor]:
-        """Return the UNet's predictions on the CPU, a batch each, in its own type, for :meth:`look`. Called as :meth:`errors` is."""
+        """Return the UNet's predictions for :meth:`look`: one tensor a batch, on the CPU, in the UNet's dtype.
+
+        ``poll`` and collectives work as in :meth:`errors`.
+        """
         return [prediction.cpu() for prediction, *_ in self._predicted(unet, poll)]
 
     def look(self, unet: torch.nn.Module, base: list[Tensor], poll: Callable[[], None] | None = None) -> Look:
-        """Compare the UNet with its base, whose :meth:`predictions` are given. Called as :meth:`errors` is."""
-        found: list[list[Tensor]] = []
+        """Compare the UNet with its base. ``base`` is the result of :meth:`predictions` for the base.
+
+        ``poll`` and collectives work as in :meth:`errors`.
+        """
+        batches: list[list[Tensor]] = []
         labels = []
         for (prediction, target, batch), other in zip(self._predicted(unet, poll), base, strict=True):
             sums = noise_sums(prediction, other.to(prediction.device), target, moved=True)
-            found.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
+            batches.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
             labels += [] if batch.soft_label is None else [batch.soft_label]
-        policy, other, moved = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        policy, other, moved = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))
         return Look(policy, other, moved, torch.cat(labels) if labels else None)
 
     def _predicted(self, unet: torch.nn.Module, poll: Callable[[], None] | None) -> Iterator[tuple[Tensor, NoiseTarget, Batch]]:
@@ -122,19 +129,19 @@ class HeldOut:
             yield *predictions_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype), batch
 
     def path_kl(self, look: Look) -> Tensor:
-        """Return this rank's share of the path KL between policy and base in nats, a 0-d float64 tensor: the sum over ranks is the number.
+        """Return this rank's share of the path KL between policy and base in nats, a 0-d float64 tensor. The sum over ranks is the path KL.
 
-        That is D Σ_t λ_t E‖ε_θ - ε_base‖², winners and losers alike, where a tenth's midpoint stands for all of the tenth. With fewer than
-        ten pairs some tenths are missing in it.
+        The path KL is D Σ_t λ_t E‖ε_θ - ε_base‖² over winners and losers, where each tenth's midpoint stands for the whole tenth. With
+        fewer than ten pairs, some tenths are missing from the sum.
         """
         return (self.weight * self._path_weight * look.moved.mean(0)).sum() / self.pairs
 
     def summary(self, objective: Objective, look: Look) -> dict[str, Tensor]:
-        """Return this rank's share of each number: the sum over ranks is the number. 0-d float64 tensors.
+        """Return this rank's share of each number, as 0-d float64 tensors. The sum over ranks is the number.
 
-        ``loss`` is the objective's own, comparable between runs of one objective; ``loss_uniform`` is the Diffusion-DPO loss at
-        β = 2000, and ``accuracies`` the share of pairs with m < 0, those with m = 0 as one half, comparable between all; the drifts are
-        d(θ) - d(base), and ``path_kl`` is that of :meth:`path_kl`.
+        ``loss`` is the objective's own loss, which compares between runs of one objective. ``loss_uniform`` is the Diffusion-DPO loss at
+        β = 2000. ``accuracies`` is the share of pairs with m < 0, where a pair with m = 0 counts one half. These two compare between all
+        runs. ``drift_chosen`` and ``drift_rejected`` are d(θ) - d(base) of winners and losers. ``path_kl`` comes from :meth:`path_kl`.
         """
         chosen, rejected = look.policy - look.base
         m = chosen - rejected
@@ -155,15 +162,15 @@ class HeldOut:
 
 
 def _two_rows(errors: Tensor) -> Tensor:
-    """(2B,) → (2,B) float64 on the CPU."""
+    """Return errors, (2B,), as (2,B) float64 on the CPU."""
     return errors.view(2, -1).double().cpu()
 
 
 class HeldOutEvaluator:
-    """Evaluates the policy on held-out pairs when that is due. Never due where a run has none.
+    """The evaluations of the policy on held-out pairs. None is ever due in a run without held-out pairs.
 
-    Make it before a checkpoint is loaded, while the policy still has its base's weights: their predictions are kept, in the host's memory.
-    Collective, as is :meth:`evaluate`; a request to stop ends both early.
+    Create the evaluator before a checkpoint is loaded, while the policy still has its base's weights. The evaluator keeps the base's
+    predictions in host memory. Creating it and :meth:`evaluate` are collective. A request to stop ends both early.
     """
 
     def __init__(
@@ -189,9 +196,9 @@ class HeldOutEvaluator:
         return self._held_out is not None and (step % self._every == 0 or step == self._last)
 
     def evaluate(self) -> dict[str, float]:
-        """Return ``eval/…`` numbers for a row of ``metrics.jsonl``; empty where a request to stop came between."""
+        """Return ``eval/…`` numbers for a row of ``metrics.jsonl``. Return nothing where a request to stop ended the evaluation. Collective."""
         held_out, base = self._held_out, self._base
-        assert held_out is not None and base is not None  # otherwise never due, or the run was stopped before it began
+        assert held_out is not None and base is not None  # Otherwise no evaluation is due, or the run was stopped before it began.
         look = none_if_stopped(lambda: held_out.look(self._policy, base, self._stop.poll))
         if look is None:
             return {}
@@ -204,13 +211,14 @@ class HeldOutEvaluator:
 def error_drift(
     policy: torch.nn.Module, base: torch.nn.Module, schedule: NoiseSchedule, shards: ShardSet | MixedShards
 ) -> dict[str, float]:
-    """Return mean errors over every pair of ``shards``: how far a policy has moved from its base.
+    """Return mean errors over every pair of ``shards``, which show how far a policy has moved from its base.
 
-    The known failure of this family of objectives: accuracy rises while *both* errors grow, the loser's faster. A model that
-    improves keeps its winners' error where it was.
+    This family of objectives has a known failure: accuracy rises while *both* errors grow, the loser's faster. A model that improves
+    keeps its error on winners.
 
-    Gives ``policy_chosen``, ``policy_rejected``, ``reference_chosen`` and ``reference_rejected``, and the ``path_kl`` between the two
-    models in nats.
+    Returns:
+        The mean errors ``policy_chosen``, ``policy_rejected``, ``reference_chosen`` and ``reference_rejected``, and ``path_kl``, the path
+        KL between the two models in nats.
     """
     held_out = HeldOut(shards, schedule)
     look = held_out.look(policy, held_out.predictions(base))

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one row of numbers per logged step, averaged over ranks and over the steps since the last row."""
+"""Write ``metrics.jsonl``: one row of numbers per logged step, averaged over ranks and over the steps since the last row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENTHS = 10
 
 
 class Averages:
-    """Running means of what the objective reports, on the device until they are read. A step's count when it is committed."""
+    """Running means of the objective's metrics. They stay on the device until they are read. A step counts once it is committed."""
 
     def __init__(self):
         self._step: list[tuple[dict[str, Tensor], Tensor | None]] = []
@@ -32,15 +32,15 @@ class Averages:
         self._by_timestep: Tensor | None = None
         self._count = 0
         self.credit: dict[str, list[float]] = {}
-        """Of the last :meth:`read`: ``credit``, the sum of g_t · (the link's weight) over the pairs of each fiftieth of the timesteps, and
-        ``pairs``, how many."""
+        """The credit of the last :meth:`read`, for each fiftieth of the timesteps. ``credit`` is the sum of g_t · (the link's weight) over
+        its pairs, and ``pairs`` is their number."""
 
     def add(self, out: ObjectiveOutput) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch to the current step."""
         self._step.append((out.metrics, out.by_timestep))
 
     def commit(self) -> None:
-        """The step was made; done by :meth:`read` as well."""
+        """Count the current step, because its update was made. :meth:`read` does this too."""
         for metrics, by_timestep in self._step:
             for name, value in metrics.items():
                 self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
@@ -51,14 +51,15 @@ class Averages:
         self._step.clear()
 
     def discard(self) -> None:
-        """The step was skipped: its numbers are none."""
+        """Drop the current step's numbers, because its update was skipped."""
         self._step.clear()
 
     def read(self, timesteps: int) -> dict[str, float]:
-        """Means over all micro-batches and ranks since the last call. Collective.
+        """Return the means over all micro-batches and ranks since the last call. Collective.
 
-        Share of pairs with m < 0 (those with m = 0 count one half), reward margin, and the winners' drift in parts of the reference's error also by tenths of the
-        ``timesteps``, as ``accuracy_by_t/000-099``, where any pair fell into one. Nothing where all steps were skipped.
+        Three numbers are also given by tenths of the ``timesteps``, as in ``accuracy_by_t/000-099``, for each tenth with any pair. These
+        are the share of pairs with m < 0 (a pair with m = 0 counts one half), the reward margin, and the winners' drift as a fraction of
+        the reference's error. The result is empty where all steps were skipped.
         """
         self.commit()
         self.credit = {}
@@ -79,10 +80,10 @@ class Averages:
         return row
 
     def state(self, accumulation: int) -> dict:
-        """What a checkpoint keeps, so that a resumed run's first row averages over the steps before it as well. Collective.
+        """Return the state for a checkpoint, so that a resumed run's first row also averages over the steps before it. Collective.
 
         Args:
-            accumulation: micro-batches of a step on this rank, which may be others after a resume, as may the ranks.
+            accumulation: micro-batches of a step on this rank. Their number and the number of ranks may change on resume.
         """
         if not self._count:
             return {}
@@ -91,7 +92,7 @@ class Averages:
         return {"steps": self._count // accumulation, "means": means, "by_timestep": pairs.tolist()}
 
     def restore(self, state: dict, accumulation: int, device: torch.device) -> None:
-        """Go on from :meth:`state` of a checkpoint: as if this rank had seen its share of those steps."""
+        """Continue from a checkpoint's :meth:`state`, as if this rank had seen its share of those steps."""
         if not state:
             return
         self._count = state["steps"] * accumulation
@@ -102,8 +103,8 @@ class Averages:
         self._by_timestep = by_timestep if by_timestep.numel() else None
 
     def _means(self) -> tuple[dict[str, float], Tensor]:
-        """Means by name, and the sums by timestep, (numbers, buckets) float64, as the mean over ranks. Collective."""
-        # A number that some steps lack, as with a partly precomputed reference, is a mean of others than the rest.
+        """Return the means by name, and the sums by timestep, (numbers, buckets) float64, averaged over ranks. Collective."""
+        # With a partly precomputed reference, some steps lack some numbers. Leave these numbers out: their mean would cover fewer steps.
         names = sorted(name for name in self._sums if self._counts[name] == self._count)
         values = torch.stack([self._sums[name] for name in names]) / self._count
         buckets = values.new_zeros(len(BY_TIMESTEP), 0) if self._by_timestep is None else self._by_timestep
@@ -113,7 +114,7 @@ class Averages:
 
 
 class Clock:
-    """Throughput of training since the last row, and the share of it spent waiting for data."""
+    """The throughput of training since the last row, and the share of time spent waiting for data."""
 
     def __init__(self):
         self._started = time.perf_counter()
@@ -121,7 +122,7 @@ class Clock:
         self._pairs = 0
 
     def timed(self, batches):
-        """The same batches; time spent in getting them counts as waiting."""
+        """Yield the same batches. The time to get a batch counts as waiting."""
         iterator = iter(batches)
         while True:
             started = time.perf_counter()
@@ -137,7 +138,7 @@ class Clock:
 
     @contextmanager
     def stopped(self):
-        """What is done inside is no training: drawing, saving, evaluating."""
+        """Exclude the time inside, such as for drawing, saving and evaluating, from the training time."""
         started = time.perf_counter()
         yield
         self._started += time.perf_counter() - started
@@ -150,18 +151,22 @@ class Clock:
 
 
 class RunLog:
-    """``metrics.jsonl``; ``correction.jsonl``, the table's K at every twentieth of the timesteps; ``credit.jsonl``, the credit over pairs.
+    """The logs of a run: ``metrics.jsonl``, ``correction.jsonl`` and ``credit.jsonl``.
+
+    ``correction.jsonl`` holds the table's K at every twentieth of the timesteps. ``credit.jsonl`` holds the credit over pairs.
 
     Args:
-        folder: the run's; None on ranks that write nothing.
-        resume_step: later rows of an earlier try are dropped.
-        every, steps: a row is due every so many steps, and after the last.
+        folder: the run's folder. None on ranks that write nothing.
+        resume_step: the step of the resume. Rows that an earlier try wrote for later steps are dropped.
+        trackers: trackers that also receive each row.
+        every: a row is due every ``every`` steps.
+        steps: the number of steps of the run. A row is due after the last step as well.
     """
 
     def __init__(self, folder: Path | None, resume_step: int, trackers: Sequence[Any] = (), every: int = 1, steps: int = 0):
         self._trackers, self._every, self._steps = trackers, every, steps
         self.last: dict[str, float] = last_numbers(read_rows(folder / "metrics.jsonl", is_metrics)) if folder else {}
-        """Numbers of the last row."""
+        """The numbers of the last row."""
         self._metrics = RowFile(folder / "metrics.jsonl", resume_step) if folder else None
         self._correction = RowFile(folder / "correction.jsonl", resume_step) if folder else None
         self._credit = RowFile(folder / "credit.jsonl", resume_step) if folder else None
@@ -177,7 +182,10 @@ class RunLog:
         objective: Objective | None = None,
         credit: dict[str, list[float]] | None = None,
     ) -> None:
-        """Write a step's row; without ``objective`` its table gets none, without ``credit``, :attr:`Averages.credit`, that gets none."""
+        """Write a step's row.
+
+        ``correction.jsonl`` gets a row only with ``objective``, and ``credit.jsonl`` only with ``credit``, from :attr:`Averages.credit`.
+        """
         self.last = row
         if not self._metrics or not self._correction or not self._credit:
             return
@@ -193,7 +201,7 @@ class RunLog:
             self._credit.write({"step": step, **credit})
 
     def amend(self, step: int, position: int, numbers: dict[str, float]) -> None:
-        """Write more numbers of the last row's step: of an evaluation that a request to stop had cut off."""
+        """Write more numbers for the last row's step, from an evaluation that a request to stop had cut off."""
         whole = self.last | numbers
         self.write(step, position, numbers)
         self.last = whole
@@ -204,7 +212,7 @@ class RunLog:
             send_images(self._trackers, step, images)
 
     def close(self) -> None:
-        """Let the trackers send what they still hold back."""
+        """Let the trackers send the data that they still buffer."""
         with _going_on():
             finish(self._trackers)
 
@@ -213,5 +221,5 @@ class RunLog:
 def _going_on():
     try:
         yield
-    except Exception as error:  # each tracker has its own kinds of error: no room, no network
+    except Exception as error:  # Each tracker raises its own kinds of errors, such as for a full disk or a lost network.
         warn_once(f"log.trackers: one refused what was sent to it: {type(error).__name__}: {reason(error)}; the run goes on")
