@@ -92,7 +92,7 @@ def stored_pair_bytes(unet: dict, latent: tuple[int, int, int], tokens: int) -> 
     return SHARD_WIDTH * (2 * math.prod(latent) + sum(map(math.prod, prompt)))
 
 
-def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Device, mfu: float = MFU) -> dict[str, Any]:
+def make_plan(run: RunConfig, workload: Workload, nodes: int, gpus: int, device: Device, mfu: float = MFU) -> dict[str, Any]:
     """Return the plan as plain data: bytes, FLOPs, seconds, and hours where a key says so.
 
     Raises:
@@ -101,28 +101,30 @@ def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Dev
     world = nodes * gpus
     chosen = run
     if run.model.gradient_checkpointing == "auto":
-        picked = pick_checkpointing(run, task, world, gpus, usable(device))
+        picked = pick_checkpointing(run, workload, world, gpus, usable(device))
         chosen = _change(run, {"model.gradient_checkpointing": picked or MODES[-1]})
     config = complete_config(chosen, world, gpus)
     if run.optimizer.type == "adamw_8bit":
-        check_partition(sum(task.sizes.trained), world)
+        check_partition(sum(workload.sizes.trained), world)
     accumulation = chosen.batch.accumulation(world)
     mode, dtype = chosen.model.gradient_checkpointing, _dtype(chosen)
     with_reference = needs_reference(chosen)
-    pair = task.pair_flops(with_reference)
-    passes = {name: task.training_pass(name, dtype) for name in {*MODES, mode}}
+    pair = workload.pair_flops(with_reference)
+    passes = {name: workload.training_pass(name, dtype) for name in {*MODES, mode}}
     again = passes[mode].flops - passes["none"].flops
-    memory = rank_memory(chosen, task, world, gpus)
+    memory = rank_memory(chosen, workload, world, gpus)
     room = usable(device) - memory.peak
     frozen = _reference_config(chosen, config)
     read_twice = config if with_reference and run.lora else frozen
-    sent = step_traffic(task.sizes, config, nodes, gpus, accumulation, [*task.sizes.trained, *task.sizes.frozen], read_twice)
+    sent = step_traffic(
+        workload.sizes, config, nodes, gpus, accumulation, [*workload.sizes.trained, *workload.sizes.frozen], read_twice
+    )
     speed = device.flops * mfu if run.precision == "bf16" else None
     seconds = run.batch.pairs * (pair + again) / (world * speed) if speed else None
-    checkpoint = checkpoint_bytes(run, task.sizes)
+    checkpoint = checkpoint_bytes(run, workload.sizes)
     kept = kept_checkpoints(run)
     return {
-        "model": {"path": run.model.path, "parameters": sum(map(sum, task.sizes)), "trained": sum(task.sizes.trained), "latent": list(task.latent), "tokens": task.tokens},
+        "model": {"path": run.model.path, "parameters": sum(map(sum, workload.sizes)), "trained": sum(workload.sizes.trained), "latent": list(workload.latent), "tokens": workload.tokens},
         "batch": {
             "pairs": run.batch.pairs, "nodes": nodes, "ranks": world, "micro": run.batch.micro_batch_size, "accumulation": accumulation,
             "steps": run.steps,
@@ -132,7 +134,7 @@ def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Dev
             "optimizer": run.optimizer.type, "reference": "the policy without its adapters" if with_reference and run.lora else _placement(frozen),
         },
         "flops": {
-            "forward_latent": cost.forward_flops(task.unet, task.latent, task.tokens), "pair": pair, "pair_recomputed": again,
+            "forward_latent": cost.forward_flops(workload.unet, workload.latent, workload.tokens), "pair": pair, "pair_recomputed": again,
             "step": run.batch.pairs * (pair + again),
         },
         "memory": dataclasses.asdict(memory) | {
@@ -147,22 +149,22 @@ def make_plan(run: RunConfig, task: Workload, nodes: int, gpus: int, device: Dev
             "gpu_hours": run.steps * seconds * world / 3600 if seconds else None,
         },
         "data": {
-            "pair_bytes": task.pair_bytes, "bytes_per_s": task.pair_bytes * run.batch.pairs / seconds if seconds else None,
-            "shards_bytes": task.data_bytes, "pairs": task.pairs,
-            "epochs": run.steps * run.batch.pairs / task.pairs if task.pairs else None,
+            "pair_bytes": workload.pair_bytes, "bytes_per_s": workload.pair_bytes * run.batch.pairs / seconds if seconds else None,
+            "shards_bytes": workload.data_bytes, "pairs": workload.pairs,
+            "epochs": run.steps * run.batch.pairs / workload.pairs if workload.pairs else None,
         },
         "checkpoints": {
-            "bytes": checkpoint, "kept": kept, "disk": checkpoint * kept + export_bytes(run, task.sizes),
+            "bytes": checkpoint, "kept": kept, "disk": checkpoint * kept + export_bytes(run, workload.sizes),
             "save_seconds": checkpoint / DISK_BYTES_PER_S, "disk_bytes_per_s": DISK_BYTES_PER_S,
         },
         "verdict": {
             "fits": room >= 0, "room": room,
-            "change": [] if room >= 0 else nearest_fit(chosen, task, world, gpus, usable(device)),
+            "change": [] if room >= 0 else nearest_fit(chosen, workload, world, gpus, usable(device)),
         },
     }  # fmt: skip
 
 
-def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
+def rank_memory(run: RunConfig, workload: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
     """Return the memory of one rank, with activations. Activations are counted for eager PyTorch, even if the run compiles its
     blocks.
 
@@ -172,13 +174,13 @@ def rank_memory(run: RunConfig, task: Workload, world: int, local_world_size: in
     Raises:
         UserError: as :func:`~dde_ds.engine.zero.complete_config`.
     """
-    state = _state_memory(run, task, world, local_world_size, with_reference)
-    one = task.training_pass(run.model.gradient_checkpointing, _dtype(run))
+    state = _state_memory(run, workload, world, local_world_size, with_reference)
+    one = workload.training_pass(run.model.gradient_checkpointing, _dtype(run))
     return dataclasses.replace(state, activations=one.peak * run.batch.micro_batch_size)
 
 
 def pick_checkpointing(
-    run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float, with_reference: bool = True
+    run: RunConfig, workload: Workload, world: int, local_world_size: int, usable_bytes: float, with_reference: bool = True
 ) -> str | None:
     """Return the mode of gradient checkpointing that recomputes least, among those that fit into ``usable_bytes`` of a device's
     memory.
@@ -187,7 +189,7 @@ def pick_checkpointing(
     """
     for mode in _modes(run):
         changed = _change(run, {"model.gradient_checkpointing": mode})
-        if rank_memory(changed, task, world, local_world_size, with_reference).peak <= usable_bytes:
+        if rank_memory(changed, workload, world, local_world_size, with_reference).peak <= usable_bytes:
             return mode
     return None
 
@@ -200,7 +202,7 @@ def _modes(run: RunConfig) -> list[str]:
     return [mode for mode in MODES if not (run.model.compile and mode == "selective")]
 
 
-def nearest_fit(run: RunConfig, task: Workload, world: int, local_world_size: int, usable_bytes: float) -> list[str] | None:
+def nearest_fit(run: RunConfig, workload: Workload, world: int, local_world_size: int, usable_bytes: float) -> list[str] | None:
     """Return the smallest change that makes the run fit, as overrides ``key=value``. Return None if no change does.
 
     The changes are tried in this order: a smaller micro-batch, more checkpointing, ZeRO-3, offloading.
@@ -209,9 +211,9 @@ def nearest_fit(run: RunConfig, task: Workload, world: int, local_world_size: in
         changed = _change(run, changes)
         try:
             # Counting a mode's activations takes seconds. Count them only if the rest leaves room for any.
-            if _state_memory(changed, task, world, local_world_size).peak > usable_bytes:
+            if _state_memory(changed, workload, world, local_world_size).peak > usable_bytes:
                 continue
-            if rank_memory(changed, task, world, local_world_size).peak <= usable_bytes:
+            if rank_memory(changed, workload, world, local_world_size).peak <= usable_bytes:
                 return [f"{key}={value}" for key, value in changes.items()]
         except UserError:
             continue  # settings that do not go together, such as 8-bit moments and ZeRO-3
@@ -274,14 +276,14 @@ def kept_checkpoints(run: RunConfig) -> int:
     return keep.keep + 1 + (run.steps // keep.keep_every if keep.keep_every else 0)
 
 
-def _state_memory(run: RunConfig, task: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
+def _state_memory(run: RunConfig, workload: Workload, world: int, local_world_size: int, with_reference: bool = True) -> Memory:
     """Return the memory of one rank without activations: the policy's engine and the reference's."""
     config = complete_config(run, world, local_world_size)
-    memory = policy_memory(task.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
+    memory = policy_memory(workload.sizes, config, world, MOMENT_BYTES[run.optimizer.type], ema=bool(run.ema))
     placed = _reference_config(run, config) if with_reference else None
     if placed is None:
         return memory
-    frozen = reference_memory(task.sizes.trained, placed, world)
+    frozen = reference_memory(workload.sizes.trained, placed, world)
     return dataclasses.replace(
         memory,
         reference=frozen.reference,

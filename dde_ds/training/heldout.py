@@ -39,7 +39,7 @@ COMMON_BETA = 2000.0
 TENTHS = 10
 
 
-class Look(NamedTuple):
+class HeldOutErrors(NamedTuple):
     """The errors of a policy and its base on one rank's pairs, (2,n) float64 each, on the CPU: row 0 for winners, row 1 for losers."""
 
     policy: Tensor
@@ -98,13 +98,13 @@ class HeldOut:
         return torch.cat([_two_rows(errors) for errors in batches], 1)
 
     def predictions(self, unet: torch.nn.Module, poll: Callable[[], None] | None = None) -> list[Tensor]:
-        """Return the UNet's predictions for :meth:`look`: one tensor a batch, on the CPU, in the UNet's dtype.
+        """Return the UNet's predictions for :meth:`measure`: one tensor a batch, on the CPU, in the UNet's dtype.
 
         ``poll`` and collectives work as in :meth:`errors`.
         """
         return [prediction.cpu() for prediction, *_ in self._predicted(unet, poll)]
 
-    def look(self, unet: torch.nn.Module, base: list[Tensor], poll: Callable[[], None] | None = None) -> Look:
+    def measure(self, unet: torch.nn.Module, base: list[Tensor], poll: Callable[[], None] | None = None) -> HeldOutErrors:
         """Compare the UNet with its base. ``base`` is the result of :meth:`predictions` for the base.
 
         ``poll`` and collectives work as in :meth:`errors`.
@@ -116,7 +116,7 @@ class HeldOut:
             batches.append([_two_rows(each) for each in (sums.policy, sums.reference, sums.moved) if each is not None])
             labels += [] if batch.soft_label is None else [batch.soft_label]
         policy, other, moved = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))
-        return Look(policy, other, moved, torch.cat(labels) if labels else None)
+        return HeldOutErrors(policy, other, moved, torch.cat(labels) if labels else None)
 
     def _predicted(self, unet: torch.nn.Module, poll: Callable[[], None] | None) -> Iterator[tuple[Tensor, NoiseTarget, Batch]]:
         parameter = next(unet.parameters())
@@ -128,26 +128,26 @@ class HeldOut:
             batch = Batch(**{**pairs, "timesteps": self.timesteps[chosen]})
             yield *predictions_of(frozen_model(unet), self.schedule, batch, parameter.device, parameter.dtype), batch
 
-    def path_kl(self, look: Look) -> Tensor:
+    def path_kl(self, errors: HeldOutErrors) -> Tensor:
         """Return this rank's share of the path KL between policy and base in nats, a 0-d float64 tensor. The sum over ranks is the path KL.
 
         The path KL is D Σ_t λ_t E‖ε_θ - ε_base‖² over winners and losers, where each tenth's midpoint stands for the whole tenth. With
         fewer than ten pairs, some tenths are missing from the sum.
         """
-        return (self.weight * self._path_weight * look.moved.mean(0)).sum() / self.pairs
+        return (self.weight * self._path_weight * errors.moved.mean(0)).sum() / self.pairs
 
-    def summary(self, objective: Objective, look: Look) -> dict[str, Tensor]:
+    def summary(self, objective: Objective, errors: HeldOutErrors) -> dict[str, Tensor]:
         """Return this rank's share of each number, as 0-d float64 tensors. The sum over ranks is the number.
 
         ``loss`` is the objective's own loss, which compares between runs of one objective. ``loss_uniform`` is the Diffusion-DPO loss at
         β = 2000. ``accuracies`` is the share of pairs with m < 0, where a pair with m = 0 counts one half. These two compare between all
         runs. ``drift_chosen`` and ``drift_rejected`` are d(θ) - d(base) of winners and losers. ``path_kl`` comes from :meth:`path_kl`.
         """
-        chosen, rejected = look.policy - look.base
+        chosen, rejected = errors.policy - errors.base
         m = chosen - rejected
         device = objective.table.correction.device
-        policy, base, moved = (rows.flatten().to(device) for rows in (look.policy, look.base, look.moved))
-        labels = look.soft_labels.to(device) if objective.options.soft_labels and look.soft_labels is not None else None
+        policy, base, moved = (rows.flatten().to(device) for rows in (errors.policy, errors.base, errors.moved))
+        labels = errors.soft_labels.to(device) if objective.options.soft_labels and errors.soft_labels is not None else None
         reference = base if objective.needs_reference else None
         own, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved, labels)
         numbers = {
@@ -158,7 +158,7 @@ class HeldOut:
             "drift_rejected": rejected,
         }
         shares = {name: (self.weight * value).sum() / self.pairs for name, value in numbers.items()}
-        return shares | {"path_kl": self.path_kl(look)}
+        return shares | {"path_kl": self.path_kl(errors)}
 
 
 def _two_rows(errors: Tensor) -> Tensor:
@@ -199,10 +199,10 @@ class HeldOutEvaluator:
         """Return ``eval/…`` numbers for a row of ``metrics.jsonl``. Return nothing where a request to stop ended the evaluation. Collective."""
         held_out, base = self._held_out, self._base
         assert held_out is not None and base is not None  # Otherwise no evaluation is due, or the run was stopped before it began.
-        look = none_if_stopped(lambda: held_out.look(self._policy, base, self._stop.poll))
-        if look is None:
+        errors = none_if_stopped(lambda: held_out.measure(self._policy, base, self._stop.poll))
+        if errors is None:
             return {}
-        shares = held_out.summary(self._objective, look)
+        shares = held_out.summary(self._objective, errors)
         device = self._objective.table.correction.device
         values = sum_over_ranks(torch.stack(list(shares.values())).to(device)).tolist()
         return {f"eval/{name}": value for name, value in zip(shares, values, strict=True)}
@@ -221,7 +221,7 @@ def error_drift(
         KL between the two models in nats.
     """
     held_out = HeldOut(shards, schedule)
-    look = held_out.look(policy, held_out.predictions(base))
-    means = torch.cat([look.policy, look.base]).mean(1).tolist()
+    errors = held_out.measure(policy, held_out.predictions(base))
+    means = torch.cat([errors.policy, errors.base]).mean(1).tolist()
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-    return dict(zip(names, means, strict=True)) | {"path_kl": held_out.path_kl(look).item()}
+    return dict(zip(names, means, strict=True)) | {"path_kl": held_out.path_kl(errors).item()}

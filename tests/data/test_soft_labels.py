@@ -69,15 +69,15 @@ def test_shares_reach_the_loss(voted_shards, sd_model, schedule):
     sure = micro_step(policy, reference, build_objective("dde", schedule, beta=20.0), batch, device)
     assert sure.loss.item() != pytest.approx(soft.loss.item(), rel=1e-4)
 
-    looked = HeldOut(shards, schedule)
+    held_out = HeldOut(shards, schedule)
     with torch.no_grad():
         base = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
-        look = looked.look(policy, looked.predictions(base))
+        errors = held_out.measure(policy, held_out.predictions(base))
     objective = build_objective("uniform", schedule, beta=20.0, soft_labels=True)
-    m = (look.policy - look.base)[0] - (look.policy - look.base)[1]
-    p = look.soft_labels.double()
+    m = (errors.policy - errors.base)[0] - (errors.policy - errors.base)[1]
+    p = errors.soft_labels.double()
     expected = -(p * torch.log(torch.sigmoid(-10 * m)) + (1 - p) * torch.log(torch.sigmoid(10 * m)))
-    assert looked.summary(objective, look)["loss"].item() == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert held_out.summary(objective, errors)["loss"].item() == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
 def test_shards_without_shares_are_what_they_were(sd_shards, voted_shards):

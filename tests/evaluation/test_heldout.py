@@ -20,7 +20,7 @@ from tests.support.launching import write_config
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory, sd_model):
+def held_out_shards(tmp_path_factory, sd_model):
     folder = tmp_path_factory.mktemp("held_out")
     pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(20, 11), folder / "pairs.parquet")
     return shard(folder / "pairs.parquet", sd_model, folder / "shards")
@@ -37,15 +37,15 @@ def unets(sd_model):
     return policy, base
 
 
-def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
+def test_against_the_formulas_pair_by_pair(held_out_shards, unets, sd_model):
     scheduler = DDIMScheduler.from_pretrained(sd_model, subfolder="scheduler")
     schedule = NoiseSchedule.from_scheduler(scheduler)
     objective = build_objective("dde", schedule, beta=20.0)
     objective.table.add(torch.arange(1000), torch.full((1000,), 1e-3), torch.zeros(4, 1000))
     objective.commit()
-    shards = ShardSet(held_out)
-    looked = HeldOut(shards, schedule, pairs=10, micro=4)
-    found = looked.summary(objective, look_at(looked, unets))
+    shards = ShardSet(held_out_shards)
+    held_out = HeldOut(shards, schedule, pairs=10, micro=4)
+    found = held_out.summary(objective, measure_on(held_out, unets))
 
     numbers = {name: [] for name in found}
     steps = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # λ written out
@@ -54,7 +54,7 @@ def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
     tenths = [stepwise[max(0, 100 * k - 1) : 100 * k + 99].sum() for k in range(10)]
     order = Order(shards.counts, 0, 1)
     for position in range(10):
-        pair = looked._dataset.pair(position)
+        pair = held_out._dataset.pair(position)
         assert torch.equal(pair["latents"], shards.read(*order.locate(position))["latents"])
         t = torch.tensor(100 * (position % 10) + 50)
         noisy = scheduler.add_noise(pair["latents"].float(), pair["noise"].expand(2, -1, -1, -1), t)
@@ -78,63 +78,65 @@ def test_against_the_formulas_pair_by_pair(held_out, unets, sd_model):
         assert found[name].item() == pytest.approx(sum(values) / 10, rel=1e-3, abs=1e-6), name
 
 
-def look_at(held_out, unets):
+def measure_on(held_out, unets):
     policy, base = unets
-    return held_out.look(policy, held_out.predictions(base))
+    return held_out.measure(policy, held_out.predictions(base))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_each_objectives_own_loss(held_out, unets, schedule, name):
+def test_each_objectives_own_loss(held_out_shards, unets, schedule, name):
     """By the objective itself, called on the predictions as in training."""
-    looked = HeldOut(ShardSet(held_out), schedule, pairs=10, micro=10)
+    held_out = HeldOut(ShardSet(held_out_shards), schedule, pairs=10, micro=10)
     objective = build_objective(name, schedule, beta=20.0)
     if objective.needs_reference:
         objective.table.fill(1e-3)
-    look = look_at(looked, unets)
-    batch = looked._dataset.collate([looked._dataset.pair(position) for position in range(10)])
+    errors = measure_on(held_out, unets)
+    batch = held_out._dataset.collate([held_out._dataset.pair(position) for position in range(10)])
     t = torch.arange(10) * 100 + 50
     noisy = schedule.add_noise(batch["latents"].float(), batch["noise"].repeat(2, 1, 1, 1), t.repeat(2))
     with torch.no_grad():
         policy, base = (unet(noisy, t.repeat(2), batch["prompt_embeds"].float()).sample for unet in unets)
     out = objective(policy, base if objective.needs_reference else None, batch["noise"], t)
-    assert looked.summary(objective, look)["loss"].item() == pytest.approx(out.loss.item(), rel=1e-4)
+    assert held_out.summary(objective, errors)["loss"].item() == pytest.approx(out.loss.item(), rel=1e-4)
 
 
-def test_more_pairs_than_tenths_count_as_their_mean(held_out, unets, schedule):
+def test_more_pairs_than_tenths_count_as_their_mean(held_out_shards, unets, schedule):
     """Eleven pairs: two at t = 50, whose mean stands for the first tenth."""
-    looked = HeldOut(ShardSet(held_out), schedule)
-    look = look_at(looked, unets)
-    moved = look.moved.mean(0)
+    held_out = HeldOut(ShardSet(held_out_shards), schedule)
+    errors = measure_on(held_out, unets)
+    moved = errors.moved.mean(0)
     at = [(moved[0] + moved[10]) / 2, *moved[1:10]]
     tenths = schedule.stepwise_weight.view(10, 100).sum(1)
-    expected = looked.elements * sum(weight * value for weight, value in zip(tenths, at, strict=True))
-    assert looked.path_kl(look).item() == pytest.approx(expected.item(), rel=1e-9)
-    assert looked.timesteps.tolist() == [*range(50, 1000, 100), 50]
+    expected = held_out.elements * sum(weight * value for weight, value in zip(tenths, at, strict=True))
+    assert held_out.path_kl(errors).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert held_out.timesteps.tolist() == [*range(50, 1000, 100), 50]
 
 
-def test_ranks_share_the_pairs(held_out, unets, schedule):
-    """Ten pairs on three ranks: four each, two of them looked at twice and counted once."""
+def test_ranks_share_the_pairs(held_out_shards, unets, schedule):
+    """Ten pairs on three ranks: four each, two of them evaluated twice and counted once."""
     objective = build_objective("uniform", schedule, beta=20.0)
-    alone = HeldOut(ShardSet(held_out), schedule, pairs=10)
-    expected = alone.summary(objective, look_at(alone, unets))
-    ranks = [HeldOut(ShardSet(held_out), schedule, 10, micro=3, rank=rank, world=3) for rank in range(3)]
+    alone = HeldOut(ShardSet(held_out_shards), schedule, pairs=10)
+    expected = alone.summary(objective, measure_on(alone, unets))
+    ranks = [HeldOut(ShardSet(held_out_shards), schedule, 10, micro=3, rank=rank, world=3) for rank in range(3)]
     assert [len(rank.timesteps) for rank in ranks] == [4, 4, 4]
-    shares = [rank.summary(objective, look_at(rank, unets)) for rank in ranks]
+    shares = [rank.summary(objective, measure_on(rank, unets)) for rank in ranks]
     for name, value in expected.items():
         assert sum(share[name].item() for share in shares) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
 
-def test_all_pairs_by_default(held_out, unets, schedule):
-    drift = error_drift(*unets, schedule, ShardSet(held_out))
-    looked = HeldOut(ShardSet(held_out), schedule)
-    assert looked.pairs == 11
-    assert drift["policy_rejected"] == pytest.approx(looked.errors(unets[0])[1].mean().item())
-    assert drift["reference_chosen"] == pytest.approx(looked.errors(unets[1])[0].mean().item())
-    assert drift["path_kl"] == pytest.approx(looked.path_kl(look_at(looked, unets)).item(), rel=1e-6) and drift["path_kl"] > 0
+def test_all_pairs_by_default(held_out_shards, unets, schedule):
+    drift = error_drift(*unets, schedule, ShardSet(held_out_shards))
+    held_out = HeldOut(ShardSet(held_out_shards), schedule)
+    assert held_out.pairs == 11
+    assert drift["policy_rejected"] == pytest.approx(held_out.errors(unets[0])[1].mean().item())
+    assert drift["reference_chosen"] == pytest.approx(held_out.errors(unets[1])[0].mean().item())
+    assert (
+        drift["path_kl"] == pytest.approx(held_out.path_kl(measure_on(held_out, unets)).item(), rel=1e-6) and drift["path_kl"] > 0
+    )
 
 
-def test_a_look_ends_where_it_is_told_to(held_out, unets, schedule):
-    looked, polled, seen = HeldOut(ShardSet(held_out), schedule, micro=2), [], []
+def test_an_evaluation_ends_where_it_is_told_to(held_out_shards, unets, schedule):
+    held_out, polled, seen = HeldOut(ShardSet(held_out_shards), schedule, micro=2), [], []
 
     def poll():
         polled.append(len(seen))
@@ -142,7 +144,7 @@ def test_a_look_ends_where_it_is_told_to(held_out, unets, schedule):
             raise InterruptedError
 
     with unets[0].register_forward_hook(lambda *_: seen.append(1)), pytest.raises(InterruptedError):
-        looked.errors(unets[0], poll)
+        held_out.errors(unets[0], poll)
     assert polled == [0, 1, 2]
 
 
@@ -159,10 +161,10 @@ def test_a_drawing_ends_where_it_is_told_to(sd_model, unets):
     assert polled == [1, 2]
 
 
-def test_pairs_that_are_level_count_one_half(held_out, unets):
+def test_pairs_that_are_level_count_one_half(held_out_shards, unets):
     schedule = NoiseSchedule.from_scheduler(DDIMScheduler())
-    looked = HeldOut(ShardSet(held_out), schedule)
-    found = looked.summary(build_objective("dde", schedule), look_at(looked, (unets[0], unets[0])))
+    held_out = HeldOut(ShardSet(held_out_shards), schedule)
+    found = held_out.summary(build_objective("dde", schedule), measure_on(held_out, (unets[0], unets[0])))
     assert found["accuracies"].item() == pytest.approx(0.5)
     assert found["path_kl"].item() == 0
 
