@@ -1,6 +1,6 @@
 """Name the roles of a table's columns, and the columns of public data sets.
 
-A table has one of four shapes. It says in one of several ways which picture is preferred:
+A table has one of four shapes. Each shape can express the preference in several ways:
 
 =================  ====================================================  =========================================================
 shape              a row                                                 preference
@@ -38,7 +38,8 @@ ROLES = {
     "group": "what the pictures of one ranking have in common",
 }
 VOTES = (("votes_0", "votes_1"), ("votes",), ("preference_0",))
-# By the columns of the pictures, each way to say which is preferred; () where none is needed, or none is there yet.
+# For the picture columns of each shape, the sets of columns that express the preference. () stands for a known order, or for pairs that
+# are to be labelled later.
 SHAPES: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {
     ("winner", "loser"): ((), *VOTES),
     ("image_0", "image_1"): ((), ("label_0",), *VOTES),
@@ -46,9 +47,9 @@ SHAPES: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {
     ("image",): (("rank",), ("score",), ("rank", "group"), ("score", "group")),
 }
 PAIRS = ("all", "adjacent", "best-worst")
-"""Which pairs of a ranking are taken: every two, neighbours in the ranking, or the best with the worst."""
+"""The pairs to take from a ranking: every two pictures, neighbours in the ranking, or the best with the worst."""
 
-# Where each was read is in tools/README.md. Several for one name: the first whose columns are all there.
+# tools/README.md gives the source of each preset. Where a name has several variants, the first with all its columns present counts.
 PRESETS: dict[str, tuple[dict[str, str], ...]] = {
     "pickapic": ({"caption": "caption", "image_0": "jpg_0", "image_1": "jpg_1", "label_0": "label_0"},),
     "hpdv2": (
@@ -76,29 +77,29 @@ PRESETS: dict[str, tuple[dict[str, str], ...]] = {
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:
-    """Return the roles of ``ROLE=NAME`` words.
+    """Return the column name of each role from ``ROLE=NAME`` words.
 
     Raises:
-        UserError: a word of another form, an unknown role, or one that is there twice.
+        UserError: a word has another form, a role is unknown, or a role is given twice.
     """
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for word in words:
         role, equals, name = word.partition("=")
         if not equals or not name:
             raise UserError(f"columns {word!r}: expected ROLE=NAME, such as caption=prompt")
         if role not in ROLES:
             raise UserError(f"columns {word!r}: {role!r} is no role{nearest(role, ROLES)}")
-        if role in found:
+        if role in columns:
             raise UserError(f"columns: {role} is given twice")
-        found[role] = name
-    return found
+        columns[role] = name
+    return columns
 
 
 def choose_columns(where: str, names: Iterable[str], columns: Mapping[str, str], preset: str | None = None) -> dict[str, str]:
-    """Return the column of each role in a table that has these ``names``. What ``columns`` says counts before the preset.
+    """Return the column of each role in a table with these column ``names``. ``columns`` overrides the preset.
 
     Raises:
-        UserError: an unknown preset, a column that is not there, or roles that make no shape.
+        UserError: the preset is unknown, a column does not exist, or the roles form no shape.
     """
     names = list(names)
     if preset is not None and preset not in PRESETS:
@@ -115,10 +116,10 @@ def choose_columns(where: str, names: Iterable[str], columns: Mapping[str, str],
 
 
 def check_shape(columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the picture columns of a set of roles.
+    """Return the roles of the picture columns in a set of roles.
 
     Raises:
-        UserError: roles that make no shape; the message says what is missing or too much.
+        UserError: the roles form no shape. The message names the roles that are missing or too many.
     """
     if "caption" not in columns:
         raise UserError("columns: caption is missing; name the column of the prompts as caption=NAME")

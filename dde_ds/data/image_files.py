@@ -1,10 +1,10 @@
 """Find the pictures of a table: in its cells, in a folder, in an archive, or below a URL.
 
-A cell is bytes, a record of bytes and path, a list whose first item counts, or text: a path or a URL. Paths stay below the
-root. The root is a folder, a ``.zip`` or ``.tar`` that need not be unpacked, or a URL.
+A cell holds bytes, a record of bytes and path, text (a path or a URL), or a list, in which the first item counts. Paths must stay below
+the root. The root is a folder, a ``.zip`` or uncompressed ``.tar`` file, or a URL.
 
-A URL in a cell stands for the file of its path, or of its last name, below a local root. Nothing is fetched from a host
-that the root does not name.
+Under a local root, a URL in a cell stands for the file with the URL's path, or else with its last name, below the root. Nothing is fetched
+from a host that the root does not name.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Find = Callable[[str], "bytes | None"]
 
 
 class ImageFiles:
-    """The pictures of a table by what its cells hold.
+    """The pictures of a table, found by the content of its cells.
 
     Args:
-        root: folder, archive or URL that paths are relative to and stay below; None: ``default``.
-        default: folder of the table, or None where it has none.
-        follow_links: take what lies behind symbolic links that lead out of a folder.
+        root: folder, archive or URL. Paths are relative to ``root`` and must stay below it. None stands for ``default``.
+        default: folder of the table, or None for a table without a folder.
+        follow_links: read pictures behind symbolic links that lead out of the folder.
 
     Raises:
-        UserError: a root that is not there, or no archive that can be read.
+        UserError: the root does not exist or is not a readable archive.
     """
 
     def __init__(self, root: str | Path | None, default: Path | None, follow_links: bool = False):
@@ -47,10 +47,10 @@ class ImageFiles:
             self._find = _finder(self.root, follow_links)
 
     def read(self, cell: Any) -> bytes | None:
-        """Return a picture's bytes, or None where there are none.
+        """Return a picture's bytes, or None for a missing picture.
 
         Raises:
-            UserError: a path that leaves the root, or a URL while no root says where its files are.
+            UserError: a path leaves the root, a path or URL needs a root and none is given, or a remote root is not readable.
         """
         if isinstance(cell, list | tuple):
             cell = cell[0] if cell else None
@@ -87,8 +87,8 @@ def _finder(root: str, follow_links: bool) -> Find:
     try:
         return _in_zip(path) if zipfile.is_zipfile(path) else _in_tar(path)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
-        mend = "expected a folder, a .zip or a .tar that is not compressed"
-        raise UserError(f"root {root}: not readable as an archive: {reason(error)}; {mend}") from None
+        hint = "expected a folder, a .zip or a .tar that is not compressed"
+        raise UserError(f"root {root}: not readable as an archive: {reason(error)}; {hint}") from None
 
 
 def _below_folder(folder: Path, follow_links: bool) -> Find:
@@ -102,7 +102,7 @@ def _below_folder(folder: Path, follow_links: bool) -> Find:
             raise UserError(f"input: {name!r} lies behind a link that leads out of {folder}; follow_links follows it")
         try:
             return read_regular(place, IMAGE_BYTES)
-        except (OSError, ValueError):  # not there, or no file of an image's size
+        except (OSError, ValueError):  # The file does not exist, is not a regular file, or is larger than an image may be.
             return None
 
     return find
@@ -116,19 +116,20 @@ def _in_zip(path: Path) -> Find:
         name = posixpath.normpath(name)
         if sizes.get(name, IMAGE_BYTES + 1) > IMAGE_BYTES:
             return None
-        if os.getpid() not in opened:  # a fork shares the place in the file that is read next
+        if os.getpid() not in opened:  # Open the file again after a fork, because both processes would share one file position.
             opened.clear()
             opened[os.getpid()] = zipfile.ZipFile(path)
         try:
             return opened[os.getpid()].read(name)
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError):  # damaged, encrypted, or packed oddly
+        # The member is damaged, encrypted, or compressed by an unsupported method.
+        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError):
             return None
 
     return find
 
 
 def _in_tar(path: Path) -> Find:
-    """Return a finder of members by their offset: the archive is gone through once, then read at any place."""
+    """Return a function that reads an archive's members. The archive is scanned once for their offsets, then read at any place."""
     file = path.open("rb")
     places: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -154,7 +155,7 @@ def _below_url(url: str) -> Find:
             return fs.cat_file(f"{root}/{path}", start=0, end=IMAGE_BYTES)
         except FileNotFoundError:
             return None
-        except Exception as error:  # every driver has exceptions of its own
+        except Exception as error:  # Every driver raises its own kinds of exceptions.
             raise UserError(f"root {url}: {name}: not readable: {type(error).__name__} {reason(error)}") from None
 
     return find

@@ -22,16 +22,16 @@ from dde_ds.errors import UserError
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How a table is read whose columns are not Pick-a-Pic's. With none of them, an input is what its name says."""
+    """How to read a table whose columns are not Pick-a-Pic's. Without any option, the name of an input decides how it is read."""
 
     columns: tuple[str, ...] = ()
-    """``ROLE=NAME`` for each column, as :mod:`dde_ds.data.columns` lists the roles."""
+    """``ROLE=NAME`` for each column. :mod:`dde_ds.data.columns` lists the roles."""
     preset: str | None = None
-    """Name of a public data set whose columns are known."""
+    """Name of a public data set with known columns."""
     pairs: str | None = None
-    """Which pairs of a ranking are taken: ``all`` (default), ``adjacent`` or ``best-worst``."""
+    """The pairs to take from a ranking: ``all`` (default), ``adjacent`` or ``best-worst``."""
     min_margin: float | None = None
-    """Least difference between the shares of the votes of winner and loser, 0 to 1."""
+    """The least difference between the winner's and the loser's share of the votes, 0 to 1."""
 
 
 def find_pairs(
@@ -52,14 +52,14 @@ def find_pairs(
     - with ``columns`` or a ``preset``, tables of any kind that :mod:`dde_ds.data.tables` reads.
 
     Args:
-        inputs: one or more of them; several only for parquet files.
+        inputs: one input, or several parquet files or tables.
         split: name of the split, for a data set of the hub or one that ``datasets`` saved.
-        root, follow_links: for a ``pairs.jsonl`` as :class:`~dde_ds.data.folder.FolderPairs` takes them, for a table as
-            :class:`~dde_ds.data.image_files.ImageFiles` does.
+        root, follow_links: for a ``pairs.jsonl``, the arguments of :class:`~dde_ds.data.folder.FolderPairs`; for a table, those of
+            :class:`~dde_ds.data.image_files.ImageFiles`.
         table: how to read a table whose columns are not Pick-a-Pic's.
 
     Raises:
-        UserError: nothing is found, the needed columns are missing, or the arguments do not fit the kind of input.
+        UserError: no input is found, a needed column is missing, or an argument does not fit the kind of input.
     """
     inputs = [item.removeprefix("file://") for item in inputs]
     for item in inputs:
@@ -81,14 +81,14 @@ def find_pairs(
 
 
 def _is_dataset(name: str) -> bool:
-    """Whether ``datasets`` has to read it: a folder that it saved, or a name on the hub."""
+    """Return whether ``datasets`` has to read the input: a folder that ``datasets`` saved, or a name on the hub."""
     path = Path(name)
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     return saved or (name.count("/") == 1 and not path.exists() and not glob.has_magic(name) and not path.suffix)
 
 
 def _table_pairs(inputs: list[str], split: str, root: Path | str | None, follow_links: bool, options: TableOptions) -> TablePairs:
-    """The pairs of tables whose columns are named."""
+    """Return the pairs of tables whose columns are named."""
     columns = parse_columns(options.columns)
     if len(inputs) == 1 and _is_dataset(inputs[0]):
         tables, folders = [HubTable(inputs[0], split)], [None]

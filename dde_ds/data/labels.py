@@ -1,11 +1,11 @@
-"""Read the labels that scorers gave to the pairs of an input, and give the pairs as they label them.
+"""Read the labels that scorers gave to the pairs of an input, and read the pairs with these labels.
 
     {"format": "dde_ds labels 1", "input": [...], "reading": {}, "scorers": {"pickscore": "<sha256>"}, "rows": 2}
     {"row": 0, "source": "train.parquet:0", "scores": {"pickscore": [21.3, 20.1]}}
     {"row": 1, "source": "train.parquet:1", "reason": "missing image"}
 
-The two scores of a row belong to its pictures in the order in which the input gives them, its own winner first. ``input``
-is the identity of the input: labels of another input are refused.
+The two scores of a row belong to its pictures in the input's order, the input's winner first. ``input`` is the identity of the input.
+Labels of another input are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dde_ds.warn import reason
 
 FORMAT = "dde_ds labels 1"
 HOW = ("winner", "agree", "soft")
-"""What becomes of the labels: the scorers' winner, only pairs on which they agree with people, or the winner with a soft label."""
+"""How to use the labels: take the scorers' winner, keep only pairs where scorers and people agree, or take the winner with a soft label."""
 DISAGREE, AGAINST_PEOPLE, NO_SCORE = "scorers disagree", "scorers and people disagree", "no score"
 TURNED = "winner by the scorers alone"
 
@@ -36,19 +36,20 @@ def header_of(source: PairSource, scorers: dict[str, str], rows: int) -> dict:
     """Return the first line of the labels of a source.
 
     Args:
-        scorers: the digest of each by its name.
-        rows: how many pairs are labelled.
+        source: the labelled input.
+        scorers: the digest of each scorer by its name.
+        rows: the number of labelled pairs.
     """
-    # Not its margin: that leaves pairs out and changes none.
+    # The margin is left out, because it only excludes pairs and changes none.
     reading = {key: value for key, value in reading_of(source).items() if key != "min_margin"}
     return {"format": FORMAT, "input": source.identity, "reading": reading, "scorers": scorers, "rows": rows}
 
 
 def read_lines(file: io.BufferedReader, where: str) -> Iterator[dict]:
-    """Yield the rows behind the first line of an opened file of labels. A last line that a kill cut short is left out.
+    """Yield the rows after the first line of an opened file of labels. Skip a last line that a kill cut short.
 
     Raises:
-        UserError: a damaged line.
+        UserError: a line is damaged.
     """
     for number, line in enumerate(file, 2):
         if not line.endswith(b"\n"):
@@ -72,7 +73,7 @@ def read_header(file: io.BufferedReader, where: str) -> dict:
     """Return the first line of an opened file of labels.
 
     Raises:
-        UserError: it is no file of labels.
+        UserError: the file is not a file of labels.
     """
     try:
         header = parse_json(file.readline(JSON_BYTES))
@@ -86,16 +87,16 @@ def read_header(file: io.BufferedReader, where: str) -> dict:
 
 
 class LabelledPairs:
-    """The pairs of a source as scorers label them.
+    """The pairs of a source with the labels of scorers.
 
     Args:
-        source: the input that was scored.
-        path: its ``labels.jsonl``.
-        how: one of :data:`HOW`. Several scorers have to agree on a winner; their soft labels are averaged.
-        min_margin: of soft labels: the least difference between the shares of winner and loser.
+        source: the scored input.
+        path: the source's ``labels.jsonl``.
+        how: one of :data:`HOW`. Several scorers have to agree on a winner. Their soft labels are averaged.
+        min_margin: for soft labels, the least difference between the winner's and the loser's share.
 
     Raises:
-        UserError: no whole file of labels, or one of another input.
+        UserError: an option is invalid, the file of labels is incomplete, or the labels belong to another input.
     """
 
     def __init__(self, source: PairSource, path: Path, how: str = "winner", min_margin: float | None = None):
@@ -147,7 +148,7 @@ class LabelledPairs:
             yield replace(pair, soft_label=share)
 
     def _verdict(self, row: int) -> tuple[int, str | None]:
-        """Return 1 if the scorers prefer the first picture, -1 if the second; and why the pair is left out, if it is."""
+        """Return 1 if the scorers prefer the first picture, or -1 for the second, and the reason to exclude the pair, or None."""
         gains = self._gains(row)
         if gains is None:
             return 1, self._failed.get(row, NO_SCORE)
@@ -162,23 +163,23 @@ class LabelledPairs:
         return 1 if gains[0] > 0 else -1, None
 
     def _share(self, row: int) -> float:
-        """Return the chance that the first picture is preferred.
+        """Return the probability that the first picture is preferred.
 
-        It is the mean over the scorers of σ(first score − second score), the model of Bradley and Terry.
+        This is the mean over the scorers of σ(first score − second score), by the model of Bradley and Terry.
         """
         gains = self._gains(row)
-        assert gains is not None  # of a row that is read
+        assert gains is not None  # Only rows with scores are read.
         return float((0.5 * (1 + np.tanh(gains / 2))).mean())
 
     def _gains(self, row: int) -> np.ndarray | None:
-        """Return by how much each scorer prefers the first picture, or None without scores."""
+        """Return each scorer's first score minus its second, (scorers,), or None for a row without scores."""
         place = int(np.searchsorted(self._rows, row))
-        found = place < len(self._rows) and self._rows[place] == row
-        return self._scores[place, :, 0] - self._scores[place, :, 1] if found else None
+        is_scored = place < len(self._rows) and self._rows[place] == row
+        return self._scores[place, :, 0] - self._scores[place, :, 1] if is_scored else None
 
 
 def _read(path: Path, source: PairSource) -> tuple[np.ndarray, np.ndarray, dict[int, str], str]:
-    """Return the numbers of the scored rows (N,), their scores (N, scorers, 2), why others have none, and the file's SHA-256."""
+    """Return the numbers of the scored rows, (N,), their scores, (N,scorers,2), the reasons of unscored rows, and the file's SHA-256."""
     where, digest = f"labels {path}", hashlib.sha256()
     try:
         with open_regular(path) as file:
@@ -218,13 +219,13 @@ def _read(path: Path, source: PairSource) -> tuple[np.ndarray, np.ndarray, dict[
 
 
 def _check_header(header: dict[str, Any], source: PairSource, where: str) -> None:
-    own = header_of(source, {}, 0)
+    expected = header_of(source, {}, 0)
     if not header["scorers"]:
         raise UserError(f"{where}: names no scorer")
-    if header["input"] != own["input"]:
+    if header["input"] != expected["input"]:
         names = ", ".join(str(file.get("name")) for file in header["input"][:3] if isinstance(file, dict))
         raise UserError(f"{where}: are of another input ({names}); relabel this one")
-    if header["reading"] != own["reading"]:
+    if header["reading"] != expected["reading"]:
         raise UserError(
-            f"{where}: were made with other columns or pairs ({header['reading']}, now {own['reading']}); relabel again"
+            f"{where}: were made with other columns or pairs ({header['reading']}, now {expected['reading']}); relabel again"
         )

@@ -1,10 +1,10 @@
 """Encode pairs into shards, on any number of ranks, resumable shard by shard.
 
-Each shard stands for a fixed range of pairs.
+Each shard holds a fixed range of pairs.
 
 The work is a list of parts: first the files of prompts, then the shards. The pairs or prompts of a part follow from the
 input alone, so ranks need not communicate. Each rank makes its own consecutive parts, and keeps parts that are already
-whole. A rank that finds all parts whole writes the manifest. If two ranks do so, they write the same bytes.
+complete. A rank that finds all parts complete writes the manifest. If two ranks do so, they write the same bytes.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ REPEATED_PAIR, CUT_CAPTION = "repeated pair", "cut caption"
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """The settings by which pairs become samples."""
+    """The settings for encoding pairs into samples."""
 
     model: str
     """Name of the model in the manifest."""
     resolution: int
-    """Side in pixels of the square that images are scaled and cropped to."""
+    """Side in pixels of the square to which images are scaled and cropped."""
     pairs_per_shard: int = 1000
     batch: int = 8
     """Pairs that are encoded at a time.
 
-    It is not among the settings: it may be lowered on a restart, which changes some last bits.
+    :meth:`settings` leaves this number out, so that it may be lowered on a restart. That changes some last bits.
     """
     latents: str = "mean"
     """``mean`` stores the mean of the VAE's posterior, and ``sample`` one draw from it.
@@ -63,14 +63,14 @@ class EncodingConfig:
     flip: bool = False
     """Encode the mirrored images too, so that training may flip."""
     min_side: int | None = None
-    """Images with a shorter side in pixels are left out. None means a quarter of the resolution."""
+    """The shortest side in pixels that an image may have. Smaller images are left out. None means a quarter of the resolution."""
     background: tuple[int, int, int] = WHITE
     """Colour (red, green, blue; 0 to 255) under the transparent parts of images."""
     keep_no_caption: bool = False
-    """Keep pairs without a caption, and give them the empty one. An empty caption in the input counts as a caption."""
+    """Keep pairs without a caption, and give them the empty caption. An empty caption in the input counts as a caption."""
 
     def settings(self, encoder: Encoder, source: PairSource) -> dict:
-        """Return what identifies these shards, for the manifest: shards with other settings are other shards."""
+        """Return the settings that identify these shards, for the manifest. One folder holds shards of one set of settings."""
         return {
             "format": FORMAT,
             "model": encodable(self.model),
@@ -89,7 +89,7 @@ class EncodingConfig:
             "empty_prompt": "zeros" if encoder.zero_empty_prompt else "encoded",
             "pairs_per_shard": self.pairs_per_shard,
             "input": source.identity,
-            # In the settings of such inputs alone: those of all others are what they were.
+            # Only inputs that need these keys have them, so that the settings of older folders stay the same.
             **({"reading": reading} if (reading := reading_of(source)) else {}),
             **({SOFT_LABEL: True} if has_soft_labels(source) else {}),
         }
@@ -111,7 +111,7 @@ def make_shards(
 ) -> dict | None:
     """Write this rank's part of the shards of all decided pairs of ``source`` into ``output``.
 
-    A second run with the same settings keeps the shards that are whole and makes only the missing ones, even with
+    A second run with the same settings keeps the complete shards and makes only the missing ones, even with
     another number of ranks. A pair with an unusable image is left out of its shard, counted in the manifest's ``rows``
     and listed in ``errors.jsonl``.
 
@@ -121,10 +121,10 @@ def make_shards(
         encoder: the VAE and text encoders.
         recipe: the settings of the encoding.
         rank, world: this rank, and the number of ranks.
-        on_progress: called with the pairs done and all pairs of this rank.
+        on_progress: called with the number of pairs done and the number of all pairs of this rank.
 
     Returns:
-        The manifest, or None while other ranks are still at work: the last of them writes it.
+        The manifest, or None while other ranks are still at work. The last rank writes the manifest.
 
     Raises:
         UserError: the input is unusable, or the output folder was begun with other settings.
@@ -223,7 +223,7 @@ def _finish(
         )
     counts = survey.counts
     counts.update(error["reason"].partition(":")[0] for error in failed)
-    cut = int(encoder.is_cut(survey.captions)[survey.caption_of].sum())  # takes seconds for Pick-a-Pic's 59,000 captions
+    cut = int(encoder.is_cut(survey.captions)[survey.caption_of].sum())  # This takes seconds for Pick-a-Pic's 59,000 captions.
     manifest = {
         "settings": settings,
         "settings_digest": digest,
@@ -297,7 +297,7 @@ def _claim(output: Path, settings: dict) -> tuple[dict, str]:
 
 
 def _encode_prompts(captions: list[str], first: int, encoder: Encoder, batch: int) -> Iterator[Sample]:
-    """Yield the samples of prompts, numbered from ``first`` on.
+    """Yield the samples of prompts, numbered from ``first``.
 
     Raises:
         RankError: an embedding holds NaN or infinity.
@@ -316,10 +316,7 @@ Decoded = tuple[int, PairRow, "Future[Prepared]", "Future[Prepared]"]
 
 
 def _prepare(pairs: Iterable[PairRow], first: int, recipe: EncodingConfig, decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
-    """Yield consecutive pairs in chunks of a batch, numbered from ``first`` on.
-
-    The images of the next chunks are already being decoded.
-    """
+    """Yield consecutive pairs in chunks of a batch, numbered from ``first``. Meanwhile decode the images of the next chunks."""
     numbered = enumerate(pairs, first)
     ahead: deque[list[Decoded]] = deque()
     prepare = partial(_prepared, recipe=recipe)
@@ -334,7 +331,11 @@ def _prepare(pairs: Iterable[PairRow], first: int, recipe: EncodingConfig, decod
 
 
 def _prepared(data: bytes | None, recipe: EncodingConfig) -> Prepared:
-    """Decode one image. Raises ``ValueError`` if it is missing or unusable."""
+    """Decode one image.
+
+    Raises:
+        ValueError: the image is missing or unusable.
+    """
     if data is None:
         raise ValueError("missing image")
     return prepare_image(data, recipe.resolution, recipe.shortest, recipe.background)
@@ -349,10 +350,9 @@ def _encode(
     count: int,
     notes: list[dict],
 ) -> Iterator[Sample]:
-    """Yield the samples of ``count`` pairs from number ``first`` on.
+    """Yield the samples of ``count`` pairs, numbered from ``first``.
 
-    Pairs that cannot be used are added to ``notes``. At the end, the fingerprints of all pairs are added too; 0 stands
-    for a pair that was not used.
+    Unusable pairs are added to ``notes``. At the end the fingerprints of all pairs are added too. 0 stands for a pair that was not used.
 
     Raises:
         RankError: the latents of a pair hold NaN or infinity.
@@ -384,16 +384,16 @@ def _fingerprint(pair: PairRow) -> int:
     """Return 64 bits of a digest of a pair's caption and image bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (pair.caption.encode(), pair.winner, pair.loser):
-        assert part is not None  # an encoded pair has both images
+        assert part is not None  # An encoded pair has both images.
         digest.update(len(part).to_bytes(8, "big") + part)
     return int.from_bytes(digest.digest(), "big")
 
 
 def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: EncodingConfig, stream: int) -> dict[str, Tensor]:
-    """Return what is stored of images (2N,3,H,W): tensors (N,2,C,h,w) float16."""
+    """Return the stored tensors, (N,2,C,h,w) float16 each, of images (2N,3,H,W)."""
     mean, logvar = (value.unflatten(0, (-1, 2)) for value in encoder.posterior(pixels))
     if recipe.latents == "sample":
-        # Draw by the pair's number, so that a shard that is made again has the same contents.
+        # Seed the draw with the pair's number, so that a shard that is made again has the same contents.
         draws = [np.random.Generator(np.random.Philox(counter=[0, stream, number, 0])) for number in numbers]
         noise = torch.from_numpy(np.stack([draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]))
         return {"latents": (mean + (0.5 * logvar).exp() * noise).half()}
@@ -401,7 +401,7 @@ def _latents(encoder: Encoder, pixels: Tensor, numbers: list[int], recipe: Encod
 
 
 def _images(pair: PairRow, both: list[Future[Prepared]], failed: list[dict]) -> list[Prepared] | None:
-    """Return the winner and the loser, or note in ``failed`` why the pair cannot be used and return None."""
+    """Return the winner and the loser. If the pair is unusable, add the reason to ``failed`` and return None."""
     prepared = []
     for role, image in zip(("winner", "loser"), both, strict=True):
         try:

@@ -1,7 +1,7 @@
-"""Read preference pairs from tables of any columns: labels, votes and rankings become pairs, winner first.
+"""Read preference pairs from tables of any columns. Labels, votes and rankings become pairs, winner first.
 
-Rows of pairs keep their numbers. Pairs of rankings are numbered through. ``file:3/0>2`` names the pair of row 3 in which
-the picture at 0 is better than the one at 2; ``file:3>5`` the pair of rows 3 and 5.
+A pair of a row of two pictures has the row's number. Pairs of rankings are numbered consecutively. ``file:3/0>2`` names the pair of row 3
+in which picture 0 is better than picture 2. ``file:3>5`` names the pair in which the picture of row 3 is better than that of row 5.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ RANKED = "pairs of rankings"
 
 
 class Excluded(Exception):
-    """Why a row gives no pair."""
+    """The reason why a row gives no pair."""
 
 
 class TablePairs:
-    """Pairs of tables.
+    """The preference pairs of tables.
 
     Args:
-        tables: of the same columns.
-        columns: the column of each role, as :func:`~dde_ds.data.columns.choose_columns` gives it.
-        images: where pictures that are named by a path are.
-        pairs: which pairs of a ranking are taken, one of :data:`~dde_ds.data.columns.PAIRS`.
-        min_margin: the least difference, in [0, 1], between the shares of the votes that winner and loser have.
+        tables: tables with the same columns.
+        columns: the column of each role, from :func:`~dde_ds.data.columns.choose_columns`.
+        images: for each table, the pictures that its cells name by a path.
+        pairs: the pairs to take from a ranking, one of :data:`~dde_ds.data.columns.PAIRS`.
+        min_margin: the least difference, in [0, 1], between the winner's and the loser's share of the votes.
 
     Raises:
-        UserError: options that have no meaning for these columns, or a value outside of its range.
+        UserError: an option has no meaning for these columns, or a value is out of range.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TablePairs:
         self._shape = check_shape(columns)
         self.is_ranking = self._shape in (("images",), ("image",))
         self.soft = any(role in columns for role in ("votes_0", "votes", "preference_0"))
-        """Whether every pair comes with a soft label."""
+        """True if every pair has a soft label."""
         _check_options(self.is_ranking, self.soft, pairs, min_margin)
         self.pairs, self.min_margin = pairs or "all", min_margin or 0.0
         self.identity = [table.identity for table in self.tables]
@@ -87,13 +87,13 @@ class TablePairs:
         return f"{where}/{places.sides[0][row]}>{places.sides[1][row]}"
 
     def survey(self, keep_no_caption: bool = False, undecided: bool = False) -> Survey:
-        found, self._places = SurveyBuilder(keep_no_caption, undecided), _Places()
+        builder, self._places = SurveyBuilder(keep_no_caption, undecided), _Places()
         made = 0
         for caption, pair in self._ranked() if self.is_ranking else self._plain():
             self._places.add(pair)
-            found.add_decision(caption, pair.decision)
+            builder.add_decision(caption, pair.decision)
             made += pair.loser[0] >= 0
-        return found.finish({RANKED: made} if self.is_ranking else None)
+        return builder.finish({RANKED: made} if self.is_ranking else None)
 
     def read(self, rows: np.ndarray) -> Iterator[PairRow]:
         places = self._known()
@@ -105,7 +105,7 @@ class TablePairs:
             winner, loser = (self._image(taken[side], found[side], places.sides[side][row]) for side in (0, 1))
             kept = {name: str(found[0][name]) for name in PROVENANCE if found[0].get(name) is not None}
             share = float(places.share[row]) if self.soft else None
-            # A row without a decision comes when somebody else is going to label it: its first picture then stands first.
+            # A row without a decision is read only to be labelled. Its first picture then stands first.
             yield PairRow(row, self.name(row), caption_of(found[0][caption]) or "", winner, loser, kept, share)
 
     def _known(self) -> _Places:
@@ -129,10 +129,10 @@ class TablePairs:
                     yield first + row, cells
 
     def _image(self, row: int, cells: Row, side: int) -> bytes | None:
-        """Return the bytes of a picture, or None if there are none.
+        """Return the bytes of a picture, or None if the picture is missing.
 
         Raises:
-            UserError: as :meth:`~dde_ds.data.image_files.ImageFiles.read` raises; the message names the row.
+            UserError: :meth:`~dde_ds.data.image_files.ImageFiles.read` refuses the cell. The message also names the row.
         """
         number = int(np.searchsorted(self._first, row, side="right")) - 1
         cell = cells[self.columns[self._shape[side if len(self._shape) == 2 else 0]]]
@@ -160,7 +160,7 @@ class TablePairs:
             yield caption, _Pair(decision, (row, better), (row, 1 - better), certainty, row)
 
     def _share(self, cells: Row) -> float | None:
-        """Return the first picture's share of the votes, in [0,1], or None without a vote."""
+        """Return the first picture's share of the votes, in [0,1], or None if there is no vote."""
         cell = {role: cells.get(name) for role, name in self.columns.items()}
         if "votes" in cell:
             share = _share_of(_list(cell["votes"], "vote"))
@@ -184,7 +184,7 @@ class TablePairs:
         return BELOW_MARGIN if self.soft and abs(2 * share - 1) < self.min_margin else DECIDED
 
     def _ranked(self) -> Iterator[tuple[str | None, _Pair]]:
-        """Yield the caption and the pairs of each ranking. A ranking that gives none counts as one excluded pair."""
+        """Yield the caption and each pair of every ranking. A ranking without pairs yields one excluded pair."""
         for caption, rows, places, ranks in self._lists() if self._shape == ("images",) else self._groups():
             if isinstance(ranks, str):
                 yield caption, _Pair(ranks, (rows[0], 0), NOWHERE, 1.0, rows[0])
@@ -205,7 +205,7 @@ class TablePairs:
                 ranks = [_number(rank, role[:-1]) for rank in _list(cells[self.columns[role]], role[:-1])]
                 if not ranks:
                     raise Excluded(f"no {role}")
-                # Pictures that are bytes are counted when they are read: one that is not there is missing.
+                # A scan does not read columns of bytes, so their pictures cannot be counted here. An absent picture is missing later.
                 if self.columns["images"] in cells and len(ranks) != len(_list(cells[self.columns["images"]], "picture")):
                     raise Excluded(LENGTHS.format(role))
                 ranks = ranks if role == "ranks" else [-rank for rank in ranks]
@@ -214,7 +214,7 @@ class TablePairs:
                 yield caption, [row], [0], str(why)
 
     def _groups(self) -> Iterator[tuple[str | None, list[int], list[int], list[float] | str]]:
-        """Yield caption, rows, places and ranks of each run of rows of the same group; or why a row does not count."""
+        """Yield caption, rows, places and ranks of each group of neighbouring rows. For an excluded row, yield the reason as the ranks."""
         role = "rank" if "rank" in self.columns else "score"
         key = self.columns.get("group", self.columns["caption"])
         seen: set[int] = set()
@@ -224,11 +224,11 @@ class TablePairs:
             caption = None
             for row, cells in members:
                 try:
-                    own = caption_of(cells[self.columns["caption"]])
+                    row_caption = caption_of(cells[self.columns["caption"]])
                     rank = _number(cells[self.columns[role]], role)
-                    if rows and own != caption:
+                    if rows and row_caption != caption:
                         raise Excluded(OTHER_CAPTION)
-                    caption = own
+                    caption = row_caption
                 except Excluded as why:
                     yield caption, [row], [0], str(why)
                     continue
@@ -247,17 +247,17 @@ NOWHERE = (-1, 0)
 class _Pair(NamedTuple):
     decision: str
     winner: tuple[int, int]
-    """Its row, and its place among the pictures of the row. Of an undecided pair: the first picture."""
+    """The winner's row, and its place among the pictures of the row. For an undecided pair this is the first picture."""
     loser: tuple[int, int]
-    """Likewise; :data:`NOWHERE` where there is no pair."""
+    """The loser's row and place. :data:`NOWHERE` where the row gives no pair."""
     share: float
     """The winner's share of the votes, in [0.5, 1]."""
     first: int
-    """The first row of its ranking: none before it is needed again."""
+    """The first row of the pair's ranking. Rows before this row are not needed again."""
 
 
 class _Places:
-    """Where the pictures of each pair are. 36 bytes a pair."""
+    """The places of the two pictures of each pair. They take 36 bytes a pair."""
 
     def __init__(self):
         self.rows = (array("q"), array("q"))
@@ -274,7 +274,7 @@ class _Places:
 
 
 class _Window:
-    """Cells of rows that are read once, in order, and kept while a pair may need them."""
+    """The cells of rows. They are read once, in order, and kept as long as a pair may need them."""
 
     def __init__(self, cells: Iterator[tuple[int, Row]]):
         self._cells = cells
@@ -284,13 +284,13 @@ class _Window:
         for number in [number for number in self._kept if number < first]:
             del self._kept[number]
         while row not in self._kept:
-            number, found = next(self._cells)
-            self._kept[number] = found
+            number, cells = next(self._cells)
+            self._kept[number] = cells
         return self._kept[row]
 
 
 def _pairs_of(order: list[int], which: str) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of a ranking, better picture first."""
+    """Return the pairs of a ranking, better picture first."""
     if which == "all":
         return itertools.combinations(order, 2)
     if which == "adjacent":
@@ -299,14 +299,14 @@ def _pairs_of(order: list[int], which: str) -> Iterator[tuple[int, int]]:
 
 
 def caption_of(cell: Any) -> str | None:
-    """Return the text of a cell: text, or what the user says in the messages of a conversation.
+    """Return a cell's text, or the user's text if the cell holds the messages of a conversation.
 
     Raises:
         Excluded: the cell holds something else.
     """
     if isinstance(cell, list):
         said = [part.get("content") for part in cell if isinstance(part, dict) and part.get("role", "user") == "user"]
-        if len(said) == 1 and isinstance(said[0], list):  # of a picture and a text, say
+        if len(said) == 1 and isinstance(said[0], list):  # The message has parts, such as a picture and a text.
             said = [part.get("text") for part in said[0] if isinstance(part, dict) and part.get("text")]
         texts = [text for text in said if isinstance(text, str)]
         cell = "\n".join(texts) if texts and len(texts) == len(said) else cell
@@ -390,13 +390,14 @@ def open_table_pairs(
     """Return the pairs of tables.
 
     Args:
-        folders: of each table, which the paths in it are relative to where no ``root`` is given.
-        columns, preset: as :func:`~dde_ds.data.columns.choose_columns` takes them.
-        root, follow_links: as :class:`~dde_ds.data.image_files.ImageFiles` takes them.
-        pairs, min_margin: as :class:`TablePairs` takes them.
+        tables: the tables. Tables without rows may have other columns.
+        folders: the folder of each table. Paths in a table are relative to its folder, unless ``root`` is given.
+        columns, preset: the arguments of :func:`~dde_ds.data.columns.choose_columns`.
+        root, follow_links: the arguments of :class:`~dde_ds.data.image_files.ImageFiles`.
+        pairs, min_margin: the arguments of :class:`TablePairs`.
 
     Raises:
-        UserError: what these refuse, or tables of different columns.
+        UserError: no table has a row, tables differ in their columns, or one of these functions refuses its arguments.
     """
     chosen = [choose_columns(table.name, table.columns, columns, preset) for table in tables if table.rows]
     if not chosen:

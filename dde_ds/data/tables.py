@@ -1,8 +1,7 @@
-"""Read tables of any kind row by row: parquet, Arrow, CSV, JSON, JSON lines, and what ``datasets`` saved.
+"""Read tables of many kinds row by row: parquet, Arrow, CSV, JSON, JSON lines, and folders that ``datasets`` saved.
 
-A :class:`Table` gives chosen columns as dictionaries of plain values: of all its rows, or of some by number. Memory stays
-that of some rows. Parquet and Arrow files are read from the batch that holds a row. Text is read from its start to the
-last row that is asked for.
+A :class:`Table` yields chosen columns of all rows, or of rows with given numbers, as dictionaries of plain values. Memory holds only a few
+rows at a time. A parquet or Arrow file is read in batches. A text file is read from its start to the last requested row.
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ from dde_ds.errors import UserError
 from dde_ds.untrusted import JSON_BYTES, open_regular, parse_json
 from dde_ds.warn import reason
 
-# Text of a .json file that is looked at together.
+# Number of characters that are read at a time from a .json file, and bytes at a time for a digest.
 CHUNK = 1 << 20
 Row = dict[str, Any]
 
 
 class Table(Protocol):
-    """Rows of named columns, which can be read again by number."""
+    """Rows of named columns. Rows can be read again by number."""
 
     file: str
     """Path or URL."""
     name: str
-    """To name a row in a message: ``name:row``."""
+    """The table's name in messages, which name a row as ``name:row``."""
     rows: int
     columns: list[str]
     wide: frozenset[str]
-    """Columns that hold bytes: to scan them would read the pictures."""
+    """The columns that hold bytes. A scan of these columns would read the pictures."""
     identity: dict
-    """Another content gives another identity."""
+    """The identity of the table's content. Different contents have different identities."""
 
     def scan(self, columns: Sequence[str]) -> Iterator[Row]:
         """Yield all rows, in order."""
         ...
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        """Yield the rows with these ascending numbers, each behind its number."""
+        """Yield the number and the row for each of these ascending row numbers."""
         ...
 
 
@@ -57,7 +56,7 @@ def open_tables(inputs: Sequence[str]) -> list[Table]:
     """Return the tables of paths, globs, folders and URLs.
 
     Raises:
-        UserError: nothing is there, a file of an unknown kind, or one that cannot be read as what its name says.
+        UserError: an input does not exist, a file is of an unknown kind, or its content is not what its suffix says.
     """
     return [_open_table(file) for name in inputs for file in _files(name)]
 
@@ -82,7 +81,7 @@ def _open_table(file: str) -> Table:
 
 
 class ParquetTable:
-    """A parquet file, or its URL. Reading takes only the row groups that hold the rows."""
+    """A parquet file, by path or URL. ``take`` reads only the row groups that hold the requested rows."""
 
     def __init__(self, file: str):
         self.file, self.name = file, Path(file).name
@@ -111,7 +110,7 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """An Arrow file, such as Feather, or an Arrow stream, as ``datasets`` writes them."""
+    """An Arrow file, such as Feather, or an Arrow stream, which ``datasets`` writes."""
 
     def __init__(self, file: str):
         self.file, self.name = file, Path(file).name
@@ -123,7 +122,7 @@ class ArrowTable:
             narrow = [name for name in self.columns if name not in self.wide]
             digest.update(str(schema).encode())
             for batch in batches:
-                # Of what is bytes the size alone: hashing all pictures before each start would take longer than many runs.
+                # Hash the size of the batch but not the pictures: hashing all of them at each start would take longer than many runs.
                 digest.update(f"{batch.num_rows} {batch.nbytes}\n".encode())
                 for name in narrow:
                     digest.update(repr(_cells(batch[name], f"input {file}", name, self.rows)).encode())
@@ -143,7 +142,7 @@ class ArrowTable:
                     source.seek(0)
                     reader = pa.ipc.open_stream(source)
                     yield reader.schema, iter(reader)
-        except (OSError, ValueError) as error:  # pyarrow's errors among them
+        except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these.
             raise _unreadable(self.file, "Arrow", error) from None
 
     def scan(self, columns: Sequence[str]) -> Iterator[Row]:
@@ -159,17 +158,17 @@ class ArrowTable:
 
 
 class HubTable:
-    """A data set of ``datasets``, by name or from a folder that it saved."""
+    """A data set that ``datasets`` reads, from the hub by name or from a folder that ``datasets`` saved."""
 
     file = ""
 
     def __init__(self, name: str, split: str):
-        found = load_dataset(name, split)
+        dataset = load_dataset(name, split)
         name = f"{name.rstrip('/').rpartition('/')[2]}/{split}"
-        self.name, self.rows, self.columns = name, len(found), list(found.column_names)
-        self.wide = _wide(found.features.arrow_schema)
-        self._found = found.with_format("arrow")
-        self.identity = {"name": name, "rows": len(found), "fingerprint": found._fingerprint}
+        self.name, self.rows, self.columns = name, len(dataset), list(dataset.column_names)
+        self.wide = _wide(dataset.features.arrow_schema)
+        self._found = dataset.with_format("arrow")
+        self.identity = {"name": name, "rows": len(dataset), "fingerprint": dataset._fingerprint}
 
     def scan(self, columns: Sequence[str]) -> Iterator[Row]:
         row = 0
@@ -178,25 +177,25 @@ class HubTable:
             row += len(table)
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        found = self._found.select_columns(list(columns))
+        dataset = self._found.select_columns(list(columns))
         for low in range(0, len(rows), BATCH):
             wanted = rows[low : low + BATCH].tolist()
-            yield from zip(wanted, found[wanted].to_pylist(), strict=True)
+            yield from zip(wanted, dataset[wanted].to_pylist(), strict=True)
 
 
 class TextTable:
-    """A file of text, or its URL, whose records are read one after another: CSV, JSON, JSON lines.
+    """A text file, by path or URL, that is read record by record: CSV, JSON, JSON lines.
 
     Args:
         file: path or URL.
-        kind: what to call its format in messages.
-        records: yields the records of an opened text; its second argument names the file in messages.
+        kind: the name of the format in messages.
+        records: a function that yields the records of an opened text. Its second argument is the file's name in messages.
     """
 
     def __init__(self, file: str, kind: str, records: Callable[[io.TextIOBase, str], Iterator[Row]]):
         self.file, self.name, self._kind, self._parse = file, Path(file).name, kind, records
         self.rows, self.wide = 0, frozenset()
-        columns: dict[str, None] = {}  # as a set that keeps its order
+        columns: dict[str, None] = {}  # A set that keeps its order.
         for record in self._records():
             columns.update(dict.fromkeys(record))
             self.rows += 1
@@ -243,7 +242,7 @@ class TextTable:
 
 
 def csv_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Yield the rows of comma-separated values under a line of names. An empty cell is None."""
+    """Yield the rows of comma-separated values below a line of column names. An empty cell becomes None."""
     reader = csv.DictReader(text, strict=True)
     for record in reader:
         if None in record or None in record.values():
@@ -252,14 +251,17 @@ def csv_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
 
 
 def lines_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Yield the objects of JSON lines. Blank lines are no rows."""
+    """Yield the objects of JSON lines. Skip blank lines."""
     for number, line in enumerate(text, 1):
         if line.strip():
             yield _object(line, f"{where}, line {number}")
 
 
 def json_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
-    """Yield the objects of one JSON array, of which one at a time is in memory. A text that does not begin with ``[`` is JSON lines."""
+    """Yield the objects of one JSON array. A text that does not begin with ``[`` is read as JSON lines.
+
+    Memory holds only the object being read and one chunk of text.
+    """
     buffer = text.read(CHUNK).lstrip()
     if not buffer.startswith("["):
         yield from lines_records(_Rest(buffer, text), where)
@@ -287,7 +289,7 @@ def json_records(text: io.TextIOBase, where: str) -> Iterator[Row]:
 
 
 class _Rest(io.TextIOBase):
-    """The lines of a text whose beginning was read already."""
+    """The lines of a text whose beginning has already been read."""
 
     def __init__(self, begun: str, text: io.TextIOBase):
         self._lines = (begun + text.readline()).splitlines(keepends=True)
@@ -300,12 +302,12 @@ class _Rest(io.TextIOBase):
 
 def _object(data: str, where: str) -> Row:
     try:
-        found = parse_json(data)
+        record = parse_json(data)
     except ValueError as error:
         raise UserError(f"{where}: no JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, found {data[:40]!r}")
-    return found
+    return record
 
 
 READERS: dict[str, Callable[[str], Table]] = {
@@ -323,7 +325,7 @@ def _wide(schema: Any) -> frozenset[str]:
 
 
 def _records(batch: Any, columns: Sequence[str], where: str, first: int) -> Iterator[Row]:
-    """Yield the rows of an Arrow batch or table as plain values. Its first row has the number ``first``."""
+    """Yield the rows of an Arrow batch or table as plain values. ``first`` is the number of the first row, for messages."""
     values = [_cells(batch[name], f"input {where}", name, first) for name in columns]
     for cells in zip(*values, strict=True):
         yield dict(zip(columns, cells, strict=True))
@@ -342,7 +344,7 @@ def _cells(column: Any, where: str, name: str, first: int) -> list:
 
 
 def _wanted(batches: Iterator[Any], first: int, rows: np.ndarray, columns: Sequence[str], where: str) -> Iterator[tuple[int, Row]]:
-    """Yield the rows with these numbers out of consecutive batches. The first batch begins at row ``first``."""
+    """Yield the number and the row for each of these row numbers, from consecutive batches. The first batch begins at row ``first``."""
     for batch in batches:
         inside = rows[(rows >= first) & (rows < first + len(batch))]
         for row in inside.tolist():

@@ -1,8 +1,8 @@
 """Score both pictures of every pair of an input, on any number of ranks, and write the scores to one file of labels.
 
-Each rank appends its rows to ``labels.jsonl.parts/RANK.jsonl`` batch by batch. A second run, on any number of ranks, scores
-only what is missing there. When all rows are there, the first rank writes ``labels.jsonl`` in their order and deletes the
-parts. :mod:`dde_ds.data.labels` describes the file.
+Each rank appends its rows to ``labels.jsonl.parts/RANK.jsonl`` batch by batch. A second run, on any number of ranks, scores only the rows
+that are missing there. Once all rows are scored, the first rank writes ``labels.jsonl`` in the order of the rows and deletes the parts.
+:mod:`dde_ds.data.labels` describes the file.
 """
 
 from __future__ import annotations
@@ -42,20 +42,26 @@ def relabel(
     batch: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict | None:
-    """Score the pairs that have no scores yet. Every rank calls this.
+    """Score the pairs that have no scores yet. Collective.
 
-    Ties and rows without a label are scored too; rows without a caption are not.
+    Ties and rows without a label are scored too. Rows without a caption are not.
 
     Args:
-        batch: pairs scored at a time.
-        on_progress: called with pairs done and pairs in all, of this rank.
+        source: the input.
+        output: the file of labels.
+        scorers: the scorers, each of which scores single pictures.
+        ranks: this rank and the number of ranks.
+        device: the device for the barriers.
+        batch: number of pairs that are scored at a time.
+        on_progress: called with the number of pairs done and the number of all pairs of this rank.
 
     Returns:
-        On the first rank: ``rows`` by reason, and by scorer in ``agree`` how many pairs that people decided it decides alike.
+        On the first rank, a summary; on other ranks, None. ``rows`` counts the rows by reason. ``decided`` counts the scored pairs that
+        people decided. ``agree`` counts, by scorer, the decided pairs on which the scorer agrees with people.
 
     Raises:
-        UserError: an output of another input or of other scorers.
-        RankError: a score that is not a finite number; it names the picture.
+        UserError: the output belongs to another input or to other scorers, no pair can be scored, or a scorer scores only sets of pictures.
+        RankError: a score is not a finite number. The message names the picture.
     """
     judges = [scorer for scorer in scorers if not isinstance(scorer, InceptionScorer)]
     if len(judges) < len(scorers):
@@ -70,9 +76,9 @@ def relabel(
         _require_same(output, header)
     else:
         missing = np.setdiff1d(survey.rows, _known(parts, header))
-        barrier(ranks, device)  # all ranks read what is there before any rank writes
-        own = missing[len(missing) * ranks.rank // ranks.world_size : len(missing) * (ranks.rank + 1) // ranks.world_size]
-        _score(source, own, judges, parts / f"{ranks.rank:05d}.jsonl", header, batch, on_progress)
+        barrier(ranks, device)  # All ranks read the existing parts before any rank writes.
+        rank_rows = missing[len(missing) * ranks.rank // ranks.world_size : len(missing) * (ranks.rank + 1) // ranks.world_size]
+        _score(source, rank_rows, judges, parts / f"{ranks.rank:05d}.jsonl", header, batch, on_progress)
     barrier(ranks, device)
     if not ranks.is_main:
         return None
@@ -83,8 +89,8 @@ def relabel(
 
 def _require_same(path: Path, header: dict) -> None:
     with open_regular(path) as file:
-        found = read_header(file, f"output {path}")
-    differing = [key for key in header if found.get(key) != header[key]]
+        before = read_header(file, f"output {path}")
+    differing = [key for key in header if before.get(key) != header[key]]
     if differing:
         what = {"input": "another input", "reading": "other columns or pairs", "scorers": "other scorers"}.get(
             differing[0], "other rows"
@@ -93,25 +99,25 @@ def _require_same(path: Path, header: dict) -> None:
 
 
 def _known(parts: Path, header: dict) -> np.ndarray:
-    """Return the rows that earlier runs have dealt with."""
-    found = [np.empty(0, np.int64)]
+    """Return the numbers of the rows that earlier runs have scored or excluded."""
+    known = [np.empty(0, np.int64)]
     for path in sorted(parts.glob("*.jsonl")):
         _require_same(path, header)
-        found.append(np.fromiter((row["row"] for row, _ in _rows(path)), np.int64))
-    return np.concatenate(found)
+        known.append(np.fromiter((row["row"] for row, _ in _rows(path)), np.int64))
+    return np.concatenate(known)
 
 
 def _rows(path: Path) -> Iterator[tuple[dict, int]]:
-    """Yield the rows of a part, and where each begins in the file."""
+    """Yield each row of a part, and the offset in the file at which the row begins."""
     with open_regular(path) as file:
         read_header(file, str(path))
         places = _Counting(file)
-        for row in read_lines(places, str(path)):  # pyright: ignore[reportArgumentType]  # it only goes through the lines
+        for row in read_lines(places, str(path)):  # pyright: ignore[reportArgumentType]  # read_lines only iterates over the lines.
             yield row, places.start
 
 
 class _Counting:
-    """The lines of a file, and where the last one began."""
+    """The lines of a file, and the offset at which the last line began."""
 
     def __init__(self, file):
         self._file, self.start, self._next = file, 0, file.tell()
@@ -125,17 +131,17 @@ class _Counting:
 def _score(source, rows: np.ndarray, scorers, path: Path, header: dict, batch: int, on_progress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = list(_rows(path)) if path.exists() else []
-    # Written anew, the file loses a last line that was cut short.
+    # Write the file anew, to drop a last line that was cut short.
     write_atomically(path, b"".join(map(_line, [header, *(row for row, _ in kept)])))
     del kept
     with path.open("ab") as file, ThreadPoolExecutor(max_workers=8) as decoders:
         done = 0
         for pairs in _chunks(source.read(rows), batch):
             both = list(decoders.map(_decoded, (data for pair in pairs for data in (pair.winner, pair.loser))))
-            found = [(pair, both[2 * number : 2 * number + 2]) for number, pair in enumerate(pairs)]
-            scored = [(pair, whole) for pair, images in found if len(whole := [i for i in images if not isinstance(i, str)]) == 2]
+            decoded = [(pair, both[2 * number : 2 * number + 2]) for number, pair in enumerate(pairs)]
+            scored = [(pair, whole) for pair, images in decoded if len(whole := [i for i in images if not isinstance(i, str)]) == 2]
             scores = {pair.row: row for (pair, _), row in zip(scored, _scores(scored, scorers), strict=True)}
-            for pair, images in found:
+            for pair, images in decoded:
                 row = {"row": pair.row, "source": pair.source}
                 if pair.row in scores:
                     row["scores"] = scores[pair.row]
@@ -148,20 +154,20 @@ def _score(source, rows: np.ndarray, scorers, path: Path, header: dict, batch: i
 
 
 def _scores(pairs: list[tuple[PairRow, list[Image.Image]]], scorers: Sequence[Scorer]) -> list[dict[str, list[float]]]:
-    """Return both scores of each pair by each scorer."""
+    """Return, for each pair, the scores of both pictures by scorer."""
     images = [image for _, both in pairs for image in both]
     prompts = [pair.caption for pair, _ in pairs for _ in range(2)]
-    found: list[dict[str, list[float]]] = [{} for _ in pairs]
+    pair_scores: list[dict[str, list[float]]] = [{} for _ in pairs]
     for scorer in scorers if pairs else ():
         scores = scorer.score(images, prompts).tolist()
         for number, (pair, _) in enumerate(pairs):
-            found[number][scorer.name] = scores[2 * number : 2 * number + 2]
-            for picture, score in zip(("winner", "loser"), found[number][scorer.name], strict=True):
+            pair_scores[number][scorer.name] = scores[2 * number : 2 * number + 2]
+            for picture, score in zip(("winner", "loser"), pair_scores[number][scorer.name], strict=True):
                 if not math.isfinite(score):
                     raise RankError(
                         f"scorer {scorer.name}: gives {score} for the {picture} of {pair.source} ({pair.caption[:60]!r})"
                     )
-    return found
+    return pair_scores
 
 
 def _chunks(pairs: Iterator[PairRow], size: int) -> Iterator[list[PairRow]]:
@@ -176,7 +182,7 @@ def _chunks(pairs: Iterator[PairRow], size: int) -> Iterator[list[PairRow]]:
 
 
 def _decoded(data: bytes | None) -> Image.Image | str:
-    """Return the picture, or why there is none."""
+    """Return the picture, or the reason why it is unusable."""
     if data is None:
         return "missing image"
     try:
@@ -186,7 +192,7 @@ def _decoded(data: bytes | None) -> Image.Image | str:
 
 
 def _merge(parts: Path, output: Path, header: dict) -> None:
-    """Write the rows of all parts in their order. Memory holds where each is, 24 bytes a row."""
+    """Write the rows of all parts in order. Memory holds the place of each row, in 24 bytes a row."""
     paths = sorted(parts.glob("*.jsonl"))
     places = [(row["row"], number, start) for number, path in enumerate(paths) for row, start in _rows(path)]
     table = np.array(places, np.int64).reshape(-1, 3)
