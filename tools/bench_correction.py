@@ -44,7 +44,7 @@ Seen = list[tuple[Tensor, Tensor]]
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     arguments.add_argument(
         "--shards", type=Path, required=True, help="of the demo's training pairs: make demo writes demo_run/shards"
     )

@@ -6,6 +6,7 @@ import contextlib
 import math
 from pathlib import Path
 
+import torch
 from torch.nn import functional
 
 from dde_ds.config import RunConfig
@@ -47,6 +48,8 @@ def train(run: RunConfig, resume: str | None = None) -> int:
     with listening(), contextlib.ExitStack() as cleanup:
         # ZeRO-3 may replace this function by its own, which rounds differently. The next run in this process needs PyTorch's again.
         cleanup.callback(setattr, functional, "linear", functional.linear)
+        # A float32 run turns TF32 off, for itself alone.
+        cleanup.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
 
         # Open models, data and folder; then produce the outputs that an earlier request to stop prevented
         session = open_session(run, resume, cleanup)

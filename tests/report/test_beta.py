@@ -59,6 +59,7 @@ def once(folder, model, shards, objective):
     batch = {"pairs": 8, "micro_batch_size": 4}
     config = write_config(folder / "run.yaml", model, shards, steps=STEPS, objective=objective, optimizer=optimizer, batch=batch)
     assert train(load_config(config)) == 0
+    assert torch.backends.cudnn.allow_tf32, "the run turned it off for itself alone"
     return folder / "run"
 
 
