@@ -67,32 +67,32 @@ def _shown(value: Any) -> str:
 @dataclass(frozen=True)
 class ModelConfig:
     path: str
-    """Diffusers pipeline to align, which is also the reference: a folder, or a hub id such as ``stabilityai/stable-diffusion-xl-base-1.0``."""
+    """Diffusers pipeline to align: a folder, or a hub id such as ``stabilityai/stable-diffusion-xl-base-1.0``. It is also the reference."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub id. Pin it to make a run repeatable."""
 
     variant: str | None = None
     """Variant of the weight files to read: ``fp16`` reads ``diffusion_pytorch_model.fp16.safetensors``. None reads files without a variant
-    in their name. If a part has no such file, None reads the only variant there is."""
+    in their name. If a component has no such file, None reads its only variant."""
 
     gradient_checkpointing: str = "auto"
     """Activations that the backward pass recomputes instead of keeping: ``none``, ``selective`` (norms and activation functions),
-    ``every_K`` (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). Memory falls in this order; ``full`` costs about
-    a sixth of the throughput. The first that fits is the fastest. ``auto`` chooses it: it compares the count of ``dde-ds plan`` with the
-    memory there is."""
+    ``every_K`` (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). Memory falls in this order. ``full`` costs about
+    a sixth of the throughput. The first mode that fits is the fastest. ``auto`` chooses this mode: it compares the count of ``dde-ds plan``
+    with the available memory."""
 
     compile: bool = False
-    """Compile the transformer blocks of policy and reference with ``torch.compile``. It takes minutes at the start, which a run of hours
-    regains. Not with ZeRO-3."""
+    """Compile the transformer blocks of policy and reference with ``torch.compile``. Compilation takes minutes at the start, which a run of
+    hours regains. Not with ZeRO-3."""
 
     channels_last: bool = False
-    """Run convolutions in the memory format of tensor cores. Use it if a few measured steps on your GPU are faster with it."""
+    """Run convolutions in the memory format of tensor cores. Turn it on if a few measured steps on your GPU are faster with this format."""
 
     float32_output: bool = True
     """Compute the last layer of a bf16 policy and reference in float32, from its bf16 weights, and compare float32 predictions. Rounding
-    them to bf16 would add noise to z: a standard deviation of 0.6 at t = 999 of the demo's model. The layers before it round as ever. It
-    costs about 0.01 % of the compute, and changes nothing in fp32."""
+    predictions to bf16 would add noise to z: a standard deviation of 0.6 at t = 999 of the demo's model. The layers before the last still
+    round to bf16. This option costs about 0.01 % of the compute, and changes nothing in fp32."""
 
     def __post_init__(self):
         _require(
@@ -135,8 +135,9 @@ class ObjectiveConfig:
     others. ``sft`` and ``mapo`` compare with no reference and ignore β. ``dspo`` needs a β far below 1."""
 
     beta: float = 2000.0
-    """Strength of the preference, for errors that are means over a latent. A higher β stays closer to the reference and saturates earlier.
-    The same β means another thing for each objective: ``dde-ds suggest-beta`` says what it came to in a run's first steps."""
+    """Strength of the preference, for errors that are means over a latent. With a higher β, the policy stays closer to the reference and
+    pairs saturate earlier. The same β has a different effect for each objective: ``dde-ds suggest-beta`` measures it in a run's first
+    steps."""
 
     correction_weight: float = 1.0
     """Weight η of the stepwise correction of ``dde`` and ``dde_step``. 0 turns it off."""
@@ -157,23 +158,23 @@ class ObjectiveConfig:
     """``weight`` puts the discount inside log σ; ``sample`` draws timesteps in proportion to it."""
 
     timestep_range: tuple[int, int] | None = None
-    """Range [lo, hi) that timesteps are drawn from. Default: all. Narrow it to train one segment of the trajectory."""
+    """Range [lo, hi) from which timesteps are drawn. Default: all. Narrow the range to train one segment of the trajectory."""
 
     link: Literal["logistic", "robust", "ipo", "hinge", "sigmoid", "dmpo"] = "logistic"
-    """Loss of a pair's z: ``logistic``, ``robust``, ``ipo``, ``hinge``, ``sigmoid`` or ``dmpo``. ``sigmoid`` lets go of pairs that are far on
-    the wrong side, on which ``logistic`` spends most of its gradient. Not for ``sft``, ``dspo``, ``kto`` and ``mapo``."""
+    """Loss of a pair's z: ``logistic``, ``robust``, ``ipo``, ``hinge``, ``sigmoid`` or ``dmpo``. ``logistic`` spends most of its gradient on
+    pairs that are far on the wrong side; ``sigmoid`` stops pushing such pairs. Not for ``sft``, ``dspo``, ``kto`` and ``mapo``."""
 
     label_smoothing: float = 0.0
-    """Share ε of labels that are taken to be wrong, in [0, 0.5), for the links ``logistic``, ``robust`` and ``dmpo``. Raise it if annotators
-    often disagree."""
+    """Assumed share ε of wrong labels, in [0, 0.5), for the links ``logistic``, ``robust`` and ``dmpo``. Raise it if annotators often
+    disagree."""
 
     soft_labels: bool = False
     """Use each pair's share of votes from the shards instead of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold
     it. In a mixture of sources, pairs of a source without votes count as sure."""
 
     winner_preserving: float | None = None
-    """Share μ in [0, 1] of SDPO's safeguard. It scales the loser's gradient down where that would raise the winner's error. Of SDPO's runs:
-    0.9 for SD1.5, 0.6 for SDXL. None turns it off."""
+    """Share μ in [0, 1] of SDPO's safeguard, which scales the loser's gradient down where that gradient would raise the winner's error.
+    SDPO's runs use 0.9 for SD1.5 and 0.6 for SDXL. None turns the safeguard off."""
 
     credit: Literal["pair", "mean"] = "pair"
     """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean margin,
@@ -184,7 +185,7 @@ class ObjectiveConfig:
     ratio for Gaussian data of unit variance."""
 
     shared_noise: bool = True
-    """Give winner and loser of a pair the same noise. This lowers the variance of their difference and is the field's standard."""
+    """Give winner and loser of a pair the same noise. Shared noise lowers the variance of their difference and is standard in the field."""
 
     def __post_init__(self):
         _positive("objective.beta", self.beta)

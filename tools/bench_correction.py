@@ -2,9 +2,9 @@
 
     python tools/bench_correction.py --shards demo_run/shards            # trains as launchers/demo/train.yaml does, then measures
 
-One process trains the demo in plain PyTorch and keeps every timestep and margin that training sees. Each estimator gets exactly
-these. The true K_t = Σ_{j>t} λ_j E[m_j] is that of the final policy: every timestep is evaluated on the same number of pairs. Those
-evaluations are kept as well, and batches drawn from them show the variance that the choice of timesteps leaves.
+One process trains the demo in plain PyTorch and keeps every timestep and margin that training sees. Each estimator gets exactly these
+timesteps and margins. The true K_t = Σ_{j>t} λ_j E[m_j] is that of the final policy, evaluated on the same number of pairs at every
+timestep. Batches drawn from these evaluations show the variance that remains with stratified timesteps.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from dde_ds.training.step import errors_of, micro_step
 
 BUCKETS = (1, 20, 50, 1000)
 SHOWN = (100, 300, 500, 700)
-BELOW = 900  # beyond, K is a few of the last terms and passes through 0
-REPEATS, REMEMBERED = 1000, 50  # drawn runs, and the steps of each: of 50 steps at ρ = 0.9, half a percent is missing
+BELOW = 900  # Above, K is the sum of a few last terms and passes through 0.
+REPEATS, REMEMBERED = 1000, 50  # The number of drawn runs, and the steps of each: at ρ = 0.9, older steps weigh half a percent.
 Seen = list[tuple[Tensor, Tensor]]
 """Timesteps and margins, (B,) each, of every optimizer step."""
 
@@ -83,14 +83,14 @@ def measure(run: RunConfig, pairs: int) -> str:
 
 
 def open_pairs(run: RunConfig, objective: Objective) -> PairDataset:
-    assert run.data.path  # given on the command line
+    assert run.data.path  # The command line gives this path.
     shards = ShardSet(run.data.path)
     draws = PairRng(run.seed, objective.timestep_probabilities, caption_dropout=run.data.caption_dropout)
     return PairDataset(shards, Order(shards.counts, run.seed, run.data.block_shards), draws)
 
 
 def train(run: RunConfig, objective: Objective, dataset: PairDataset, policy, reference) -> Seen:
-    """The run in one process. Returns what its table was given."""
+    """Train the run in one process, and return the timesteps and margins that its correction table received."""
     seen, step_seen = [], []
     add = objective.table.add
 
@@ -120,23 +120,23 @@ def train(run: RunConfig, objective: Objective, dataset: PairDataset, policy, re
 
 
 def evaluate(objective: Objective, dataset: PairDataset, policy, reference, pairs: int, micro: int) -> Tensor:
-    """Margins of the policy, (T,pairs) float64: ``pairs`` pairs at every timestep, each with noise of its own."""
+    """Return the policy's margins, (T,pairs) float64, on ``pairs`` pairs at every timestep, each with its own noise."""
     steps = objective.schedule.num_train_timesteps
     timesteps = torch.arange(steps).repeat(pairs)
-    found, started = [], time.perf_counter()
+    margins, started = [], time.perf_counter()
     for low in range(0, len(timesteps), 4 * micro):
         chosen = timesteps[low : low + 4 * micro]
-        # Positions far beyond the training's: other noise. A prime stride pairs each timestep with other images every time.
+        # Use positions far beyond training's, to get other noise. A prime stride pairs each timestep with different images every time.
         batch = batch_of(dataset, [10**7 + 7919 * (low + i) for i in range(len(chosen))], timesteps=chosen)
         errors = [
             errors_of(frozen_model(model), objective.schedule, batch, device(), torch.float32).double().cpu().view(2, -1)
             for model in (policy, reference)
         ]
         moved = errors[0] - errors[1]
-        found.append(moved[0] - moved[1])
+        margins.append(moved[0] - moved[1])
         if low // (4 * micro) % 50 == 49:
             say(f"{low} of {len(timesteps)} evaluations", started)
-    return torch.cat(found).view(pairs, steps).T
+    return torch.cat(margins).view(pairs, steps).T
 
 
 def batch_of(dataset: PairDataset, positions, **changes) -> Batch:
@@ -144,7 +144,7 @@ def batch_of(dataset: PairDataset, positions, **changes) -> Batch:
 
 
 def true_correction(objective: Objective, margins: Tensor) -> tuple[Tensor, Tensor]:
-    """K_t of the evaluated margins, (T,), and its standard error."""
+    """Return K_t of the evaluated margins, (T,), and its standard error, (T,)."""
     weight = objective.table.weight.cpu()
     variance = margins.var(1) / margins.shape[1]
     return tail(weight * margins.mean(1)), tail(weight.square() * variance).sqrt()
@@ -165,16 +165,19 @@ def estimators(objective: Objective, seen: Seen, true: Tensor, ema: float) -> st
 
 
 def in_buckets(weight: Tensor, seen: Seen, ema: float, count: int) -> Tensor:
-    """The library's own table."""
-    found = CorrectionTable(weight, ema, count)
+    """Return the correction of the library's own table, (T,)."""
+    correction_table = CorrectionTable(weight, ema, count)
     for timesteps, margins in seen:
-        found.add(timesteps, margins, margins.new_zeros(4, len(margins)))
-        found.commit()
-    return found.correction
+        correction_table.add(timesteps, margins, margins.new_zeros(4, len(margins)))
+        correction_table.commit()
+    return correction_table.correction
 
 
 def per_observation(weight: Tensor, seen: Seen, rho: float) -> Tensor:
-    """The rule of earlier versions: an entry moves in the steps that see its timestep, and the first of them sets it."""
+    """Return the correction by the rule of earlier versions, (T,).
+
+    By this rule, only steps that see a timestep move its entry. The first such step sets the entry.
+    """
     average, known = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.bool)
     for timesteps, margins in seen:
         count = torch.zeros_like(weight).index_add_(0, timesteps, torch.ones_like(margins))
@@ -186,7 +189,10 @@ def per_observation(weight: Tensor, seen: Seen, rho: float) -> Tensor:
 
 
 def variances(run: RunConfig, objective: Objective, margins: Tensor) -> str:
-    """Variance over repetitions with stratified timesteps, in parts of that with independent ones, by bootstrap from ``margins``."""
+    """Return a table of variances over repetitions: with stratified timesteps, as a fraction of those with independent timesteps.
+
+    Batches are drawn from ``margins`` by bootstrap.
+    """
     weight, gain = objective.table.weight.cpu(), objective.schedule.single_shot_weight.cpu()
     correction, count = objective.table.correction.cpu(), run.objective.correction_buckets
     steps, rows = len(margins), []
@@ -196,7 +202,7 @@ def variances(run: RunConfig, objective: Objective, margins: Tensor) -> str:
         return torch.randint(steps, (count,), generator=generator)
 
     def stratified(count: int) -> Tensor:
-        """As `PairRng` under uniform p(t): a permutation for each stratum, from anywhere in the first on."""
+        """Draw timesteps like `PairRng` under uniform p(t): a permutation for each stratum, from a random start in the first."""
         strata = [torch.randperm(steps, generator=generator) for _ in range(count // steps + 2)]
         first = int(torch.randint(steps, (), generator=generator))
         return torch.cat(strata)[first : first + count]
@@ -225,7 +231,7 @@ def variances(run: RunConfig, objective: Objective, margins: Tensor) -> str:
 
 
 def tail(values: Tensor) -> Tensor:
-    """Σ_{j>t}, (T,)."""
+    """Return Σ_{j>t} of ``values``, (T,)."""
     return torch.cat([values[1:].flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 

@@ -11,7 +11,7 @@ from dde_ds.cli.shard import add_input, input_pairs
 from dde_ds.errors import UserError
 from dde_ds.text import printable
 
-DESCRIPTION = """Score both pictures of every pair, so that a scorer can label pairs in the place of people or beside them.
+DESCRIPTION = """Score both pictures of every pair, so that a scorer can label pairs instead of people or beside them.
 
     dde-ds relabel --input 'pickapic_v2/data/train-*.parquet' --scorer pickscore --output labels.jsonl
     dde-ds shard --input 'pickapic_v2/data/train-*.parquet' --labels labels.jsonl --labels-as winner --model … --output …
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
 
 
 def relabel_pairs(args: argparse.Namespace) -> None:
-    """Score this rank's share of the pairs; the first rank writes the file and prints what is in it."""
+    """Score this rank's share of the pairs. The first rank writes the file and prints a summary."""
     from dde_ds.evaluation.relabel import relabel
     from dde_ds.evaluation.scorers import build_scorers
 
@@ -46,16 +46,16 @@ def relabel_pairs(args: argparse.Namespace) -> None:
         raise UserError(f"--batch {args.batch}: must be 1 or more")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist")
-    source = input_pairs(args)  # refuse a bad input before minutes of loading
+    source = input_pairs(args)  # Refuse a bad input before minutes of loading.
     ranks, device = join()
     scorers = build_scorers(args.scorer, device)
     with progress("pairs", ranks) as advance:
-        found = relabel(source, args.output, scorers, ranks, device, args.batch, advance)
-    if found is None:
+        summary = relabel(source, args.output, scorers, ranks, device, args.batch, advance)
+    if summary is None:
         return
-    for what, count in sorted(found["rows"].items(), key=lambda item: -item[1]):
+    for what, count in sorted(summary["rows"].items(), key=lambda item: -item[1]):
         print(printable(f"{count:,} pairs: {what}"))
-    for name, count in found["agree"].items():
-        if found["decided"]:
-            print(f"{name} agrees with people on {count / found['decided']:.1%} of {found['decided']:,} decided pairs")
+    for name, count in summary["agree"].items():
+        if summary["decided"]:
+            print(f"{name} agrees with people on {count / summary['decided']:.1%} of {summary['decided']:,} decided pairs")
     print(printable(str(args.output)))

@@ -1,9 +1,9 @@
-"""What a UNet costs: parameters, FLOPs, and the bytes of a training pass, counted on tensors without data.
+"""Count the cost of a UNet on tensors without data: parameters, FLOPs, and the bytes of a training pass.
 
-Nothing is loaded and nothing is computed: the architecture is built from its configuration in PyTorch's FakeTensorMode, where every
-operation knows the shapes of its results, and a forward and backward pass is run through it. So the numbers are those of the very
-operations that training calls, eager and uncompiled. Attention is taken to be a kernel that keeps its inputs, its output and a
-sum for each row, as flash and memory-efficient attention do; libraries' workspaces are not seen.
+No weights are loaded and no numbers are computed. The UNet is built from its configuration in PyTorch's FakeTensorMode, where every
+operation knows the shapes of its results. A forward and a backward pass then run through it. So the count covers the same operations that
+training calls, eager and uncompiled. Attention counts as a kernel that keeps its inputs, its output and a sum for each row, like flash and
+memory-efficient attention. The workspaces of libraries are not counted.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 TOKENS = 77
-"""Length of CLIP's prompts, which all families are conditioned by."""
+"""The length of CLIP's prompts, which condition all families."""
 
 _ATEN = torch.ops.aten
 _FLOPS = {
     **flop_registry,
-    # The kernel that FakeTensorMode takes on a machine without a GPU; PyTorch knows the FLOPs of its siblings on CUDA only.
+    # FakeTensorMode uses this kernel on a machine without a GPU. PyTorch itself counts the FLOPs only of the CUDA kernels.
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
         grad.shape, q.shape, k.shape, v.shape
@@ -45,43 +45,46 @@ _FLOPS = {
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward and backward pass of the policy."""
+    """The cost of a forward and backward pass of the policy."""
 
     kept: int
-    """Bytes that wait for the backward pass when the forward one has ended."""
+    """Bytes that are kept for the backward pass at the end of the forward pass."""
     peak: int
-    """Most bytes alive at any moment beside weights, inputs and the gradients that were handed on, each as soon as it was there."""
+    """Peak live bytes, excluding weights, inputs and gradients. Each gradient is handed on as soon as it is complete."""
     flops: int
-    """2 × multiply-adds of both directions, with what is computed again."""
+    """FLOPs (2 × multiply-adds) of both passes, including recomputation."""
 
 
 class Adapters(NamedTuple):
-    """LoRA's part of what :func:`dde_ds.models.lora.add_adapters` takes."""
+    """The LoRA arguments of :func:`dde_ds.models.lora.add_adapters`."""
 
     rank: int
     targets: tuple[str, ...]
 
 
 class Sizes(NamedTuple):
-    """Elements of each parameter of a UNet, in its own order."""
+    """The number of elements of each parameter of a UNet, in the UNet's order."""
 
     trained: tuple[int, ...]
     frozen: tuple[int, ...] = ()
 
 
 def parameter_sizes(config: dict, adapters: Adapters | None = None) -> Sizes:
-    """Of a UNet2DConditionModel, all trained or its adapters alone."""
+    """Return the parameter sizes of a UNet2DConditionModel. With ``adapters``, only the adapters are trained."""
     return _parameter_sizes(_key(config), adapters)
 
 
 def forward_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS) -> int:
-    """FLOPs (2 × multiply-adds) of predicting one latent of shape (C,H,W)."""
+    """Return the FLOPs (2 × multiply-adds) of one prediction for a latent of shape (C,H,W)."""
     return _forward_flops(_key(config), tuple(latent), tokens)
 
 
 def pair_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS, reference: bool = True) -> int:
-    """FLOPs that training on a pair takes, recomputation aside: of two latents each, the policy's forward pass and a backward pass of
-    twice that, and the reference's forward pass where there is one."""
+    """Return the FLOPs of training on one pair, without recomputation.
+
+    For each of the two latents, the policy's forward pass costs one prediction, and its backward pass costs two. With ``reference``, the
+    reference's forward pass costs one more.
+    """
     return (2 * 3 + 2 * reference) * forward_flops(config, latent, tokens)
 
 
@@ -95,31 +98,36 @@ def training_pass(
     adapters: Adapters | None = None,
     float32_output: bool = True,
 ) -> Pass:
-    """Memory and FLOPs of one micro-batch, winners and losers in one call, in a mode of
-    :func:`dde_ds.models.checkpointing.set_checkpointing`. All three numbers grow in proportion to ``pairs``.
+    """Count the memory and FLOPs of one micro-batch, with winners and losers in one call. All three numbers are proportional to ``pairs``.
 
     Args:
-        float32_output: as ``model.float32_output``: counts the float32 copies of the last layer's input and weights, and its output.
+        config: the UNet's configuration.
+        latent: shape of a latent, (C,H,W).
+        checkpointing: a mode of :func:`dde_ds.models.checkpointing.set_checkpointing`.
+        dtype: dtype of weights and latents.
+        tokens: number of tokens of a prompt.
+        pairs: pairs of the micro-batch.
+        adapters: train these adapters alone. None trains all weights.
+        float32_output: the option ``model.float32_output``. It adds the float32 copies of the last layer's input, weights and output.
     """
     return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters, float32_output)
 
 
 def made_up_conditioning(config: Any, latents: int, tokens: int = TOKENS) -> Conditioning:
-    """Return conditioning of the shapes that a UNet of this ``config``, a dict, takes."""
+    """Return conditioning of zeros in the shapes for a UNet with this ``config``, a dict."""
     return Conditioning(**{name: torch.zeros(latents, *shape) for name, shape in conditioning_shapes(config, tokens).items()})
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of what is done inside it, bytes of the tensors that were made there and are still held by something, and the most that
-    there were at once.
+    """A context that counts FLOPs and the bytes of live tensors that operations inside it created, with their peak.
 
-    ``FlopCounterMode`` in its place would hold on to tensors that the pass has let go of.
+    ``FlopCounterMode`` does not serve here, because it would keep tensors alive that the pass has released.
     """
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.flops = self.bytes = self.peak = 0
-        # A view of a known tensor is no memory of its own.
+        # A view of a known tensor needs no memory of its own.
         self._seen = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in known)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -144,8 +152,8 @@ class Meter(TorchDispatchMode):
 
 
 def run_pass(unet: torch.nn.Module, noisy: Tensor, conditioning: Conditioning) -> Pass:
-    """A forward and backward pass, counted. On real tensors as well, which is how the count is tested."""
-    # DeepSpeed takes a gradient into its buckets as soon as it is there.
+    """Run a forward and backward pass and count its cost. Real tensors work too, so that tests can check the count."""
+    # DeepSpeed moves a gradient into its buckets as soon as it is complete. So drop each gradient here.
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         for parameter in unet.parameters()
@@ -210,7 +218,7 @@ def _build(key: str, adapters: Adapters | None = None) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_config(json.loads(key))
-    assert isinstance(unet, UNet2DConditionModel)  # a pair only where unused keys are asked for
+    assert isinstance(unet, UNet2DConditionModel)  # from_config returns a tuple only if unused keys are requested.
     if adapters:
         add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
     return unet

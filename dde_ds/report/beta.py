@@ -1,4 +1,4 @@
-"""Suggest β by its effect: the same β means another thing for each objective, whose gains g_t differ by orders of magnitude."""
+"""Suggest β by its effect. The same β has a different effect for each objective, because their gains g_t differ by orders of magnitude."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dde_ds.objective.specs import OBJECTIVES
 from dde_ds.rows import is_metrics, read_rows
 
 MARGIN = "rewards/margins"
-"""Column of ``metrics.jsonl`` with the mean of -(β/2) g_t m: z without the correction."""
+"""The column of ``metrics.jsonl`` with the mean of -(β/2) g_t m, which is z without the correction."""
 
 
 class BetaEffect(NamedTuple):
-    """What a run's β came to in its first steps."""
+    """The effect of a run's β in its first steps."""
 
     objective: str
     """Its name, with its link and credit where these are not the defaults."""
     beta: float
     mean_z: float
-    """Mean of -(β/2) g_t m over the pairs of the rows: z without the correction. Above 0."""
+    """The mean of -(β/2) g_t m over the pairs of the rows, which is z without the correction. It is above 0."""
     rows: int
     first: int
     last: int
-    """First and last step of the rows."""
+    """``first`` and ``last`` are the first and the last step of the rows."""
     rate_share: float
     """Mean learning rate of these steps, in parts of the rate that the run reaches after its warm-up."""
 
@@ -36,16 +36,18 @@ class BetaEffect(NamedTuple):
 
 
 def measure_beta(folder: Path, steps: int = 40) -> BetaEffect:
-    """Return what β came to in the second half of a run's first ``steps`` steps, or of those that it has made if they are fewer.
+    """Measure the effect of β in the second half of a run's first ``steps`` steps, or of all its steps if the run has made fewer.
 
-    The mean of z without the correction is linear in β as long as the margins m stay what they are. That is assumed. It holds while |z| is
-    small: σ(-z) is then near one half, so that β only scales the gradient, and AdamW's step does not depend on that scale. It fails where pairs
-    are saturated, so take few steps; and where β is so low that gradients vanish beside AdamW's ε. Rate and warm-up must stay as they are.
+    The measure assumes that the margins m do not change with β. The mean of z without the correction is then linear in β. The assumption
+    holds while |z| is small: σ(-z) is then near one half, β only scales the gradient, and AdamW's step does not depend on this scale. The
+    assumption fails where pairs are saturated, so take few steps. It also fails where β is so low that gradients vanish beside AdamW's ε.
+    The learning rate and the warm-up must stay the same.
 
-    The correction is left out: it is one offset for all pairs of a timestep, it begins at 0, and not every objective has one.
+    The correction is left out. It is the same offset for all pairs of a timestep, it begins at 0, and not every objective has one.
 
     Raises:
-        UserError: no run folder, an objective without a reference, no rows in these steps, or a mean that is not above 0.
+        UserError: ``folder`` is no run folder, ``steps`` is below 1, the objective has no reference, no row lies in these steps, or the mean
+            is not above 0.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {folder}: no config.yaml there; name the output folder of a run")
@@ -62,7 +64,7 @@ def measure_beta(folder: Path, steps: int = 40) -> BetaEffect:
     rows = read_rows(folder / "metrics.jsonl", is_metrics)
     steps = min(steps, max((row["step"] for row in rows), default=steps))
     begin = steps // 2
-    # A row is the mean of the steps since the last one.
+    # A row is the mean over the steps since the row before.
     spans, before = [], 0
     for row in rows:
         if begin < row["step"] <= steps and math.isfinite(row.get(MARGIN, math.nan)):

@@ -1,4 +1,4 @@
-"""Pictures of an objective: which timesteps it teaches, by which weights, and what a run's correction became."""
+"""Plots of an objective: the credit of each timestep, the weights of the schedule, and the history of a run's correction."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from dde_ds.objective.objective import SATURATED, Objective
 from dde_ds.objective.profile import Profile, assume_margin, credit_profile
 from dde_ds.objective.schedule import NoiseSchedule
 
-# SD1.5's and SDXL's scheduler, for a picture without a model.
+# The scheduler of SD1.5 and SDXL, for a plot without a model.
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 BINS = 25
 
 
 def profiles(objectives: Sequence[Objective], margin: float, spread: float = 0.0) -> dict[str, Profile]:
-    """By name, for pairs whose margin at every timestep is -``margin``: of all alike or, with a ``spread``, of their mean."""
-    found = {}
+    """Return each objective's profile, by name, for pairs with the margin -``margin`` at every timestep.
+
+    With a ``spread``, margins are normally distributed around -``margin`` with this standard deviation, and the profile is their mean.
+    """
+    credited = {}
     for objective in objectives:
         assume_margin(objective, -margin)
-        found[objective.name] = credit_profile(
+        credited[objective.name] = credit_profile(
             objective, torch.full((objective.schedule.num_train_timesteps,), -margin, dtype=torch.float64), spread
         )
-    return found
+    return credited
 
 
 def draw_credit(found: dict[str, Profile], path: Path, title: str) -> None:
-    """The credit profiles alone, each in parts of its own peak."""
+    """Plot the credit profiles alone, each as a fraction of its own peak."""
     plot = _pyplot()
     figure, axis = plot.subplots(figsize=(8, 3.6), dpi=110)
     _credit(axis, found)
@@ -41,7 +44,7 @@ def draw_credit(found: dict[str, Profile], path: Path, title: str) -> None:
 
 
 def draw_objectives(found: dict[str, Profile], schedule: NoiseSchedule, margin: float, path: Path) -> None:
-    """Credit, weights, correction and saturation, from the schedule alone."""
+    """Plot credit, weights, correction and saturation, from the schedule alone."""
     plot = _pyplot()
     figure, ((credit, weights), (correction, push)) = plot.subplots(2, 2, figsize=(13, 8), dpi=110)
     _credit(credit, found)
@@ -68,14 +71,20 @@ def draw_objectives(found: dict[str, Profile], schedule: NoiseSchedule, margin: 
 def draw_run(
     objective: Objective, history: Sequence[dict], credited: Sequence[dict], path: Path, credit_only: bool = False
 ) -> list[tuple[str, list[float]]]:
-    """What a run recorded: ``objective`` with its saved table, ``history`` and ``credited`` the rows of ``correction.jsonl`` and
-    ``credit.jsonl``.
+    """Plot the records of a run.
+
+    Args:
+        objective: the run's objective with its saved table.
+        history: the rows of ``correction.jsonl``.
+        credited: the rows of ``credit.jsonl``.
+        path: the file of the plot.
+        credit_only: plot the credit alone.
 
     Returns:
-        The curves of credit by name: each tenth's share of it, the clean end first.
+        For each curve of credit, its name and the share of each tenth of the timesteps, the clean end first.
 
     Raises:
-        UserError: a table in which nothing was recorded.
+        UserError: the correction table holds no sample.
     """
     seen = objective.table.count > 0
     if not bool(seen.any()):
@@ -84,7 +93,8 @@ def draw_run(
     steps = objective.schedule.num_train_timesteps
     centres, margins = _binned(objective.table.average[0], objective.table.count, steps)
     profile = credit_profile(objective, torch.from_numpy(_interpolated(centres, margins, steps)))
-    drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()  # what is never sampled is not taught
+    # Scale the credit by how often a timestep is drawn: a timestep that is never drawn is never taught.
+    drawn = objective.timestep_probabilities / objective.timestep_probabilities.max()
     mean = Profile(profile.credit * drawn, profile.push)
     shares = [("at the mean margin", _tenths(mean.credit))]
     over_pairs = credit_over_pairs(credited)
@@ -136,9 +146,12 @@ def draw_run(
 
 
 def credit_over_pairs(rows: Sequence[dict]) -> tuple[str, Tensor] | None:
-    """What the last quarter of a run's steps gave, by the rows of ``credit.jsonl``: a name, and the sum in each range of timesteps.
+    """Sum the credit of the last quarter of a run's steps, from the rows of ``credit.jsonl``.
 
-    A quarter: few pairs hold most of the credit, so that single steps show little. None where there are no rows.
+    Use a whole quarter, because few pairs hold most of the credit and single steps show little.
+
+    Returns:
+        A name for the curve, and the sum of the credit in each range of timesteps. None where there are no rows.
     """
     if not rows:
         return None
@@ -150,9 +163,10 @@ def credit_over_pairs(rows: Sequence[dict]) -> tuple[str, Tensor] | None:
 
 
 def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
-    """Steps of the rows but the first, and how far K moved to them: mean |ΔK| over t, a step, in parts of the last row's mean |K|.
+    """Return the steps of all rows but the first, and how fast K moved on the way to each of them.
 
-    Not in parts of the K of the time: by that measure a correction that grows for ever settles as well.
+    The pace is the mean |ΔK| over t, per step, as a fraction of the last row's mean |K|. It is not a fraction of the K at the time: by
+    that measure, even a correction that grows for ever would settle.
     """
     size = sum(map(abs, history[-1]["correction"])) if history else 0.0
     if not size:
@@ -166,13 +180,13 @@ def pace(history: Sequence[dict]) -> tuple[list[int], list[float]]:
 
 
 def _tenths(credit: Tensor) -> list[float]:
-    """Each tenth's share."""
+    """Return each tenth's share of the credit, (10,)."""
     tenth = torch.arange(len(credit)) * 10 // len(credit)
     return (torch.zeros(10, dtype=torch.float64).index_add_(0, tenth, credit) / credit.sum().clamp_min(1e-300)).tolist()
 
 
 def summary(found: dict[str, Profile]) -> list[tuple[str, str, str, str]]:
-    """Rows for a table: objective, timestep of the peak, where the middle half of the credit lies, saturated timesteps."""
+    """Return a table's rows: objective, timestep of the peak, range of the middle half of the credit, share of saturated timesteps."""
     rows = []
     for name, profile in found.items():
         low, high = profile.middle_half()
@@ -201,12 +215,15 @@ def _credit(axis, found: dict[str, Profile]) -> None:
 
 
 def _tail(weight: Tensor) -> Tensor:
-    """Σ_{j>t}, (T,)."""
+    """Return Σ_{j>t} of ``weight``, (T,)."""
     return torch.cat([weight[1:].flip(0).cumsum(0).flip(0), weight.new_zeros(1)])
 
 
 def _binned(values: Tensor, count: Tensor, steps: int):
-    """Centres and means of the buckets that were seen, weighted by how often: of many buckets single ones are too noisy to be seen."""
+    """Return the centres and the means of bins of buckets, without bins that hold no pair. A bucket weighs by its number of pairs.
+
+    Where there are many buckets, single buckets are too noisy to plot.
+    """
     width = -(-len(values) // BINS)
     sums, seen = (_sum_bins(each, width) for each in (values * count, count))
     kept = seen > 0

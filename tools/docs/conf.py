@@ -1,4 +1,4 @@
-"""How ``make docs`` builds the site: the guides where they lie, and the docstrings of configuration and public API."""
+"""Sphinx configuration of ``make docs``. The site holds the guides, in their own folders, and the docstrings of configuration and API."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ include_patterns += ["docker/README.md", "tools/docs/*.md"]
 root_doc = "tools/docs/index"
 html_theme = "furo"
 html_title = f"dde_ds {release}"
-myst_heading_anchors = 3  # links such as README.md#section lead to the heading, as on GitHub
+myst_heading_anchors = 3  # With anchors, links such as README.md#section lead to the heading, as on GitHub.
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
-# Links to sources and pictures that are no pages of the site are checked by the tests.
+# The tests check links to sources and pictures that are not pages of the site. So Sphinx need not warn about them.
 suppress_warnings = ["myst.xref_missing", "misc.highlighting_failure"]
 
 
@@ -33,7 +33,7 @@ FIELDS: dict[str, list[str]] = {}
 
 
 def setup(app) -> None:
-    # Before and after napoleon, which takes what stands before a field's first colon for its type.
+    # Save a field's docstring before napoleon runs and restore it afterwards. Napoleon would take the text before the first colon for a type.
     app.connect("autodoc-process-docstring", keep_field, priority=400)
     app.connect("autodoc-process-docstring", restore_field, priority=600)
     app.connect("build-finished", write_entrance)
@@ -50,7 +50,7 @@ def restore_field(app, what: str, name: str, obj, options, lines: list[str]) -> 
 
 
 def write_entrance(app, error: Exception | None) -> None:
-    """Write the page that a web server shows first."""
+    """Write ``index.html``, which redirects to the site's first page."""
     if not error:
         target = '<!doctype html><meta http-equiv="refresh" content="0; url=tools/docs/index.html">'
         (Path(app.outdir) / "index.html").write_text(target, encoding="utf-8")
