@@ -244,7 +244,7 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
 
 
 def test_configurations_are_not_shared_between_calls(sd_model):
-    """What one caller changes of a configuration, another must not see."""
+    """A caller's changes to a configuration must not reach another caller."""
     from dde_ds.models.unet import load_unet_config
 
     first = load_unet_config(str(sd_model))

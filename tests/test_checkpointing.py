@@ -1,4 +1,4 @@
-"""What a UNet keeps of its forward pass changes memory and time, never a gradient."""
+"""Gradient checkpointing changes memory and time, never a gradient."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gradients(unet: UNet2DConditionModel) -> list[torch.Tensor]:
 
 
 def kept_bytes(unet: UNet2DConditionModel) -> int:
-    """What a forward pass has allocated and not freed when it ends. Hooks on saved tensors would not see what selective keeps."""
+    """Return the bytes that a forward pass has allocated and not freed at its end. Hooks on saved tensors would miss the tensors that ``selective`` keeps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         output = forward(unet)
     assert output.requires_grad  # still alive here, and the graph with it

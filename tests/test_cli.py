@@ -171,7 +171,7 @@ def test_every_parser_takes_whole_names_only():
 
 @pytest.mark.parametrize("command", ["recipe", "recipe sdxl_dde", "--help", "recipe none 2>&1"])
 def test_who_reads_the_output_may_leave(command):
-    """As `dde-ds recipe | head -1`: no traceback, and the exit code of a program that SIGPIPE ends."""
+    """Print no traceback, and exit like a program that SIGPIPE ends, as in `dde-ds recipe | head -1`."""
     shell = f"{shlex.quote(sys.executable)} -m dde_ds.cli {command} | true; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
     assert ended.stderr == ""

@@ -52,7 +52,7 @@ def test_defaults_overrides_and_round_trip(file, tmp_path):
 
 @pytest.mark.parametrize("key", ["output", "data.cache_dir", "reference.precomputed"])
 def test_what_is_written_is_no_url(file, key):
-    """As a path it would be a folder ``s3:`` in the working directory, which goes with the machine."""
+    """Refuse a URL as the path of an output. The URL would name a folder ``s3:`` in the working directory, which is lost with the machine."""
     with pytest.raises(UserError, match=rf"{key} is 's3://user:\*\*\*@bucket/run': must be a path of this machine"):
         load_config(file, [f"{key}=s3://user:secret@bucket/run"])
 

@@ -196,7 +196,7 @@ def test_engines(monkeypatch, sd_model, stage, placement):
 
 
 def test_what_the_planner_counts(sd_model):
-    """The float32 copies of the last layer's input and weights in the place of the input itself, and a prediction of twice the width."""
+    """The pass keeps float32 copies of the last layer's input and weights instead of the input itself, and a prediction of twice the width."""
     unet = load_unet(str(sd_model), precision="bf16").train()
     config, layer = load_unet_config(str(sd_model)), unet.conv_out
     planned = {

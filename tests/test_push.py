@@ -289,7 +289,7 @@ def test_what_cannot_be_pushed(hub, run_folder, comparison, sd_model, tmp_path, 
 
 @pytest.mark.slow
 def test_the_command_of_the_environment(run_folder):
-    """As a user calls it: nothing but the library's own variables."""
+    """Run the command like a user, with only the library's own environment variables."""
     with serve() as hub:
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-m", "dde_ds.cli", "push", run_folder, "me/model", *LICENSE]

@@ -233,7 +233,7 @@ def test_a_rank_ends_without_taking_the_interpreter_down(joined):
 
 
 def test_a_deepspeed_that_trains_wrongly_is_refused(monkeypatch):
-    """By a launch, and by who brings a process group. From the version on that setup.py asks for."""
+    """Refuse an older DeepSpeed than setup.py requires, in a launch and for a caller of ``initialize``."""
     import deepspeed
     import torch
 

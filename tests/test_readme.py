@@ -47,7 +47,7 @@ def test_own_deepspeed_loop(sd_model, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_it_names_exists(page):
-    """In the text and the commands from the repository's root, or from the page's own folder where it names what lies beside it."""
+    """Find each named path from the repository's root, or from the page's own folder."""
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w./-])(?:launchers|tools|ds_configs|tests|dde_ds|docker)/[\w./*-]*[\w*]", text))
     assert not [path for path in named if not any(ROOT.glob(path)) and not any(page.parent.glob(path))]
@@ -63,7 +63,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them: lower case, spaces to hyphens, nothing else than letters, digits, hyphens and underscores."""
+    """Return the anchors of the page's headings by GitHub's rules: lower case, hyphens for spaces, and only letters, digits, hyphens and underscores."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

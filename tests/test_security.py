@@ -62,12 +62,12 @@ def test_no_shell_no_eval_no_pickle(path):
 
 NASTY = "[/red][link=file:///etc]:warning: \x1b[31m\x07\u202e[b]"
 SHOWN = r"[/red][link=file:///etc]:warning: \x1b[31m\x07\u202e[b]"
-"""As it must be printed: rich's markup and emoji names letter by letter, terminal codes as escapes."""
+"""The expected print of ``NASTY``: rich's markup and emoji names letter by letter, terminal codes as escapes."""
 
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """What was printed, on a terminal that folds nothing."""
+    """Return a function that reads the printed text, from a terminal wide enough to fold no line."""
     monkeypatch.setenv("COLUMNS", "1000")
 
     def read() -> str:

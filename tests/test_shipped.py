@@ -59,7 +59,7 @@ def test_recipes_and_the_demos_files_by_name(tmp_path, monkeypatch):
 
 
 def test_of_an_installed_package(tmp_path):
-    """Where the files lie inside the package, and no checkout is near."""
+    """Find the shipped files inside an installed package, without a checkout beside it."""
     shutil.copytree(ROOT / "dde_ds", tmp_path / "dde_ds", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "ds_configs", tmp_path / "dde_ds/ds_configs")
     code = "from dde_ds.shipped import *; print(deepspeed_file('zero3'), *deepspeed_names())"

@@ -393,7 +393,7 @@ def test_a_damaged_empty_prompt_ends_in_an_error(tmp_path):
 
 
 def test_random_positions_are_unmoved_by_damage(tmp_path):
-    """What is not damaged is trained on at its own position."""
+    """Samples that are not damaged keep their own positions."""
     folder = write_tiny(tmp_path / "shards", (5, 5, 5, 5))
     good, _ = trained_on(dataset(folder, 0), 1, 4, 0, steps=(0, 10))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What users bring as input: every row kept or counted, columns as other programs write them, paths with brackets."""
+"""Read the inputs of users: every row is kept or counted, columns come from other programs, and paths may hold brackets."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_rows_without_caption_equal_images_and_repeated_pairs(images, encoder, t
 
 
 def test_the_printed_command_makes_the_same_shards(images, encoder, tmp_path):
-    """What ``dde-ds verify`` prints where shards are damaged has the options that the settings tell of."""
+    """For damaged shards, ``dde-ds verify`` prints a command with the options of the shards' settings."""
     options = {"background": (16, 32, 48), "keep_no_caption": True, "flip": True, "min_side": 7}
     given = written(tmp_path / "p.parquet", table(images, ["kite", None, "boats", "door"]))
     settings = make(find_pairs(given), tmp_path / "out", encoder, **options)["settings"]
@@ -126,7 +126,7 @@ def test_an_earlier_versions_folder_is_named(images, encoder, tmp_path):
 
 
 def test_captions_that_are_cut(images, encoder, tmp_path):
-    """Of the tests' tokenizer: twelve tokens, two of which begin and end the text."""
+    """The tests' tokenizer takes twelve tokens, two of which begin and end the text."""
     captions = ["abcdefghij", "abcdefghijk", "abcdefghijk", "a"]
     given = written(tmp_path / "p.parquet", table(images, captions, [1, 0, 1, 1]))
     assert make(find_pairs(given), tmp_path / "out", encoder)["noted"] == {"cut caption": 2, "repeated pair": 0}
@@ -205,7 +205,7 @@ def test_what_is_no_parquet_is_told_what_is_read(tmp_path, name):
 
 
 def test_what_is_no_file_is_called_that(images, tmp_path):
-    """As input, in a folder of inputs, and in the place of a manifest: a pipe, which would be waited for."""
+    """Refuse a pipe as an input, in a folder of inputs, and instead of a manifest. Reading a pipe would wait for ever."""
     folder = tmp_path / "pairs"
     folder.mkdir()
     written(folder / "a.parquet", table(images))
@@ -225,7 +225,7 @@ def test_what_is_no_file_is_called_that(images, tmp_path):
 
 
 def test_names_that_are_not_utf8(images, encoder, tmp_path):
-    """Of a file: read, and written as an escape. Of a column: refused in one line."""
+    """Read a file with such a name, and write its name with an escape. Refuse a column with such a name in one line."""
     path = tmp_path / os.fsdecode(b"p\xff.parquet")
     written(tmp_path / "p.parquet", table(images))
     (tmp_path / "p.parquet").rename(path)
@@ -240,7 +240,7 @@ def test_names_that_are_not_utf8(images, encoder, tmp_path):
 
 
 def test_half_a_surrogate_pair_in_parquet_names_the_row(images, encoder, tmp_path):
-    """As a program writes it that does not look: bytes that are no UTF-8."""
+    """A careless program writes half a surrogate pair as bytes that are not UTF-8."""
     halves = pa.Array.from_buffers(
         pa.string(), 4, [None, pa.py_buffer(np.array([0, 1, 4, 5, 6], np.int32)), pa.py_buffer(b"a\xed\xa0\xbcbc")]
     )

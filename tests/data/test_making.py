@@ -148,7 +148,7 @@ sys.addaudithook(lambda event, arguments: [count(event, arguments) for count in 
 
 
 def test_what_killed_processes_left_goes(grouped, encoder, tmp_path):
-    """Of the shards of this rank alone: the others may be at work."""
+    """Delete only partial files of this rank's shards, because other ranks may be at work."""
     output = tmp_path / "out"
     make(find_pairs(grouped), output, encoder)
     for name in (".00001.tar.host-1.partial", ".00000.json.host-1.partial", ".00005.tar.host-2.partial"):

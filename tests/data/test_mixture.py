@@ -94,7 +94,7 @@ def uniformity(order: Order, epochs: int) -> float:
 
 
 def neighbours(order: Order, epochs: int) -> int:
-    """How often two samples that are stored side by side are trained on side by side."""
+    """Count how often training takes two samples side by side that are stored side by side."""
     numbers = np.concatenate([[0], np.cumsum(order.counts)])
     found = 0
     for epoch in range(epochs):

@@ -110,7 +110,7 @@ PROBABILITIES = {
 
 @pytest.mark.parametrize("name", PROBABILITIES)
 def test_a_stratum_has_each_timestep_as_often_as_its_probability_says(name):
-    """Of T positions, those below k number T·P(t < k), rounded down or up: written out here from p(t) alone."""
+    """In T positions, T·P(t < k) timesteps are below k, rounded down or up. This number is computed here from p(t) alone."""
     probabilities = PROBABILITIES[name].double()
     steps = len(probabilities)
     expected = steps * (probabilities / probabilities.sum()).numpy().cumsum()

@@ -325,7 +325,7 @@ def test_cache_on_a_full_or_read_only_disk(tmp_path):
 
 
 def test_cache_follows_no_link_and_waits_for_no_pipe(tmp_path, monkeypatch):
-    """In a folder that others write to as well."""
+    """Others may write to the cache folder as well."""
     cache = Cache(tmp_path / "cache", BUCKETS * 4000)
     cache.put("key", b"value")
     (entry,) = (path for path in cache.folder.rglob("*") if path.is_file())

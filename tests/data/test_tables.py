@@ -250,7 +250,7 @@ def test_every_kind_of_file_gives_the_same_shards(kind, images, folder, encoder,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_label_is_another_input(kind, folder):
-    """Of the same size: settings and labels of scorers must not be taken for those of another input."""
+    """Inputs of the same size with other labels have other identities. So settings and scorers' labels are never used for another input."""
     rows = [{"c": "kite", "w": "a.jpg", "l": "b.jpg", "v": 0.25}, {"c": "boat", "w": "a.jpg", "l": "b.jpg", "v": 0.75}]
     found = []
     for value in (0.25, 0.75, 0.25):

@@ -43,7 +43,7 @@ def another_loader():
     ],
 )
 def test_a_killed_worker_is_told_in_one_line(batches, number, expected):
-    """By whoever asks for the next batch: until then the step that runs goes on."""
+    """The next request for a batch reports the killed worker. Until then the current step goes on."""
     next(batches)
     worker, *_ = multiprocessing.active_children()
     os.kill(worker.pid, number)

@@ -162,7 +162,7 @@ def test_results_of_other_settings_are_refused(tmp_path):
 @pytest.mark.slow
 def test_whole_comparison_in_short(tmp_path):
     output = tmp_path / "compare"
-    # 138 pairs to train on in the place of 1,135.
+    # Train on 138 pairs instead of 1,135.
     sharding = ["--input", DEMO / "pairs" / "held_out.parquet", "--model", DEMO / "base", "--output", output / "shards"]
     subprocess.run(
         [sys.executable, ROOT / "tools" / "shard_pickapic.py", *sharding], env=environment(), check=True, timeout=PATIENCE

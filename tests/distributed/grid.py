@@ -23,7 +23,7 @@ TRAJECTORIES = Path(__file__).with_name("trajectories")
 @dataclass(frozen=True)
 class Setting:
     kind: str
-    """Of the UNet."""
+    """The kind of the UNet."""
     ranks: int
     stage: int
     accumulation: int

@@ -1,4 +1,4 @@
-"""Where weights lie, what is kept of a forward pass and how memory is laid out changes nothing of what a run computes."""
+"""The place of the weights, the tensors kept of a forward pass and the memory format do not change the numbers of a run."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_few_settings_cover_every_pair():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plain_loop_follows_the_record(configs, kind):
-    """As does the record itself: what order, draws and shards give today is what they gave then."""
+    """The plain loop follows the record too, so order, draws and shards still give the recorded numbers."""
     run = load_config(configs[kind])
     assert_follows(plain_steps(run), kind, LOSS, NORM)
     assert_follows(plain_steps(run, torch.float64), kind, 1e-6, 1e-5)
@@ -109,7 +109,7 @@ def test_what_a_setting_leaves_is_rounding(few):
 
 @pytest.mark.grid
 def test_rounding_at_the_default_beta(parquet, tmp_path, capsys):
-    """What ds_configs/README.md says of a trained base: β and the weights of the timesteps multiply float32's rounding."""
+    """Check the statement of ds_configs/README.md for a trained base: β and the timesteps' weights multiply float32's rounding."""
     config = write_grid_config(tmp_path / "run.yaml", DEMO / "base", shard(parquet, DEMO / "base", tmp_path / "shards"))
     zero2, zero3 = (Setting("sd", 2, stage, 2, "none", "replicated") for stage in (2, 3))
     changes = ("steps=20", "objective={beta: 2000}", "optimizer.learning_rate=1e-5")

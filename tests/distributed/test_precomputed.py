@@ -1,4 +1,4 @@
-"""Real launches with a precomputed reference in the place of the reference: the same losses to the last bit."""
+"""Real launches with a precomputed reference instead of the reference give the same losses to the last bit."""
 
 from __future__ import annotations
 

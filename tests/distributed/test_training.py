@@ -69,7 +69,7 @@ def expected(expected_steps):
 
 @pytest.fixture(scope="module")
 def other_configs(tmp_path_factory, parquet, sdxl_model, sdxl_shards) -> dict[str, Path]:
-    """Of other models, by the name of their run."""
+    """Write the configurations for other models, and return them by the names of their runs."""
     folder = tmp_path_factory.mktemp("others")
     v_model = save_sd(folder / "v" / "model", prediction_type="v_prediction")
     demo = {"objective": {"beta": 50}, "optimizer": {"learning_rate": 1e-5, "warmup_steps": 2}}
@@ -198,7 +198,7 @@ def test_a_run_that_ended_refuses_to_start_again(ended):
 
 
 def test_held_out_numbers_do_not_depend_on_the_ranks(ended, config):
-    """Of two ranks and of one rank alone; the last ones also from the exported model."""
+    """Compare the numbers of two ranks with those of one rank. Compare the last numbers also with those of the exported model."""
     two, one = done(ended, "looking"), done(ended, "alone")
     found, expected = looks(two), looks(one)
     assert list(found) == [2, 4]
@@ -236,7 +236,7 @@ def test_one_rank(ended, expected):
 
 @pytest.mark.parametrize("before", ["zero2", "zero3"])
 def test_stopped_at_step_3_and_resumed(ended, config, tmp_path, before):
-    """By two ranks, then by one rank of the other stage with another micro-batch."""
+    """Train with two ranks, then resume with one rank, under the other ZeRO stage and with another micro-batch."""
     assert ended[f"{before} stopped"][1].code == 0
     run = done(ended, before)
     assert losses(run) == pytest.approx(plain_losses(load_config(config, ["steps=5"])), abs=1e-5)

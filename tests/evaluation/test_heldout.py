@@ -85,7 +85,7 @@ def measure_on(held_out, unets):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_objectives_own_loss(held_out_shards, unets, schedule, name):
-    """By the objective itself, called on the predictions as in training."""
+    """Compare with the objective itself, called on the predictions as in training."""
     held_out = HeldOut(ShardSet(held_out_shards), schedule, pairs=10, micro=10)
     objective = build_objective(name, schedule, beta=20.0)
     if objective.needs_reference:

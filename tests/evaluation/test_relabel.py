@@ -251,7 +251,7 @@ def labelled(parquet, tmp_path):
 
 
 def kept(source: LabelledPairs, images: list[bytes]) -> dict[int, tuple[int, float | None]]:
-    """By row: which picture wins, and the soft label."""
+    """Return the winning picture and the soft label of each row."""
     survey = source.survey()
     found = {}
     for pair, caption in zip(source.read(survey.rows), survey.caption_of, strict=True):
@@ -267,7 +267,7 @@ def sigmoid(x: float) -> float:
 
 
 def test_the_scorers_winner(labelled):
-    """In row 2 people prefer the second picture, which so stands first: the scorers agree."""
+    """People prefer the second picture of row 2, so that picture stands first. The scorers agree with people there."""
     source, images, labels = labelled
     found = LabelledPairs(source, labels)
     assert kept(found, images) == {0: (0, None), 1: (1, None), 2: (1, None), 3: (1, None), 4: (0, None)}

@@ -35,7 +35,7 @@ def truncated(source: Path, target: Path) -> Path:
 
 
 def narrow(source: Path, target: Path) -> Path:
-    """Of a shape that the manifest does not say."""
+    """Write shards whose latents have another shape than the manifest says."""
     return reshard(source, target, lambda number, tensors: tensors | {"latents": tensors["latents"][..., :4].contiguous()})
 
 

@@ -100,7 +100,7 @@ def save_in_two_ranks(folder: Path, kill_at: int = 0, victim: str = "") -> bool:
 
 
 def kill_everywhere(_, folder: Path, outcomes) -> None:
-    """In a process that has no process group yet: one that was forked from under gloo's threads could not go on."""
+    """Run in a process without a process group, because a fork from under gloo's threads could not continue."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -135,7 +135,7 @@ def kill_everywhere(_, folder: Path, outcomes) -> None:
 
 
 def losses(folder: Path) -> dict[str, float]:
-    """By step and rank."""
+    """Return the losses by the names of their files, which hold step and rank."""
     return {file.name: float(file.read_text()) for file in folder.parent.glob("loss-*")}
 
 

@@ -1,4 +1,4 @@
-"""What a resume meets in a run folder: a checkpoint that cannot be read, damaged rows, files that cannot be written."""
+"""Resume in bad run folders: with an unreadable checkpoint, damaged rows, or files that cannot be written."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def contents(run: Path) -> tuple:
 
 
 def test_in_a_drawing_and_in_a_look(tmp_path, sd_model, sd_shards):
-    """By a signal to rank 1 alone, under ZeRO-3, where a rank that left the others would hang them."""
+    """Signal rank 1 alone, under ZeRO-3, where a rank that stopped alone would leave the others hanging."""
     pq.write_table(pq.read_table(DEMO / "pairs" / "held_out.parquet").slice(20, 4), tmp_path / "held_out.parquet")
     held_out = shard(tmp_path / "held_out.parquet", sd_model, tmp_path / "held_out")
     config = write_config(

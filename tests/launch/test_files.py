@@ -1,4 +1,4 @@
-"""What cannot be run here is at least checked: manifests against the schemas of their kinds, scripts and the Dockerfile by linters."""
+"""Check files that cannot run here: manifests against the schemas of their kinds, scripts and the Dockerfile by linters."""
 
 from __future__ import annotations
 

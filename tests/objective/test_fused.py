@@ -15,8 +15,11 @@ from dde_ds.objective.schedule import NoiseTarget
 
 @pytest.fixture(params=["torch", "torch, small", "triton interpreted", pytest.param("triton compiled", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where the passes under test run: PyTorch's by blocks, or by autograd where there is little to do, Triton's by its interpreter on
-    the CPU, Triton's on a GPU."""
+    """Choose the passes under test, and return their device.
+
+    The passes are PyTorch's by blocks, PyTorch's by autograd for small predictions, Triton's in its interpreter on the CPU, or Triton's
+    compiled for a GPU.
+    """
     kind = request.param
     if kind != "torch, small":
         monkeypatch.setattr(fused, "SMALL_ELEMENTS", 0)
@@ -24,7 +27,7 @@ def device(request, monkeypatch):
         pytest.importorskip("triton", reason="Triton is not installed")
         if (kind == "triton compiled") != torch.cuda.is_available():
             pytest.skip("no CUDA device" if kind == "triton compiled" else "the kernels run compiled here")
-    # Of the shapes here, which are all less than a block, several, and a smaller last one.
+    # The shapes here are all smaller than a real block. Smaller blocks make several of them, and a smaller last one.
     monkeypatch.setattr(passes_torch, "BLOCK_ELEMENTS", 500)
     passes = importlib.import_module(f"dde_ds.objective.passes_{kind.split(' ')[0].strip(',')}")
     monkeypatch.setattr(fused, "_passes", lambda _: passes)

@@ -26,7 +26,7 @@ SMALL = 2**16
     ("device", "block"), [("cpu", 4 * BLOCK_ELEMENTS), pytest.param("cuda", 0, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
 )
 def test_peak_of_both_passes(device, block, implied):
-    """Of bfloat16 predictions of eight blocks. Kernels need no block."""
+    """Measure bfloat16 predictions of eight blocks. Kernels need no memory for a block."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     policy, reference, noisy = torch.randn(3, 32, 4, 128, 128, device=device).bfloat16()

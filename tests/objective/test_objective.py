@@ -322,7 +322,7 @@ def test_saturated_pairs_are_told_apart_by_their_side(schedule):
 
 
 def test_pairs_that_are_level_count_one_half(schedule):
-    """As all are before the first step: a coin is right on half of them."""
+    """Before the first step all pairs are level. A coin toss is right on half of them."""
     _, reference, noise = predictions()
     level = build_objective("dde", schedule)(reference, reference, noise, T)
     assert level.metrics["rewards/accuracies"] == level.metrics["rewards/margin_accuracies"] == 0.5
@@ -363,7 +363,7 @@ def test_bad_options(schedule, options, named):
 
 
 def numbers(objective):
-    """What an objective of any name and options computes: p(t), λ, the logits after two steps, and the table with its sums."""
+    """Return numbers of an objective of any name and options: p(t), λ, the logits after two steps, and the table with its sums."""
     policy, reference, noise = predictions()
     policy = (
         policy.detach() + torch.linspace(-0.3, 0.3, SHAPE[-1])

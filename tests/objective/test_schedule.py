@@ -57,7 +57,7 @@ def test_agrees_with_diffusers(options):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["scaled_linear", "linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
 def test_zero_terminal_snr_trains_without_nan(name, prediction_type, dtype):
-    """Where w would be infinite: loss, gradient, metrics and table of two steps, the second with a correction of such margins."""
+    """Train two steps at timesteps where w would be infinite. Loss, gradient, metrics and table stay finite, also with the second step's correction."""
     config = {"beta_schedule": name, "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
     schedule = NoiseSchedule.from_scheduler(config | {"prediction_type": prediction_type})
     objective = build_objective("dde", schedule, beta=5000.0)

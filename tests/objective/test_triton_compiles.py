@@ -20,7 +20,7 @@ BEYOND_32_BITS = 2**40
 
 
 class Hopper:
-    """What Triton's JIT asks a driver for before it compiles."""
+    """A driver with the answers that Triton's JIT needs before it compiles."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -35,7 +35,7 @@ class Hopper:
 
 
 class Compiled:
-    """In the place of a kernel: a launch specialises it to the arguments and compiles it, and does no more."""
+    """A stand-in for a kernel. A launch specialises the kernel to the arguments and compiles it, but does not run it."""
 
     def __init__(self, kernel):
         self.kernel, self.binaries = kernel, set()

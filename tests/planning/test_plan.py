@@ -370,7 +370,7 @@ def test_contradictions_end_in_a_line(run):
 
 
 def test_a_public_model_is_planned_without_a_hub(monkeypatch, tmp_path, capsys):
-    """By the architecture that comes with the project, from any working directory, and without a word to the network."""
+    """Plan by the architecture file in the package, from any working directory, without a network connection."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
     for path in {load_config(recipe).model.path for recipe in (ROOT / "launchers/recipes").glob("*.yaml")}:

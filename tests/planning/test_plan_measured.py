@@ -1,4 +1,4 @@
-"""What real engines of two ranks hold, tensor by tensor, is what the planner says."""
+"""Compare the planner's memory with the tensors that real engines of two ranks hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def configuration(name: str, precision: str, bucket: int) -> dict:
 
 
 def launch(folder: Path, jobs: list[dict], timeout: float) -> list[list[dict]]:
-    """What each rank says of each job."""
+    """Run the jobs, and return each rank's report of each job."""
     paths = [folder / f"{number}.json" for number in range(len(jobs))]
     for path, job in zip(paths, jobs, strict=True):
         path.write_text(json.dumps(job))

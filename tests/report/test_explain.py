@@ -52,7 +52,7 @@ def push_and_credit(name: str, betas: np.ndarray, beta: float, margins: np.ndarr
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures, in the place of their files."""
+    """Collect the figures instead of writing their files."""
     import matplotlib.pyplot as plot
 
     figures = []

@@ -1,4 +1,4 @@
-"""What a run folder may hold: nothing of the user's is written over, and a run that was killed early goes on."""
+"""Check the content of run folders: a run overwrites no file of the user, and continues if it was killed early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.launching import PATIENCE, Run, environment, free_port, launc
 
 @pytest.fixture(scope="module", autouse=True)
 def group():
-    """Of this process alone, which another test may have made."""
+    """Provide a process group of this process alone. Another test may already have created one."""
     if dist.is_initialized():
         yield
         return
@@ -172,7 +172,7 @@ def catches(process: subprocess.Popen, number: int) -> bool:
 
 @pytest.mark.slow
 def test_a_request_to_stop_in_the_first_moments_counts(tmp_path, sd_model, sd_shards):
-    """As soon as the process takes it, long before its libraries are imported: 75, and no trace."""
+    """Handle a stop request long before the libraries are imported: exit with 75 and print no traceback."""
     config = write_config(tmp_path / "run.yaml", sd_model, sd_shards)
     asked = {"train.py": signal.SIGUSR1, "node.py": signal.SIGTERM}
     arguments = {"train.py": [], "node.py": ["--ranks", "2"]}

@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, sd_model, sd_shards, name, 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
 def test_the_host_waits_for_nothing(tmp_path, sd_model, sd_shards, name):
-    """Of one rank. Of more, whose gradients are reduced beside the backward pass, it waits in DeepSpeed: ds_configs/README.md."""
+    """Check one rank. With more ranks, DeepSpeed reduces gradients beside the backward pass and the host waits: see ds_configs/README.md."""
     start()
     path = write_config(tmp_path / "run.yaml", sd_model, sd_shards, precision="bf16", batch={"pairs": 6, "micro_batch_size": 2})
     config = complete_config(load_config(path, [shipped(tmp_path, name)]), 1)

@@ -107,7 +107,7 @@ def test_averages_go_on_on_another_number_of_ranks(schedule, tmp_path):
 
 
 def test_a_number_that_some_steps_lack_is_left_out(schedule):
-    """As with a reference that is precomputed for some of the steps: there is no path KL of those."""
+    """A reference that is precomputed for some of the steps gives no path KL for these steps."""
     objective = build_objective("dde", schedule)
     with_reference = outputs(objective, torch.tensor([1, 2]), 0)
     without = outputs(objective, torch.tensor([1, 2]), 1)

@@ -166,7 +166,7 @@ def test_a_place_that_cannot_be_written_is_found_at_once(run, tmp_path):
 
 
 def test_a_precomputed_reference_knows_whether_predictions_were_rounded(run):
-    """In float32 none are."""
+    """In float32 no prediction is rounded."""
     opened(run)
     opened(changed(run, "model.float32_output=false"))
     Path(run.reference.precomputed).unlink()
@@ -181,7 +181,7 @@ def test_replaced_pairs_and_a_precomputed_reference_exclude_each_other(run):
 
 
 def test_a_precomputed_reference_of_a_copy_of_the_model_is_the_same(run, tmp_path, sd_model):
-    """What counts are the weights, not the path or the version that saved them."""
+    """The weights identify a model, not its path or the version that saved it."""
     opened(run)
     copied = shutil.copytree(sd_model, tmp_path / "copied")
     assert opened(changed(run, f"model.path={copied}")) is not None

@@ -38,7 +38,7 @@ def test_the_rounding_of_x_t_stays_out_of_a_v_models_error(sd_model):
 
 
 def test_each_of_a_pair_may_have_its_own_noise(sd_model, schedule):
-    """As ``shared_noise: false`` gives it: (2B,…) noise reaches both models and the error."""
+    """With ``shared_noise: false``, noise of shape (2B,…) reaches both models and the error."""
     policy = UNet2DConditionModel.from_pretrained(sd_model, subfolder="unet")
     reference = copy.deepcopy(policy).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
