@@ -101,12 +101,12 @@ class TablePairs:
         cells = _Window(self._cells(np.unique([np.frombuffer(side, np.int64)[rows] for side in places.rows])))
         for row in rows.tolist():
             taken = [places.rows[side][row] for side in (0, 1)]
-            found = [cells.get(number, places.first[row]) for number in taken]
-            winner, loser = (self._image(taken[side], found[side], places.sides[side][row]) for side in (0, 1))
-            kept = {name: str(found[0][name]) for name in PROVENANCE if found[0].get(name) is not None}
+            pair_cells = [cells.get(number, places.first[row]) for number in taken]
+            winner, loser = (self._image(taken[side], pair_cells[side], places.sides[side][row]) for side in (0, 1))
+            kept = {name: str(pair_cells[0][name]) for name in PROVENANCE if pair_cells[0].get(name) is not None}
             share = float(places.share[row]) if self.soft else None
             # A row without a decision is read only to be labelled. Its first picture then stands first.
-            yield PairRow(row, self.name(row), caption_of(found[0][caption]) or "", winner, loser, kept, share)
+            yield PairRow(row, self.name(row), caption_of(pair_cells[0][caption]) or "", winner, loser, kept, share)
 
     def _known(self) -> _Places:
         if self._places is None:
@@ -121,11 +121,11 @@ class TablePairs:
 
     def _cells(self, rows: np.ndarray) -> Iterator[tuple[int, Row]]:
         for table, first, end in zip(self.tables, self._first[:-1].tolist(), self._first[1:].tolist(), strict=True):
-            own = rows[(rows >= first) & (rows < end)]
-            if len(own):
+            table_rows = rows[(rows >= first) & (rows < end)]
+            if len(table_rows):
                 names = [self.columns[role] for role in ("caption", *self._shape)]
                 names += [name for name in PROVENANCE if name in table.columns]
-                for row, cells in table.take(own - first, list(dict.fromkeys(names))):
+                for row, cells in table.take(table_rows - first, list(dict.fromkeys(names))):
                     yield first + row, cells
 
     def _image(self, row: int, cells: Row, side: int) -> bytes | None:

@@ -68,8 +68,8 @@ def _files(name: str) -> list[str]:
     files = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(name).parts)]
     kinds = sorted({path.suffix.lower() for path in files})
     if len(kinds) != 1:
-        found = f"files of {' and '.join(kinds)}; name those that are meant" if kinds else f"no file of {', '.join(READERS)}"
-        raise UserError(f"input {name}: holds {found}")
+        content = f"files of {' and '.join(kinds)}; name those that are meant" if kinds else f"no file of {', '.join(READERS)}"
+        raise UserError(f"input {name}: holds {content}")
     return [str(path) for path in files]
 
 

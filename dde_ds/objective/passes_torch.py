@@ -33,21 +33,23 @@ class Wanted(NamedTuple):
 def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: Wanted) -> Sums:
     """Return mean squared errors, (N,), of the policy and, where given, of the reference, and the ``wanted`` results."""
     rows = rows_of(policy, target, wanted)
-    own, other, moved = (policy.new_empty(len(policy), dtype=accumulator(policy)) for _ in range(3))
-    inner = own.new_empty(rows)
+    policy_error, reference_error, moved = (policy.new_empty(len(policy), dtype=accumulator(policy)) for _ in range(3))
+    inner = policy_error.new_empty(rows)
     for block, scratch in _blocks(policy, rows):
         _difference(policy, target, rows, block, scratch)
         if wanted.inner:
             inner[block] = (scratch[0] * scratch[1]).mean((1, 2, 3))
-        _halves(own, rows)[:, block] = scratch.square_().mean((2, 3, 4))
+        _halves(policy_error, rows)[:, block] = scratch.square_().mean((2, 3, 4))
         if reference is not None:
-            _halves(other, rows)[:, block] = _difference(reference, target, rows, block, scratch).square_().mean((2, 3, 4))
+            _halves(reference_error, rows)[:, block] = (
+                _difference(reference, target, rows, block, scratch).square_().mean((2, 3, 4))
+            )
         if reference is not None and wanted.moved:
             scratch.copy_(_halves(policy, rows)[:, block]).sub_(_halves(reference, rows)[:, block])
             _halves(moved, rows)[:, block] = scratch.square_().mean((2, 3, 4))
     return (
-        own,
-        None if reference is None else other,
+        policy_error,
+        None if reference is None else reference_error,
         implied_moved(moved, target) if wanted.moved else None,
         inner if wanted.inner else None,
     )
@@ -106,12 +108,12 @@ def gradient(policy: Tensor, target: NoiseTarget, grad: Tensor, moved: tuple[Ten
     result, rows = torch.empty_like(policy), len(target.noise)
     halves, factor = _halves(result, rows), _halves(gradient_factor(policy, target, grad), rows)
     for block, scratch in _blocks(policy, rows):
-        own = _difference(policy, target, rows, block, scratch).mul_(_spread(factor[:, block]))
+        product = _difference(policy, target, rows, block, scratch).mul_(_spread(factor[:, block]))
         if moved is not None:
             reference, weight = moved[0], _spread(_halves(moved_factor(policy, target, moved[1]), rows)[:, block])
-            own.addcmul_(_halves(policy, rows)[:, block].to(own.dtype), weight)
-            own.addcmul_(_halves(reference, rows)[:, block].to(own.dtype), weight, value=-1)
-        halves[:, block] = own
+            product.addcmul_(_halves(policy, rows)[:, block].to(product.dtype), weight)
+            product.addcmul_(_halves(reference, rows)[:, block].to(product.dtype), weight, value=-1)
+        halves[:, block] = product
     return result
 
 

@@ -37,10 +37,10 @@ def sums(policy: Tensor, reference: Tensor | None, target: NoiseTarget, wanted: 
             },
             **_constants(policy, target, rows),
         )
-    own, other, moved, inner = (parts.sum(1) / size).split(lengths)
+    policy_error, reference_error, moved, inner = (parts.sum(1) / size).split(lengths)
     return (
-        own,
-        None if reference is None else other,
+        policy_error,
+        None if reference is None else reference_error,
         implied_moved(moved, target) if wanted.moved else None,
         inner if wanted.inner else None,
     )

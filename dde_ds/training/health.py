@@ -20,36 +20,36 @@ def find_problems(row: dict[str, float]) -> dict[str, str]:
 
     The result is empty for a healthy run, and for objectives without a reference.
     """
-    found = {}
+    problems = {}
     if "drift/chosen" not in row:
-        return found
+        return problems
     chosen, rejected = (row[f"drift/{side}"] / max(row[f"error/reference_{side}"], 1e-12) for side in ("chosen", "rejected"))
     if chosen > DRIFT:
-        found["drift"] = (
+        problems["drift"] = (
             f"winners' error is {chosen:.0%} above the reference's (losers' {rejected:.0%}) at accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
     tenths = {name: value for name, value in row.items() if name.startswith("drift_by_t/")}
     worst = max(tenths, key=lambda name: tenths[name], default=None)
-    if worst and tenths[worst] > DRIFT_IN_A_TENTH and "drift" not in found:
+    if worst and tenths[worst] > DRIFT_IN_A_TENTH and "drift" not in problems:
         span = worst.removeprefix("drift_by_t/")
-        found["drift by timestep"] = f"winners' error is {tenths[worst]:.0%} above the reference's at timesteps {span}: {BROKEN}"
+        problems["drift by timestep"] = f"winners' error is {tenths[worst]:.0%} above the reference's at timesteps {span}: {BROKEN}"
     path = row.get("drift/path_kl", 0.0) / max(row.get("error/reference_path", 0.0), 1e-12)
     if path > PATH:
-        found["path"] = (
+        problems["path"] = (
             f"the path KL from the reference is {row['drift/path_kl']:.0f} nats, {path:.0%} of what the reference's own errors come to, at "
             f"accuracy {row['rewards/accuracies']:.2f}: {BROKEN}"
         )
     if row.get("dde/saturated_learnt", 0.0) > LEARNT:
-        found["learnt"] = (
+        problems["learnt"] = (
             f"{row['dde/saturated_learnt']:.0%} of the pairs are learnt (σ(-z) below 0.01) and teach nothing more: "
             "lower objective.beta, or stop the run"
         )
     if row.get("dde/saturated_wrong", 0.0) > WRONG:
-        found["wrong"] = (
+        problems["wrong"] = (
             f"{row['dde/saturated_wrong']:.0%} of the pairs are far on the wrong side (σ(-z) above 0.99) and push with full weight: "
             "lower objective.beta or optimizer.learning_rate, or leave out the noisiest timesteps with objective.timestep_range"
         )
-    return found
+    return problems
 
 
 class HealthMonitor:
@@ -63,7 +63,7 @@ class HealthMonitor:
         for name, value in row.items():
             before = self._smooth.get(name, value)
             self._smooth[name] = before + NEWEST * (value - before)
-        found = find_problems(self._smooth)
-        fresh = [message for name, message in found.items() if name not in self._active]
-        self._active = set(found)
+        problems = find_problems(self._smooth)
+        fresh = [message for name, message in problems.items() if name not in self._active]
+        self._active = set(problems)
         return fresh

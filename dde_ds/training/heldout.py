@@ -72,9 +72,9 @@ class HeldOut:
         order = Order(shards.counts, 0, block=1)
         self.pairs = min(pairs or order.samples, order.samples)
         self._dataset = PairDataset(shards, order, PairRng(0, torch.ones(schedule.num_train_timesteps)))
-        own = range(rank, rank + world * -(-self.pairs // world), world)
-        self._positions = [position % self.pairs for position in own]
-        self.weight = torch.tensor([float(position < self.pairs) for position in own], dtype=torch.float64)
+        assigned = range(rank, rank + world * -(-self.pairs // world), world)
+        self._positions = [position % self.pairs for position in assigned]
+        self.weight = torch.tensor([float(position < self.pairs) for position in assigned], dtype=torch.float64)
         """(n,): 1, or 0 for a pair that another rank evaluates."""
         self.elements = math.prod(shards.latent_shape)
         """Number of elements of a latent."""
@@ -149,9 +149,9 @@ class HeldOut:
         policy, base, moved = (rows.flatten().to(device) for rows in (errors.policy, errors.base, errors.moved))
         labels = errors.soft_labels.to(device) if objective.options.soft_labels and errors.soft_labels is not None else None
         reference = base if objective.needs_reference else None
-        own, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved, labels)
+        own_losses, _ = objective.pair_losses(self.timesteps.to(device), policy, reference, moved, labels)
         numbers = {
-            "loss": own.cpu(),
+            "loss": own_losses.cpu(),
             "loss_uniform": losses.logistic_loss(losses.logits(m, torch.ones(()), torch.zeros(()), COMMON_BETA, 0.0)),
             "accuracies": losses.share_ahead(-m),
             "drift_chosen": chosen,
