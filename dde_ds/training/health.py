@@ -5,8 +5,8 @@ from __future__ import annotations
 # The largest growth of the winners' error, as a fraction of the reference's error: over all timesteps, and in one tenth of them. A healthy
 # run changes this error by a few percent. Where the noise is strong, errors are small, and the mean over all timesteps hides their growth.
 DRIFT, DRIFT_IN_A_TENTH = 0.1, 0.25
-# The largest path KL, as a fraction of the same sum over the reference's errors. A policy that moves in no particular direction by 0.1 raises
-# every error by 10 %. The path KL also shows a policy that moved far along its errors, which the errors alone do not show.
+# The largest path KL, as a fraction of the same sum over the reference's errors. A fraction of 0.1 raises every error by 10 % if the policy
+# moved in no particular direction. The path KL also shows a policy that moved far along its errors, which the errors alone do not show.
 PATH = 0.25
 # The largest shares of pairs that are learnt, and of pairs far on the wrong side.
 LEARNT, WRONG = 0.5, 0.25
