@@ -169,20 +169,20 @@ class ObjectiveConfig:
     disagree."""
 
     soft_labels: bool = False
-    """Use each pair's share of votes from the shards instead of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold
-    it. In a mixture of sources, pairs of a source without votes count as sure."""
+    """Use each pair's share of votes from the shards instead of 1-ε, for the links ``logistic`` and ``dmpo``. The shards must hold these
+    shares. In a mixture of sources, pairs of a source without votes count as sure."""
 
     winner_preserving: float | None = None
     """Share μ in [0, 1] of SDPO's safeguard, which scales the loser's gradient down where that gradient would raise the winner's error.
     SDPO's runs use 0.9 for SD1.5 and 0.6 for SDXL. None turns the safeguard off."""
 
     credit: Literal["pair", "mean"] = "pair"
-    """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean margin,
-    which is the curve that ``dde-ds explain`` draws. That curve begins at the noisy end, and moves as the pairs get ahead."""
+    """Source of each timestep's share of the gradient. ``pair``: each pair's own z. ``mean``: the credit at the correction table's mean
+    margin, which is the curve that ``dde-ds explain`` draws. That curve begins at the noisy end, and moves as the pairs get ahead."""
 
     single_shot: Literal["weight", "calibrated"] = "weight"
-    """Gain of ``dde`` and ``dde_single``: ``weight``, w_t, or ``calibrated``, 1/ᾱ_t with twice the correction weight. z/β is then the true log
-    ratio for Gaussian data of unit variance."""
+    """Gain of ``dde`` and ``dde_single``. ``weight`` is w_t. ``calibrated`` is 1/ᾱ_t with twice the correction weight, which makes z/β the
+    true log ratio for Gaussian data of unit variance."""
 
     shared_noise: bool = True
     """Give winner and loser of a pair the same noise. Shared noise lowers the variance of their difference and is standard in the field."""

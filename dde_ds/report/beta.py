@@ -19,7 +19,7 @@ class BetaEffect(NamedTuple):
     """The effect of a run's β in its first steps."""
 
     objective: str
-    """Its name, with its link and credit where these are not the defaults."""
+    """The objective's name, with its link and credit where these are not the defaults."""
     beta: float
     mean_z: float
     """The mean of -(β/2) g_t m over the pairs of the rows, which is z without the correction. It is above 0."""
@@ -28,7 +28,7 @@ class BetaEffect(NamedTuple):
     last: int
     """``first`` and ``last`` are the first and the last step of the rows."""
     rate_share: float
-    """Mean learning rate of these steps, in parts of the rate that the run reaches after its warm-up."""
+    """The mean learning rate of these steps, as a fraction of the rate that the run reaches after its warm-up."""
 
     def beta_for(self, mean_z: float) -> float:
         """Return the β at which the mean would have been ``mean_z``."""
