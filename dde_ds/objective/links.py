@@ -46,7 +46,7 @@ class Link(NamedTuple):
     """The link accepts each pair's own label."""
 
     one_sided: bool = False
-    """A pair far ahead teaches nothing more, and a pair far behind keeps its full weight."""
+    """The link saturates on one side: a pair far ahead teaches nothing more, and a pair far behind keeps its full weight."""
 
 
 class BoundLink(NamedTuple):

@@ -265,12 +265,12 @@ class Objective:
 
     @torch.no_grad()
     def _credit(self, z: Tensor, timesteps: Tensor, soft_labels: Tensor | None) -> Tensor:
-        """Return each pair's credit, g_t times the link's weight, (B,). Return zeros for an objective with its own loss."""
+        """Return each pair's credit, g_t times the absolute value of the link's weight, (B,). Return zeros for an objective with its own loss."""
         if self.spec.own_loss:
             return torch.zeros_like(z)
         gain = self._gain if self._credit_gain is None else self._mean_credit(self._credit_gain)
         weight = self.link.weight(z) if soft_labels is None else self.link.weight(z, soft_labels.to(z.dtype))
-        return gain[timesteps].to(z.dtype) * weight.abs()  # some links push a pair back once it is far enough ahead
+        return gain[timesteps].to(z.dtype) * weight.abs()  # Some links push a pair back once it is far enough ahead.
 
     @torch.no_grad()
     def _metrics(
