@@ -35,6 +35,8 @@ RENAMED = {
 """Map keys of earlier versions to what they are called now."""
 PATHS = re.compile(r"(path|output|deepspeed|precomputed|cache_dir)$")
 """Match keys whose text is, or may be, a path."""
+TRAINABLE = {"all": ("*",), "attention": ("*.attn1.*", "*.attn2.*"), "cross_attention": ("*.attn2.*",)}
+"""Patterns of the names of the parameters that each word of ``model.trainable`` selects."""
 LONGEST_TEXT = 4096
 """Upper limit of characters in a text. Linux accepts no longer path."""
 
@@ -76,6 +78,11 @@ class ModelConfig:
     """Variant of the weight files to read: ``fp16`` reads ``diffusion_pytorch_model.fp16.safetensors``. None reads files without a variant
     in their name. If a component has no such file, None reads its only variant."""
 
+    trainable: str | tuple[str, ...] = "all"
+    """Part of the UNet that is trained: ``all``, ``attention``, ``cross_attention``, or a list of patterns of parameters' names such as
+    ``["mid_block.*", "*.attn2.to_k.weight"]``. The rest keeps the base's values, and has no gradients and no optimizer state. A checkpoint holds
+    the trained part alone; the export is a whole model. Not with ``lora``."""
+
     gradient_checkpointing: str = "auto"
     """Activations that the backward pass recomputes instead of keeping: ``none``, ``selective`` (norms and activation functions),
     ``every_K`` (all blocks but every K-th, such as ``every_2``) or ``full`` (all blocks). Memory falls in this order. ``full`` costs about
@@ -100,6 +107,13 @@ class ModelConfig:
             "model.variant",
             self.variant,
             "must be the part of a file's name between two dots, such as fp16, or null",
+        )
+        known = self.trainable in TRAINABLE if isinstance(self.trainable, str) else bool(self.trainable) and all(self.trainable)
+        _require(
+            known,
+            "model.trainable",
+            self.trainable,
+            f'must be {", ".join(TRAINABLE)}, or a list of patterns of parameters\' names such as ["mid_block.*"]',
         )
         _require(
             re.fullmatch(r"auto|none|selective|full|every_([2-9]|[1-9][0-9]{1,8})", self.gradient_checkpointing) is not None,
@@ -539,6 +553,12 @@ class RunConfig:
                 f"must be {usual} with lora: the policy itself is the reference",
             )
         _require(
+            not self.lora or self.model.trainable == "all",
+            "model.trainable",
+            self.model.trainable,
+            "must be all with lora, which trains its adapters alone; remove one of the two",
+        )
+        _require(
             not (self.reference.precomputed and self.data.max_bad_samples),
             "data.max_bad_samples",
             self.data.max_bad_samples,
@@ -637,8 +657,12 @@ def _is_section(kind: Any) -> bool:
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
     """Return ``value`` as ``kind``; allow only conversions that lose nothing."""
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None else _convert(value, kind.__args__[0], key)
+    if isinstance(kind, types.UnionType):  # X | None, or a text or a list of texts
+        if value is None and types.NoneType in kind.__args__:
+            return None
+        listed = isinstance(value, (list, tuple))
+        kinds = [each for each in kind.__args__ if each is not types.NoneType]
+        return _convert(value, next((each for each in kinds if (typing.get_origin(each) is tuple) == listed), kinds[0]), key)
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         fixed = parts[-1] is not Ellipsis

@@ -28,8 +28,9 @@ from dde_ds.distributed.environment import DistributedEnv
 from dde_ds.distributed.group import start
 from dde_ds.errors import UserError
 from dde_ds.models.unet import load_unet_config
-from dde_ds.planning.cost import Adapters, parameter_sizes
+from dde_ds.planning.cost import parameter_sizes
 from dde_ds.planning.plan import checkpoint_bytes, export_bytes, kept_checkpoints
+from dde_ds.planning.workload import trained_part
 from dde_ds.text import printable, without_passwords
 from dde_ds.warn import reason
 
@@ -237,9 +238,7 @@ def _precomputed(run: RunConfig, ranks: DistributedEnv) -> str:
 
 def _free_disk(run: RunConfig) -> str:
     """Compare the free disk with what the run will keep, as :mod:`dde_ds.planning.plan` counts it."""
-    sizes = parameter_sizes(
-        load_unet_config(run.model.path, run.model.revision), Adapters(run.lora.rank, run.lora.targets) if run.lora else None
-    )
+    sizes = parameter_sizes(load_unet_config(run.model.path, run.model.revision), trained_part(run))
     each, kept, exported = checkpoint_bytes(run, sizes), kept_checkpoints(run), export_bytes(run, sizes)
     need = each * kept + exported
     free = shutil.disk_usage(_existing(Path(run.output))).free

@@ -96,7 +96,7 @@ def export_checkpoint(
     if form not in FORMATS:
         raise UserError(f"format {form}: must be one of {', '.join(FORMATS)}")
     if form in ("lora", "kohya") and not run.lora:
-        raise UserError(f"format {form}: this run trained all parameters and has no adapters; choose folder or single")
+        raise UserError(f"format {form}: this run trained parameters of the UNet and has no adapters; choose folder or single")
     if form in ("kohya", "single") and target.suffix != ".safetensors":
         raise UserError(f"output {target}: format {form} writes one file; give it a name that ends in .safetensors")
     if max_shard_size and not re.fullmatch(r"\d+[KMG]B", max_shard_size):
@@ -285,6 +285,7 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
         "precision": run.precision,
         "seed": run.seed,
         **({"weights": f"moving average of decay {run.ema.decay:g}"} if run.ema and kind == EMA else {}),
+        **({"trained part": _trained_part(run)} if run.model.trainable != "all" else {}),
         **({"LoRA": f"rank {run.lora.rank}, α {run.lora.alpha_or_rank:g}, on {', '.join(run.lora.targets)}"} if run.lora else {}),
         "trained with": f"dde_ds {__version__}",
     }
@@ -295,7 +296,8 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
     }
     paper = "pairs of a preferred and a rejected image (Denoised Distribution Estimation and its baselines, arXiv 2411.14871)"
     if form in ("folder", "single"):
-        what = f"The UNet was trained on {paper}; all other parts are the base model's, and so is its licence."
+        part = "" if run.model.trainable == "all" else f"A part of the UNet, {_trained_part(run)}, "
+        what = f"{part or 'The UNet '}was trained on {paper}; all other parts are the base model's, and so is its licence."
     else:
         what = f"Adapters of the UNet, trained on {paper}. They need the base model, whose licence holds for them too."
     if run.lora and form in ("folder", "lora"):
@@ -306,6 +308,12 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.model.path}, aligned with preference pairs\n\n"
         f"{what}\n\n| | |\n| --- | --- |\n{rows}\n"
     )
+
+
+def _trained_part(run: RunConfig) -> str:
+    """Return ``model.trainable`` for a table in Markdown, where a bare ``*`` would be emphasis."""
+    patterns = run.model.trainable
+    return patterns.replace("_", " ") if isinstance(patterns, str) else ", ".join(f"`{pattern}`" for pattern in patterns)
 
 
 def is_hub_id(path: str) -> bool:

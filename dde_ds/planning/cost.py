@@ -24,6 +24,7 @@ from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.compute_options import use_float32_output
 from dde_ds.models.family import Conditioning, conditioning_shapes
 from dde_ds.models.lora import add_adapters
+from dde_ds.models.trainable import train_part
 from dde_ds.models.unet import predict
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class Adapters(NamedTuple):
     targets: tuple[str, ...]
 
 
+class Selection(NamedTuple):
+    """What :func:`dde_ds.models.trainable.train_part` takes."""
+
+    trainable: str | tuple[str, ...]
+
+
 class Sizes(NamedTuple):
     """The number of elements of each parameter of a UNet, in the UNet's order."""
 
@@ -69,9 +76,9 @@ class Sizes(NamedTuple):
     frozen: tuple[int, ...] = ()
 
 
-def parameter_sizes(config: dict, adapters: Adapters | None = None) -> Sizes:
-    """Return the parameter sizes of a UNet2DConditionModel. With ``adapters``, only the adapters are trained."""
-    return _parameter_sizes(_key(config), adapters)
+def parameter_sizes(config: dict, part: Adapters | Selection | None = None) -> Sizes:
+    """Return the parameter sizes of a UNet2DConditionModel. With ``part``, only these adapters or parameters are trained."""
+    return _parameter_sizes(_key(config), part)
 
 
 def forward_flops(config: dict, latent: tuple[int, int, int], tokens: int = TOKENS) -> int:
@@ -95,7 +102,7 @@ def training_pass(
     dtype: torch.dtype,
     tokens: int = TOKENS,
     pairs: int = 1,
-    adapters: Adapters | None = None,
+    part: Adapters | Selection | None = None,
     float32_output: bool = True,
 ) -> Pass:
     """Count the memory and FLOPs of one micro-batch, with winners and losers in one call. All three numbers are proportional to ``pairs``.
@@ -110,7 +117,7 @@ def training_pass(
         adapters: train these adapters alone. None trains all weights.
         float32_output: the option ``model.float32_output``. It adds the float32 copies of the last layer's input, weights and output.
     """
-    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, adapters, float32_output)
+    return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, part, float32_output)
 
 
 def made_up_conditioning(config: Any, latents: int, tokens: int = TOKENS) -> Conditioning:
@@ -170,9 +177,9 @@ def run_pass(unet: torch.nn.Module, noisy: Tensor, conditioning: Conditioning) -
 
 
 @lru_cache(maxsize=8)
-def _parameter_sizes(key: str, adapters: Adapters | None) -> Sizes:
+def _parameter_sizes(key: str, part: Adapters | Selection | None) -> Sizes:
     with torch.device("meta"):
-        parameters = list(_build(key, adapters).parameters())
+        parameters = list(_build(key, part).parameters())
     trained, frozen = ([each.numel() for each in parameters if each.requires_grad is wanted] for wanted in (True, False))
     return Sizes(tuple(trained), tuple(frozen))
 
@@ -195,13 +202,13 @@ def _training_pass(
     dtype: torch.dtype,
     tokens: int,
     pairs: int,
-    adapters: Adapters | None,
+    part: Adapters | Selection | None,
     float32_output: bool,
 ) -> Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
-        unet = _build(key, adapters)
+        unet = _build(key, part)
     with FakeTensorMode():
         for module in unet.modules():
             for name, value in module.named_parameters(recurse=False):
@@ -214,13 +221,15 @@ def _training_pass(
         return run_pass(unet, torch.zeros(2 * pairs, *latent, dtype=dtype), conditioning)
 
 
-def _build(key: str, adapters: Adapters | None = None) -> UNet2DConditionModel:
+def _build(key: str, part: Adapters | Selection | None = None) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_config(json.loads(key))
     assert isinstance(unet, UNet2DConditionModel)  # from_config returns a tuple only if unused keys are requested.
-    if adapters:
-        add_adapters(unet, adapters.rank, adapters.rank, adapters.targets, seed=0)
+    if isinstance(part, Adapters):
+        add_adapters(unet, part.rank, part.rank, part.targets, seed=0)
+    elif part:
+        train_part(unet, part.trainable)
     return unet
 
 

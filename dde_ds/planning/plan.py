@@ -55,19 +55,19 @@ class Workload:
     pairs: int | None = None
     """Pairs in the shards; None if the shards are not made yet."""
 
-    adapters: cost.Adapters | None = None
-    """Adapters that are trained instead of the UNet; None if the whole UNet is trained."""
+    part: cost.Adapters | cost.Selection | None = None
+    """Adapters or parameters that are trained instead of the whole UNet; None if the whole UNet is trained."""
     float32_output: bool = True
     """Whether the last layer is computed in float32, as ``model.float32_output``."""
 
     @property
     def sizes(self) -> cost.Sizes:
         """Return the number of elements in each parameter, trained and frozen."""
-        return cost.parameter_sizes(self.unet, self.adapters)
+        return cost.parameter_sizes(self.unet, self.part)
 
     def pair_flops(self, with_reference: bool) -> int:
         """Return the FLOPs of training on one pair, without recomputation."""
-        if self.adapters is None:
+        if self.part is None:
             return cost.pair_flops(self.unet, self.latent, self.tokens, with_reference)
         # Frozen weights need no gradients, so the backward pass is no longer twice the forward pass.
         reference = 2 * with_reference * cost.forward_flops(self.unet, self.latent, self.tokens)
@@ -81,7 +81,7 @@ class Workload:
             checkpointing,
             dtype,
             self.tokens,
-            adapters=self.adapters,
+            part=self.part,
             float32_output=self.float32_output,
         )
 
@@ -283,7 +283,7 @@ def _state_memory(run: RunConfig, workload: Workload, world: int, local_world_si
     placed = _reference_config(run, config) if with_reference else None
     if placed is None:
         return memory
-    frozen = reference_memory(workload.sizes.trained, placed, world)
+    frozen = reference_memory([*workload.sizes.trained, *workload.sizes.frozen], placed, world)
     return dataclasses.replace(
         memory,
         reference=frozen.reference,

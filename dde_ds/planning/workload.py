@@ -17,7 +17,7 @@ from dde_ds.data.estimate import shard_bytes
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.models.unet import load_component_config, load_unet_config
-from dde_ds.planning.cost import TOKENS, Adapters
+from dde_ds.planning.cost import TOKENS, Adapters, Selection
 from dde_ds.planning.gpus import peak_flops
 from dde_ds.planning.plan import MODES, RESERVED_FRACTION, Workload, pick_checkpointing, stored_pair_bytes
 
@@ -25,6 +25,13 @@ from dde_ds.planning.plan import MODES, RESERVED_FRACTION, Workload, pick_checkp
 def shards_are_there(run: RunConfig) -> bool:
     """Return whether each of the run's training shard sets is remote or has its manifest on this machine."""
     return all("://" in path or (Path(path) / "manifest.json").is_file() for path, _ in run.data.weighted_paths)
+
+
+def trained_part(run: RunConfig) -> Adapters | Selection | None:
+    """Return what a run trains in the place of the whole UNet, or None."""
+    if run.lora:
+        return Adapters(run.lora.rank, run.lora.targets)
+    return None if run.model.trainable == "all" else Selection(run.model.trainable)
 
 
 def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: dict | None = None) -> Workload:
@@ -44,7 +51,7 @@ def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_une
         unet = load_unet_config(run.model.path, run.model.revision)
         tokens = load_component_config(run.model.path, "text_encoder", run.model.revision)["max_position_embeddings"]
     trained: dict[str, Any] = {
-        "adapters": Adapters(run.lora.rank, run.lora.targets) if run.lora else None,
+        "part": trained_part(run),
         "float32_output": run.model.float32_output,
     }
     if shards is None:
@@ -82,13 +89,13 @@ class Utilisation:
     """Compute ``perf/mfu``: FLOPs of training in a second, without recomputation, as a share of the devices' peak.
 
     The number is left out on a CPU, on a GPU that is not in :data:`dde_ds.planning.gpus.DEVICES`, and in float32. It is also
-    left out with LoRA, which has another backward pass.
+    left out where a part is trained, such as with LoRA, which has another backward pass.
     """
 
     def __init__(self, run: RunConfig, shards: ShardSet | MixedShards, with_reference: bool, world: int, device: torch.device):
         peak = peak_flops(torch.cuda.get_device_name(device), run.precision) if device.type == "cuda" else None
         self._share = None
-        if peak and not run.lora:
+        if peak and trained_part(run) is None:
             self._share = workload_of(run, shards).pair_flops(with_reference) / (world * peak)
 
     def row(self, pairs_per_s: float) -> dict[str, float]:

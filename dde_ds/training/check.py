@@ -20,6 +20,7 @@ from dde_ds.models.encode import encoder_files, encoders_digests
 from dde_ds.models.lora import check_targets
 from dde_ds.models.optional import left_out
 from dde_ds.models.parts import build_empty
+from dde_ds.models.trainable import trained_names
 from dde_ds.models.unet import load_component_config, unet_digest, unet_files
 from dde_ds.objective.objective import Objective
 from dde_ds.training.track import require_trackers
@@ -98,7 +99,8 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
     empty = build_empty(run.model.path, "unet", run.model.revision)
     if run.lora:
         check_targets(empty, run.lora.targets)
-    trained = None if run.lora else sum(parameter.numel() for parameter in empty.parameters())
+    sizes = {name: parameter.numel() for name, parameter in empty.named_parameters()}
+    trained = None if run.lora else sum(sizes[name] for name in trained_names(empty, run.model.trainable))
     check_engine(ds_config, trained, world, run.model.gradient_checkpointing == "selective")
     require_trackers(run)
     if run.samples.prompts and run.samples.inference_steps > objective.schedule.num_train_timesteps:

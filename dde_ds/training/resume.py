@@ -94,7 +94,7 @@ def require_same_run(run: RunConfig, shards: ShardSet | MixedShards, base: dict[
     """
     if run.steps < state["step"]:
         raise UserError(f"steps is {run.steps}, but {chosen} is at step {state['step']} already; raise steps to train on")
-    before = state["identity"]
+    before = {"model.trainable": "all"} | state["identity"]  # earlier versions trained all
     require_same_base(run.model.path, base, chosen, before)
     # Paths may change if the content is known. Checkpoints of earlier versions know the base by its path alone.
     free = {*base, *(("model.path", "model.revision") if before.get(WEIGHTS) else ())}
@@ -162,6 +162,7 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str
         "data.flip": run.data.flip,
         "model.path": run.model.path,
         "model.revision": run.model.revision,
+        "model.trainable": json.loads(json.dumps(run.model.trainable)),
         "precision": run.precision,
         # Through JSON, which turns tuples into lists.
         "objective": json.loads(json.dumps(asdict(run.objective))),

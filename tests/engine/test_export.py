@@ -163,7 +163,7 @@ def test_adapters_can_be_had_without_their_base(tmp_path, sd_model, capsys):
 def test_what_kohya_is_not_for(tmp_path, sd_model, capsys):
     full = save_checkpoint(tmp_path / "full" / "step-00000004", run_of(sd_model), dict(load(sd_model).named_parameters()))
     assert main(["export", str(full), "--output", str(tmp_path / "x.safetensors"), "--format", "kohya"]) == 1
-    assert "--format kohya: this run trained all parameters and has no adapters" in capsys.readouterr().err
+    assert "--format kohya: this run trained parameters of the UNet and has no adapters" in capsys.readouterr().err
     source, _ = lora_checkpoint(tmp_path, sd_model, ATTENTION)
     assert main(["export", str(source), "--output", str(tmp_path / "x"), "--format", "kohya"]) == 1
     assert "format kohya writes one file; give it a name that ends in .safetensors" in capsys.readouterr().err

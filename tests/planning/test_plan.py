@@ -303,7 +303,7 @@ def test_lora_trains_adapters_alone():
         module for name, module in UNet2DConditionModel.from_config(TINY).named_modules() if name.endswith(("to_q", "to_out.0"))
     ]
     assert sum(sizes.trained) == sum(4 * (layer.in_features + layer.out_features) for layer in layers)
-    thin, whole = (training_pass(TINY, LATENT, "none", torch.bfloat16, TOKENS, adapters=each) for each in (adapters, None))
+    thin, whole = (training_pass(TINY, LATENT, "none", torch.bfloat16, TOKENS, part=each) for each in (adapters, None))
     assert thin.flops < whole.flops
 
 

@@ -15,7 +15,7 @@ import torch
 from dde_ds.engine import adamw8bit
 from dde_ds.engine.reference import reference_config
 from dde_ds.models.known import read_architecture
-from dde_ds.planning.cost import Adapters, parameter_sizes, training_pass
+from dde_ds.planning.cost import Adapters, Selection, parameter_sizes, training_pass
 from dde_ds.planning.memory import MOMENT_BYTES, Memory, policy_memory, reference_memory
 from tests.conftest import ROOT
 from tests.planning.test_plan import TINY
@@ -67,12 +67,17 @@ def launch(folder: Path, jobs: list[dict], timeout: float) -> list[list[dict]]:
 
 
 def planned(
-    unet: dict, config: dict, placement: str = "auto", ema: float | None = None, lora: dict | None = None
+    unet: dict,
+    config: dict,
+    placement: str = "auto",
+    ema: float | None = None,
+    lora: dict | None = None,
+    trainable: str = "all",
 ) -> dict[str, int]:
-    sizes = parameter_sizes(unet, Adapters(lora["rank"], tuple(lora["targets"])) if lora else None)
+    sizes = parameter_sizes(unet, Adapters(lora["rank"], tuple(lora["targets"])) if lora else Selection(trainable))
     eight = config["optimizer"]["type"] == adamw8bit.TYPE
     memory: Memory = policy_memory(sizes, config, WORLD, MOMENT_BYTES["adamw_8bit" if eight else "adamw"], ema=bool(ema))
-    reference = Memory() if lora else reference_memory(sizes.trained, reference_config(config, placement), WORLD)
+    reference = Memory() if lora else reference_memory([*sizes.trained, *sizes.frozen], reference_config(config, placement), WORLD)
     return {
         **{"gradients": memory.gradients, "weights": memory.weights, "optimizer": memory.optimizer, "ema": memory.ema},
         # Of a reference on the CPU the shards are the host's.
@@ -91,6 +96,9 @@ def test_state_of_two_ranks(tmp_path):
         {"config": three, "placement": "replicated"},
     ]
     jobs += [{"config": config, "lora": LORA, "ema": 0.5} for config in (two, three)]
+    # A part of the UNet, in both precisions: the rest keeps every bit.
+    part = ("zero1", "bf16"), ("zero2", "bf16"), ("zero2", "fp32"), ("zero3", "bf16"), ("zero3", "fp32")
+    jobs += [{"config": configuration(*each, 10**6), "trainable": "cross_attention", "ema": 0.5} for each in part]
     jobs += [{"config": two | {"optimizer": two["optimizer"] | {"type": adamw8bit.TYPE}}}] if find_spec("bitsandbytes") else []
     ranks = launch(tmp_path, [job | {"unet": TINY, "side": 16} for job in jobs], timeout=600)
     for number, job in enumerate(jobs):
@@ -101,6 +109,8 @@ def test_state_of_two_ranks(tmp_path):
         # 8-bit moments have a scale for each begun block: up to 8 bytes more.
         begun = 8 if job["config"]["optimizer"]["type"] == adamw8bit.TYPE else 0
         assert most == pytest.approx(expected, rel=0, abs=begun), job
+        assert all(rank["frozen_moved"] == 0 for rank in found), job
+        assert all(rank["trained_moved"] > 0 for rank in found), job
 
 
 @pytest.mark.real_size

@@ -7,11 +7,13 @@ RANK=… WORLD_SIZE=… python -m tests.support.engine_memory CONFIG.json… > o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -24,6 +26,7 @@ from dde_ds.engine.zero import initialize_policy, initialize_reference
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.lora import add_adapters
 from dde_ds.models.silence import silence_libraries
+from dde_ds.models.trainable import train_part
 from dde_ds.models.unet import predict
 from dde_ds.planning.cost import made_up_conditioning
 from dde_ds.training.reference import adapters_off, frozen_model
@@ -84,6 +87,16 @@ def highest_resident() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def moved(engine, before: dict[str, Tensor], trained: bool) -> int:
+    """Return how many of the trained, or of the frozen, parameters differ in a bit from what they were ``before``. Collective."""
+    parameters = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad is trained]
+    found = 0
+    for name, parameter in parameters:
+        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext():
+            found += not torch.equal(parameter, before[name])
+    return found
+
+
 def held(
     config: dict,
     unet: dict,
@@ -92,6 +105,7 @@ def held(
     placement: str = "auto",
     ema: float | None = None,
     lora: dict | None = None,
+    trainable: str = "all",
 ) -> dict[str, int]:
     before = highest_resident()
     torch.manual_seed(0)
@@ -99,6 +113,9 @@ def held(
     policy = made(unet, dtype)
     if lora:
         add_adapters(policy, lora["rank"], 1.0, lora["targets"], seed=0)
+    else:
+        train_part(policy, trainable)
+    at_first = {name: value.detach().clone() for name, value in policy.named_parameters()}
     set_checkpointing(policy, checkpointing)
     policy = initialize_policy(policy, config)
     if lora:
@@ -122,6 +139,7 @@ def held(
         policy.step()
         if ema:
             update_ema(policy, ema)
+    changed = {"frozen_moved": moved(policy, at_first, trained=False), "trained_moved": moved(policy, at_first, trained=True)}
     model = bytes_of(weights(policy))
     # Leave out the 2 kB that say what the 8 bits mean.
     state = [
@@ -130,15 +148,19 @@ def held(
     host = bytes_of(on_the_host(reference)) if reference else 0
     averages = [value for name, value in state if name == EMA]
     moments = [value for name, value in state if name != EMA and torch.is_tensor(value) and value.dim()]
-    return sizes | {
-        "weights": model,
-        "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
-        "ema": bytes_of(averages),
-        "reference": bytes_of(weights(reference)) - host if reference else 0,
-        "host": host,
-        "resident_before": before,
-        "peak_resident": highest_resident(),
-    }
+    return (
+        sizes
+        | changed
+        | {
+            "weights": model,
+            "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
+            "ema": bytes_of(averages),
+            "reference": bytes_of(weights(reference)) - host if reference else 0,
+            "host": host,
+            "resident_before": before,
+            "peak_resident": highest_resident(),
+        }
+    )
 
 
 def main() -> None:

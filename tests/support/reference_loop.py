@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Container
 
 import numpy as np
@@ -54,6 +55,11 @@ def plain_steps(run: RunConfig, dtype: torch.dtype = torch.float32, skipped: Con
                 init_lora_weights="gaussian",
             )
         )
+    elif run.model.trainable != "all":
+        words = {"attention": ["*.attn[12].*"], "cross_attention": ["*.attn2.*"]}
+        patterns = words[run.model.trainable] if isinstance(run.model.trainable, str) else run.model.trainable
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = run.optimizer
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)

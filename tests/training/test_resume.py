@@ -28,6 +28,8 @@ def test_each_changed_value_has_its_own_words(config):
         "lora.rank is 4, was 8",
     ]
     assert differences(own, own) == []
+    part = identity(load_config(config, ["model.trainable=[mid_block.*]"]), shards, {})
+    assert differences(part, own)[1:2] == ['model.trainable is ["mid_block.*"], was "all"']
     assert differences(own | {"lora": None}, own) == [
         'lora is null, was {"rank": 4, "alpha": null, "targets": ["to_q", "to_k", "to_v", "to_out.0"]}'
     ]
