@@ -122,6 +122,11 @@ class ModelConfig:
             "must be auto, none, selective, every_2, every_3, … or full",
         )
 
+    @property
+    def trained_patterns(self) -> tuple[str, ...]:
+        """Return patterns of the names of the trained parameters."""
+        return TRAINABLE[self.trainable] if isinstance(self.trainable, str) else self.trainable
+
 
 @dataclass(frozen=True)
 class ReferenceConfig:

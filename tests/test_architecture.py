@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dde_ds"
 
 # Every room may import these, which import nothing but one another.
-GROUND = {"errors", "text", "untrusted", "warn", "strict_yaml", "shape", "shipped"}
+GROUND = {"errors", "text", "untrusted", "warn", "strict_yaml", "shape", "shipped", "user_file"}
 # A room may import from itself, from the ground, and from those listed.
 FLOORS = {
     "text": set(),
@@ -23,6 +23,7 @@ FLOORS = {
     "strict_yaml": set(),
     "shape": set(),
     "shipped": set(),
+    "user_file": set(),
     "files": set(),
     "rows": {"files"},
     "config": set(),

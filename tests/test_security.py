@@ -58,6 +58,14 @@ def test_no_shell_no_eval_no_pickle(path):
             assert not any(keyword.arg == "shell" for keyword in node.keywords), f"{path}:{node.lineno}"
 
 
+def test_only_files_that_the_user_names_are_executed():
+    """One module executes a file, and two places hand it the name that stands in the command."""
+    executing = [path.name for path in OURS if re.search(r"exec_module|SourceLoader|SourceFileLoader|runpy", path.read_text())]
+    assert executing == ["user_file.py"]
+    using = {str(path.relative_to(ROOT)) for path in OURS if "load_name" in path.read_text()}
+    assert using == {"dde_ds/user_file.py", "dde_ds/evaluation/user_scorer.py"}
+
+
 # Text from files, on a terminal
 
 NASTY = "[/red][link=file:///etc]:warning: \x1b[31m\x07\u202e[b]"

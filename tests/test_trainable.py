@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dde_ds import UserError, load_config
+from dde_ds.config import ModelConfig
 from dde_ds.models.trainable import train_part, trained_names
 from dde_ds.models.unet import load_unet
 from dde_ds.planning.cost import Selection, parameter_sizes, training_pass
@@ -29,9 +30,10 @@ from tests.support.launching import write_config
 def test_what_is_trained(trainable, wanted, sd_model, sdxl_model):
     for model in (sd_model, sdxl_model):
         unet = load_unet(str(model))
-        train_part(unet, trainable)
+        patterns = ModelConfig("path", trainable=trainable).trained_patterns
+        train_part(unet, patterns)
         chosen = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
-        assert chosen == [name for name, _ in unet.named_parameters() if wanted(name)] == trained_names(unet, trainable)
+        assert chosen == [name for name, _ in unet.named_parameters() if wanted(name)] == trained_names(unet, patterns)
         assert chosen
 
 
@@ -56,9 +58,12 @@ def test_what_is_refused(tmp_path, sd_model, sd_shards):
 
 
 def test_the_plan_counts_the_part(tmp_path, sd_model, sd_shards):
-    sizes, whole = parameter_sizes(TINY, Selection("cross_attention")), parameter_sizes(TINY)
+    sizes, whole = parameter_sizes(TINY, Selection(("*.attn2.*",))), parameter_sizes(TINY)
     assert sorted(sizes.trained + sizes.frozen) == sorted(whole.trained)
-    thin, full = (training_pass(TINY, LATENT, "none", torch.bfloat16, TOKENS, part=part) for part in (Selection("attention"), None))
+    thin, full = (
+        training_pass(TINY, LATENT, "none", torch.bfloat16, TOKENS, part=part)
+        for part in (Selection(("*.attn1.*", "*.attn2.*")), None)
+    )
     assert thin.flops < full.flops
     run = load_config(write_config(tmp_path / "run.yaml", sd_model, sd_shards), ["model.trainable=cross_attention"])
     unet = load_unet(str(sd_model))

@@ -88,7 +88,7 @@ def _add_comparing(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="NAME[=MODEL[,PROCESSOR]]",
         help="clip, pickscore, hps_v2, hps_v2.1, aesthetic, inception; MODEL is a local folder or file, or a hub id with @revision if "
-        "wanted (inception: a local file)",
+        "wanted (inception: a local file); or FILE.py:NAME, a scorer of your own file, which is executed",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and comparison.md")
 
@@ -158,10 +158,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def compare_scored(args: argparse.Namespace) -> None:
-    from dde_ds.evaluation.comparison import name_sources
+    from dde_ds.evaluation.comparison import name_sources, name_version
 
     folders = {name: Path(source) for name, source in name_sources([args.base, *args.model]).items()}
-    _compare(folders, [name.partition("=")[0] for name in args.scorers], None, args.out)
+    _compare(folders, [name_version(name) for name in args.scorers], None, args.out)
 
 
 def write_report(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="NAME[=MODEL[,PROCESSOR]]",
-        help="clip, pickscore, hps_v2, hps_v2.1 or aesthetic, as for evaluate",
+        help="clip, pickscore, hps_v2, hps_v2.1 or aesthetic, or FILE.py:NAME, as for evaluate",
     )
     parser.add_argument("--output", type=Path, required=True, help="the file of labels, such as labels.jsonl")
     parser.add_argument("--batch", type=int, default=8, help="pairs scored at a time")

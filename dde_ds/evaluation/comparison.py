@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dde_ds.errors import UserError
@@ -16,10 +17,12 @@ from dde_ds.evaluation.compare import Difference, WinRate, paired_difference, wi
 from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.pictures import ImageFolder, open_pictures, require_whole
 from dde_ds.evaluation.scoring import DIGITS, cached_digests, load_scores, load_set_score
+from dde_ds.evaluation.user_scorer import UserScorer
 from dde_ds.files import write_atomically
 from dde_ds.shape import COUNT, NUMBER, require_shape
 from dde_ds.text import verbatim
 from dde_ds.untrusted import read_json
+from dde_ds.user_file import split_name
 from dde_ds.warn import reason
 
 FORMAT = "dde_ds comparison 2"
@@ -340,6 +343,13 @@ def _require_paired(base: ImageFolder, other: ImageFolder) -> None:
         absent = [prompt for prompt in base.prompts if prompt not in set(other.prompts)]
         what = f"lacks the prompt {absent[0]!r} ({len(absent)} in all)" if absent else "has other prompts, or another order of them"
         raise UserError(f"{other.folder}: {what}; generate both from the same file")
+
+
+def name_version(specification: str) -> str:
+    """Return ``name`` or ``name@digest`` for :func:`compare_folders`. The scores of a user's file are those of its present content."""
+    if own := split_name(specification):
+        return f"{own[1]}@{UserScorer(*own, torch.device('cpu')).digest[:DIGITS]}"
+    return specification.partition("=")[0]
 
 
 def _cached_version(pictures: Sequence[ImageFolder], name: str) -> tuple[str, str]:

@@ -26,6 +26,8 @@ from dde_ds.errors import UserError, nearest
 from dde_ds.evaluation import clip_loading as files
 from dde_ds.evaluation.inception import NAME as INCEPTION
 from dde_ds.evaluation.inception import InceptionScorer
+from dde_ds.evaluation.user_scorer import UserScorer
+from dde_ds.user_file import split_name
 
 
 class Scorer(Protocol):
@@ -58,20 +60,30 @@ KINDS = {
 
 
 def build_scorers(specifications: Sequence[str], device: torch.device) -> list[Scorer | InceptionScorer]:
-    """Return the scorers of specifications ``NAME[=MODEL[,PROCESSOR]]``.
+    """Return the scorers of specifications ``NAME[=MODEL[,PROCESSOR]]`` or ``FILE.py:NAME``.
 
-    This finds and digests the scorers' files, but does not load their models yet.
+    The second kind executes the user's own file. For the first, this finds and digests the scorers' files, but does not load their models yet.
 
     Raises:
         UserError: a name is unknown or given twice, or files are missing.
     """
     scorers: dict[str, Scorer | InceptionScorer] = {}
     for specification in specifications:
-        name, _, sources = specification.partition("=")
-        if name not in (*KINDS, INCEPTION):
+        own = split_name(specification)
+        name, _, sources = (own[1], "", "") if own else specification.partition("=")
+        if own and name in (*KINDS, INCEPTION):
+            raise UserError(f"scorers {specification}: {name} is the name of a scorer of the project; give the class another name")
+        if not own and split_name(name):
+            raise UserError(
+                f"scorers {specification}: a scorer of your own file takes nothing after '='; let the file name its model"
+            )
+        if not own and name not in (*KINDS, INCEPTION):
             raise UserError(f"scorers {name!r}{nearest(name, (*KINDS, INCEPTION))}")
         if name in scorers:
             raise UserError(f"scorers: {name} is given twice")
+        if own:
+            scorers[name] = UserScorer(*own, device)
+            continue
         if name == INCEPTION:
             scorers[name] = InceptionScorer(sources or None, device)
             continue

@@ -8,36 +8,34 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dde_ds.config import TRAINABLE
 from dde_ds.errors import UserError
 
 
-def trained_names(unet: nn.Module, trainable: str | Sequence[str]) -> list[str]:
-    """Return the names of the parameters that ``trainable`` selects, in the UNet's order.
+def trained_names(unet: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the parameters that match one of ``patterns``, in the UNet's order.
 
     A UNet without weights will do.
 
     Args:
-        trainable: a key of :data:`dde_ds.config.TRAINABLE`, or patterns of whole names, where ``*`` is any text.
+        patterns: of whole names, where ``*`` is any text: :attr:`dde_ds.config.ModelConfig.trained_patterns`.
 
     Raises:
         UserError: a pattern matches no parameter.
     """
     names = [name for name, _ in unet.named_parameters()]
-    patterns = TRAINABLE[trainable] if isinstance(trainable, str) else trainable
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"model.trainable names {pattern!r}: no parameter of the UNet has such a name; {_near(unet, pattern)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def train_part(unet: nn.Module, trainable: str | Sequence[str]) -> None:
-    """Freeze what ``trainable`` does not select, in place.
+def train_part(unet: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters that match none of ``patterns``, in place.
 
     Raises:
         UserError: as :func:`trained_names`.
     """
-    selected = set(trained_names(unet, trainable))
+    selected = set(trained_names(unet, patterns))
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in selected)
 

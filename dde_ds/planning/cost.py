@@ -66,7 +66,7 @@ class Adapters(NamedTuple):
 class Selection(NamedTuple):
     """What :func:`dde_ds.models.trainable.train_part` takes."""
 
-    trainable: str | tuple[str, ...]
+    patterns: tuple[str, ...]
 
 
 class Sizes(NamedTuple):
@@ -229,7 +229,7 @@ def _build(key: str, part: Adapters | Selection | None = None) -> UNet2DConditio
     if isinstance(part, Adapters):
         add_adapters(unet, part.rank, part.rank, part.targets, seed=0)
     elif part:
-        train_part(unet, part.trainable)
+        train_part(unet, part.patterns)
     return unet
 
 

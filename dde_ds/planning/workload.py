@@ -31,7 +31,7 @@ def trained_part(run: RunConfig) -> Adapters | Selection | None:
     """Return what a run trains in the place of the whole UNet, or None."""
     if run.lora:
         return Adapters(run.lora.rank, run.lora.targets)
-    return None if run.model.trainable == "all" else Selection(run.model.trainable)
+    return None if run.model.trainable == "all" else Selection(run.model.trained_patterns)
 
 
 def workload_of(run: RunConfig, shards: ShardSet | MixedShards | None, known_unet: dict | None = None) -> Workload:

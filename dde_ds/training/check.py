@@ -100,7 +100,7 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
     if run.lora:
         check_targets(empty, run.lora.targets)
     sizes = {name: parameter.numel() for name, parameter in empty.named_parameters()}
-    trained = None if run.lora else sum(sizes[name] for name in trained_names(empty, run.model.trainable))
+    trained = None if run.lora else sum(sizes[name] for name in trained_names(empty, run.model.trained_patterns))
     check_engine(ds_config, trained, world, run.model.gradient_checkpointing == "selective")
     require_trackers(run)
     if run.samples.prompts and run.samples.inference_steps > objective.schedule.num_train_timesteps:

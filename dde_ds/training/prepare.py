@@ -66,7 +66,7 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
     else:
-        train_part(policy, run.model.trainable)
+        train_part(policy, run.model.trained_patterns)
     set_checkpointing(policy, checkpointing)
     apply_compute_options(run, policy)
     engine = initialize_policy(policy, ds_config)

@@ -105,7 +105,7 @@ def held(
     placement: str = "auto",
     ema: float | None = None,
     lora: dict | None = None,
-    trainable: str = "all",
+    trainable: str = "*",
 ) -> dict[str, int]:
     before = highest_resident()
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def held(
     if lora:
         add_adapters(policy, lora["rank"], 1.0, lora["targets"], seed=0)
     else:
-        train_part(policy, trainable)
+        train_part(policy, [trainable])
     at_first = {name: value.detach().clone() for name, value in policy.named_parameters()}
     set_checkpointing(policy, checkpointing)
     policy = initialize_policy(policy, config)
@@ -139,7 +139,6 @@ def held(
         policy.step()
         if ema:
             update_ema(policy, ema)
-    changed = {"frozen_moved": moved(policy, at_first, trained=False), "trained_moved": moved(policy, at_first, trained=True)}
     model = bytes_of(weights(policy))
     # Leave out the 2 kB that say what the 8 bits mean.
     state = [
@@ -148,19 +147,18 @@ def held(
     host = bytes_of(on_the_host(reference)) if reference else 0
     averages = [value for name, value in state if name == EMA]
     moments = [value for name, value in state if name != EMA and torch.is_tensor(value) and value.dim()]
-    return (
-        sizes
-        | changed
-        | {
-            "weights": model,
-            "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
-            "ema": bytes_of(averages),
-            "reference": bytes_of(weights(reference)) - host if reference else 0,
-            "host": host,
-            "resident_before": before,
-            "peak_resident": highest_resident(),
-        }
-    )
+    sizes |= {
+        "weights": model,
+        "optimizer": bytes_of([*weights(policy), *masters(policy.optimizer), *moments]) - model,
+        "ema": bytes_of(averages),
+        "reference": bytes_of(weights(reference)) - host if reference else 0,
+        "host": host,
+        "resident_before": before,
+        "peak_resident": highest_resident(),
+    }
+    # Gathered last: stage 3 frees what it gathers, and would change what is counted above.
+    changed = {"frozen_moved": moved(policy, at_first, trained=False), "trained_moved": moved(policy, at_first, trained=True)}
+    return sizes | changed
 
 
 def main() -> None:
