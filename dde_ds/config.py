@@ -33,7 +33,7 @@ RENAMED = {
     "log.wandb_project": "log.trackers: [wandb], and log.project for its name",
 }
 """Map keys of earlier versions to what they are called now."""
-PATHS = re.compile(r"(path|output|deepspeed|precomputed|cache_dir)$")
+PATHS = re.compile(r"(path|output|deepspeed|precomputed|cache_dir|lora\.init)$")
 """Match keys whose text is, or may be, a path."""
 TRAINABLE = {"all": ("*",), "attention": ("*.attn1.*", "*.attn2.*"), "cross_attention": ("*.attn2.*",)}
 """Patterns of the names of the parameters that each word of ``model.trainable`` selects."""
@@ -373,6 +373,10 @@ class LoraConfig:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Endings of the names of layers that get adapters. Default: the projections of all attention layers. ``ff.net.0.proj`` and
     ``ff.net.2`` add the feed-forward layers; ``conv1`` and ``conv2`` add the convolutions."""
+
+    init: str | None = None
+    """File of an existing LoRA to continue from, with diffusers' or kohya's names: ``.safetensors``. Rank and layers must be those of ``rank`` and
+    ``targets``; its own α is taken into account. The reference stays the base without adapters. None begins with adapters that add nothing."""
 
     def __post_init__(self):
         _number("lora.rank", self.rank, 1, 4096)

@@ -286,7 +286,11 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
         "seed": run.seed,
         **({"weights": f"moving average of decay {run.ema.decay:g}"} if run.ema and kind == EMA else {}),
         **({"trained part": _trained_part(run)} if run.model.trainable != "all" else {}),
-        **({"LoRA": f"rank {run.lora.rank}, α {run.lora.alpha_or_rank:g}, on {', '.join(run.lora.targets)}"} if run.lora else {}),
+        **(
+            {"LoRA": f"rank {run.lora.rank}, α {run.lora.alpha_or_rank:g}, on {', '.join(run.lora.targets)}{_begun(run)}"}
+            if run.lora
+            else {}
+        ),
         "trained with": f"dde_ds {__version__}",
     }
     numbers = {
@@ -308,6 +312,11 @@ def model_card(run: RunConfig, step: int, metrics: dict, kind: str, form: str = 
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.model.path}, aligned with preference pairs\n\n"
         f"{what}\n\n| | |\n| --- | --- |\n{rows}\n"
     )
+
+
+def _begun(run: RunConfig) -> str:
+    """Return the adapters that a LoRA run began with, for the model card."""
+    return f", begun with {run.lora.init}" if run.lora and run.lora.init else ""
 
 
 def _trained_part(run: RunConfig) -> str:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dde_ds.errors import UserError
+from dde_ds.files import sha256_of
 from dde_ds.models.family import original_adapter_name
+from dde_ds.models.remembered import remembered
+from dde_ds.untrusted import parse_json
+from dde_ds.warn import reason
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -67,6 +73,118 @@ def check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
                 f"lora.targets names {target!r}: {'no linear layer or convolution' if layers else 'nothing'} in the UNet ends in it; "
                 "to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, proj_in, proj_out, conv1 and conv2 are such names"
             )
+
+
+def read_adapters(unet: nn.Module, file: str, rank: int, targets: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of each layer from a file with diffusers' or kohya's names. The file's α/r is multiplied into B.
+
+    Args:
+        unet: tells the layers' names and shapes. It may be without weights, and with or without adapters.
+        rank, targets: as for :func:`add_adapters`; the file must have adapters of this rank for these layers, and nothing else.
+
+    Raises:
+        UserError: the file cannot be read, or does not agree with rank, targets or the UNet.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    if not Path(file).is_file() or not file.endswith(".safetensors"):
+        raise UserError(
+            f"lora.init {file}: must be a .safetensors file, such as export/pytorch_lora_weights.safetensors of a LoRA run"
+        )
+    try:
+        with safe_open(file, "pt") as opened:
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            metadata = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}").encode())
+        names = list(stored)
+        # It reads kohya's and the original code's names for all families, and renames them.
+        renamed = StableDiffusionXLPipeline.lora_state_dict(_without_alpha(stored), unet_config=getattr(unet, "config", None))[0]
+    except Exception as error:  # diffusers raises many kinds on names that it does not know
+        raise UserError(f"lora.init {file}: no LoRA of this model: {' '.join(str(error).split())[:300]}") from None
+    tensors = {name: value.float() for name, value in renamed.items()}
+    if not any(".lora_A." in name for name in tensors):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    layers = _layers(unet, targets)
+    known = {f"unet.{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    other = sorted([name for name in tensors if name not in known] + [name for name in names if "dora_scale" in name])
+    if other:
+        raise UserError(
+            f"lora.init {file}: {len(other)} of its {len(names)} tensors belong to no layer of lora.targets in the UNet ({', '.join(other[:3])}"
+            f"{', …' if len(other) > 3 else ''}); name all layers that it has in lora.targets; text encoders are not trained"
+        )
+    if missing := sorted(known - tensors.keys()):
+        raise UserError(
+            f"lora.init {file}: lacks {len(missing)} of the {len(known)} tensors of lora.targets ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}); lora.targets must name the layers that it has"
+        )
+    alpha = _stated_alpha(file, metadata, rank)
+    return {name: _checked(file, name, layer, tensors, rank, alpha) for name, layer in layers.items()}
+
+
+def _without_alpha(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return kohya's tensors with each layer's α/r multiplied into its B, and without the α."""
+    found = {name: value for name, value in stored.items() if not name.endswith(".alpha")}
+    for layer in [name.removesuffix(".alpha") for name in stored.keys() - found.keys()]:
+        up, rank = f"{layer}.lora_up.weight", len(stored[f"{layer}.lora_down.weight"])
+        found[up] = stored[up].float() * (stored[f"{layer}.alpha"].item() / rank)
+    return found
+
+
+def _layers(unet: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
+    """Return the layers that have or would get adapters, by their names in the UNet."""
+    return {
+        name: getattr(layer, "base_layer", layer)
+        for name, layer in unet.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+
+
+def _checked(file: str, name: str, layer: Any, tensors: dict[str, Tensor], rank: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of one layer, with α/r in B, or refuse their shapes."""
+    down, up = (tensors[f"unet.{name}.lora_{part}.weight"] for part in "AB")
+    if len(down) != rank:
+        raise UserError(f"lora.rank is {rank}: lora.init {file} has rank {len(down)} in {name}; set lora.rank to the file's")
+    kernel = layer.weight.shape[2:]
+    shapes = (rank, *layer.weight.shape[1:]), (len(layer.weight), rank, *(1 for _ in kernel))
+    if (tuple(down.shape), tuple(up.shape)) != shapes:
+        raise UserError(
+            f"lora.init {file}: {name} has shapes {tuple(down.shape)} and {tuple(up.shape)}, this UNet needs {shapes[0]} and {shapes[1]}"
+        )
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise UserError(f"lora.init {file}: {name} holds NaN or infinity")
+    return down, up * (alpha / rank)
+
+
+def _stated_alpha(file: str, metadata: dict, rank: int) -> float:
+    """Return the α that diffusers' metadata state, or r."""
+    if metadata.get("unet.alpha_pattern") or metadata.get("unet.rank_pattern"):
+        raise UserError(f"lora.init {file}: has layers of several ranks or α; give all one rank")
+    return float(metadata.get("unet.lora_alpha", rank))
+
+
+@torch.no_grad()
+def set_adapters(unet: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scale: float) -> None:
+    """Give adapters that :func:`add_adapters` made the values of :func:`read_adapters`.
+
+    Args:
+        scale: α/r of the UNet's adapters. B is divided by it, so that the model is that of the file whatever its α.
+    """
+    parameters = dict(unet.named_parameters())
+    for name, (down, up) in adapters.items():
+        parameters[name + _DOWN].copy_(down)
+        parameters[name + _UP].copy_(up / scale)
+
+
+def adapters_digest(file: str) -> str:
+    """Return the SHA-256 of a file of adapters. It is read once and remembered.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return remembered("adapters", [Path(file)], lambda: [sha256_of(Path(file))])[0]
+    except OSError as error:
+        raise UserError(f"lora.init {file}: {reason(error).lower()}") from None
 
 
 def differences(adapters: dict[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:

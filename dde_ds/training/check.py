@@ -17,7 +17,7 @@ from dde_ds.errors import UserError
 from dde_ds.models.base import are_here
 from dde_ds.models.check import check_base
 from dde_ds.models.encode import encoder_files, encoders_digests
-from dde_ds.models.lora import check_targets
+from dde_ds.models.lora import check_targets, read_adapters
 from dde_ds.models.optional import left_out
 from dde_ds.models.parts import build_empty
 from dde_ds.models.trainable import trained_names
@@ -99,6 +99,8 @@ def _check_settings(run: RunConfig, objective: Objective, ds_config: dict, world
     empty = build_empty(run.model.path, "unet", run.model.revision)
     if run.lora:
         check_targets(empty, run.lora.targets)
+        if run.lora.init:
+            read_adapters(empty, run.lora.init, run.lora.rank, run.lora.targets)
     sizes = {name: parameter.numel() for name, parameter in empty.named_parameters()}
     trained = None if run.lora else sum(sizes[name] for name in trained_names(empty, run.model.trained_patterns))
     check_engine(ds_config, trained, world, run.model.gradient_checkpointing == "selective")

@@ -20,7 +20,7 @@ from dde_ds.models import unet as models
 from dde_ds.models.base import family_of
 from dde_ds.models.checkpointing import set_checkpointing
 from dde_ds.models.compute_options import compile_blocks, use_channels_last, use_float32_output
-from dde_ds.models.lora import add_adapters
+from dde_ds.models.lora import add_adapters, read_adapters, set_adapters
 from dde_ds.models.trainable import train_part
 from dde_ds.objective.objective import Objective, configured_objective
 from dde_ds.rows import is_correction, is_credit, read_rows
@@ -65,6 +65,8 @@ def load_engines(run: RunConfig, ds_config: dict, with_reference: bool, checkpoi
     policy = models.load_unet(run.model.path, run.model.revision, run.precision, run.model.variant)
     if run.lora:
         add_adapters(policy, run.lora.rank, run.lora.alpha_or_rank, run.lora.targets, run.seed)
+        if run.lora.init:
+            set_adapters(policy, read_adapters(policy, run.lora.init, run.lora.rank, run.lora.targets), run.lora.scale)
     else:
         train_part(policy, run.model.trained_patterns)
     set_checkpointing(policy, checkpointing)

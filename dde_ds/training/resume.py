@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dde_ds import __version__
-from dde_ds.config import RunConfig
+from dde_ds.config import LoraConfig, RunConfig
 from dde_ds.data.mixture import MixedShards
 from dde_ds.data.shards import ShardSet
 from dde_ds.distributed.collectives import first_does
 from dde_ds.engine import checkpoint
 from dde_ds.errors import UserError
+from dde_ds.models.lora import adapters_digest
 from dde_ds.rows import is_metrics, read_rows
 from dde_ds.training.check import ENCODERS, SCHEDULE, WEIGHTS
 from dde_ds.training.folder import require_usable
@@ -166,9 +167,15 @@ def identity(run: RunConfig, shards: ShardSet | MixedShards, base: dict[str, str
         "precision": run.precision,
         # Through JSON, which turns tuples into lists.
         "objective": json.loads(json.dumps(asdict(run.objective))),
-        "lora": json.loads(json.dumps(run.lora and asdict(run.lora))),
+        "lora": json.loads(json.dumps(run.lora and _lora_identity(run.lora))),
         "ema": run.ema and asdict(run.ema),
     }
+
+
+def _lora_identity(lora: LoraConfig) -> dict:
+    """Return the adapters' settings, with the content of their file in the place of its path."""
+    settings = {key: value for key, value in asdict(lora).items() if key != "init"}
+    return settings | ({"init": adapters_digest(lora.init)} if lora.init else {})
 
 
 class MissingOutputs(NamedTuple):
