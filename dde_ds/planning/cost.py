@@ -114,7 +114,7 @@ def training_pass(
         dtype: dtype of weights and latents.
         tokens: number of tokens of a prompt.
         pairs: pairs of the micro-batch.
-        adapters: train these adapters alone. None trains all weights.
+        part: train these adapters or parameters alone. None trains all weights.
         float32_output: the option ``model.float32_output``. It adds the float32 copies of the last layer's input, weights and output.
     """
     return _training_pass(_key(config), tuple(latent), checkpointing, dtype, tokens, pairs, part, float32_output)
