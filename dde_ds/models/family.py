@@ -322,6 +322,16 @@ def save_adapters(layers: dict[str, Tensor], folder: Path, name: str) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={**layers}, weight_name=name)
 
 
+def rename_adapters(tensors: dict[str, Tensor], unet_config: Any) -> dict[str, Tensor]:
+    """Return a UNet's adapters by diffusers' names, from a file with the names of kohya, the original code or diffusers.
+
+    SDXL's pipeline reads the files of all families. Its renaming of original block names needs ``unet_config``.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet_config)[0]
+
+
 def original_adapter_name(name: str) -> str:
     """Return the name by which programs know a tensor that diffusers named in kohya's style.
 

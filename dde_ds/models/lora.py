@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dde_ds.errors import UserError
 from dde_ds.files import sha256_of
-from dde_ds.models.family import original_adapter_name
+from dde_ds.models.family import original_adapter_name, rename_adapters
 from dde_ds.models.remembered import remembered
 from dde_ds.untrusted import parse_json
 from dde_ds.warn import reason
@@ -85,7 +85,6 @@ def read_adapters(unet: nn.Module, file: str, rank: int, targets: Sequence[str])
     Raises:
         UserError: the file cannot be read, or does not agree with rank, targets or the UNet.
     """
-    from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     if not Path(file).is_file() or not file.endswith(".safetensors"):
@@ -97,8 +96,7 @@ def read_adapters(unet: nn.Module, file: str, rank: int, targets: Sequence[str])
             stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             metadata = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}").encode())
         names = list(stored)
-        # It reads kohya's and the original code's names for all families, and renames them.
-        renamed = StableDiffusionXLPipeline.lora_state_dict(_without_alpha(stored), unet_config=getattr(unet, "config", None))[0]
+        renamed = rename_adapters(_without_alpha(stored), getattr(unet, "config", None))
     except Exception as error:  # diffusers raises many kinds on names that it does not know
         raise UserError(f"lora.init {file}: no LoRA of this model: {' '.join(str(error).split())[:300]}") from None
     tensors = {name: value.float() for name, value in renamed.items()}
