@@ -193,8 +193,8 @@ def test_a_request_to_stop_in_the_first_moments_counts(tmp_path, sd_model, sd_sh
     for name, process in started.items():
         stdout, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode == 75, stderr
-        # On a busy machine the ranks of node.py may give up waiting for one another first.
-        whens = ("a step was made", *(["the ranks had met"] if name == "node.py" else []))
+        # On a busy machine half a minute may pass before the ranks have met: then the process stops waiting for them.
+        whens = ("a step was made", "the ranks had met")
         assert stdout in [f"stopped as asked before {when}; go on with --resume auto\n" for when in whens]
         assert not (tmp_path / name).exists()
 
