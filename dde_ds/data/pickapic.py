@@ -117,13 +117,14 @@ def _bytes(cell: bytes | dict | None) -> bytes | None:
     return cell.get("bytes") if isinstance(cell, dict) else cell
 
 
-def captions_of(column: Any, where: str, first: int) -> list[str | None]:
+def captions_of(column: Any, where: str, first: int, name: str = "caption") -> list[str | None]:
     """Return the captions of a column.
 
     Args:
         column: a pyarrow column of text.
         where: name of the input for messages.
         first: number of the column's first row.
+        name: what the column holds, for messages.
 
     Raises:
         UserError: a caption is not UTF-8, such as half a surrogate pair that the writer of the file let through.
@@ -135,7 +136,7 @@ def captions_of(column: Any, where: str, first: int) -> list[str | None]:
             try:
                 cell.as_py()
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}, row {row}: the caption is not UTF-8 text: {error.object[:40]!r}") from None
+                raise UserError(f"{where}, row {row}: the {name} is not UTF-8 text: {error.object[:40]!r}") from None
         raise
 
 

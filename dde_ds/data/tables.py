@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dde_ds.data.hub import load_dataset
-from dde_ds.data.pickapic import BATCH, _footer_digest, _opened, find_files
+from dde_ds.data.pickapic import BATCH, _footer_digest, _opened, captions_of, find_files
 from dde_ds.data.storage import filesystem, is_url
 from dde_ds.errors import UserError
 from dde_ds.untrusted import JSON_BYTES, open_regular, parse_json
@@ -125,7 +125,7 @@ class ArrowTable:
                 # Hash the size of the batch but not the pictures: hashing all of them at each start would take longer than many runs.
                 digest.update(f"{batch.num_rows} {batch.nbytes}\n".encode())
                 for name in narrow:
-                    digest.update(repr(_cells(batch[name], f"input {file}", name, self.rows)).encode())
+                    digest.update(repr(captions_of(batch[name], f"input {file}", self.rows, name)).encode())
                 self.rows += batch.num_rows
         self.identity = {"name": self.name, "rows": self.rows, "bytes": Path(file).stat().st_size, "cells": digest.hexdigest()}
 
@@ -326,21 +326,9 @@ def _wide(schema: Any) -> frozenset[str]:
 
 def _records(batch: Any, columns: Sequence[str], where: str, first: int) -> Iterator[Row]:
     """Yield the rows of an Arrow batch or table as plain values. ``first`` is the number of the first row, for messages."""
-    values = [_cells(batch[name], f"input {where}", name, first) for name in columns]
+    values = [captions_of(batch[name], f"input {where}", first, name) for name in columns]
     for cells in zip(*values, strict=True):
         yield dict(zip(columns, cells, strict=True))
-
-
-def _cells(column: Any, where: str, name: str, first: int) -> list:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        for row, cell in enumerate(column, first):
-            try:
-                cell.as_py()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}, row {row}: the {name} is not UTF-8 text: {error.object[:40]!r}") from None
-        raise
 
 
 def _wanted(batches: Iterator[Any], first: int, rows: np.ndarray, columns: Sequence[str], where: str) -> Iterator[tuple[int, Row]]:

@@ -242,7 +242,7 @@ class Encoder:
             part.to(device, self.vae_dtype if name == "vae" else self.text_dtype).requires_grad_(False)
         self.device = device
         self.zero_empty_prompt = bool(getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False))
-        """Whether the pipeline samples without a caption by zeros (SDXL) instead of by the encoded empty text."""
+        """True if the pipeline uses zeros for a missing caption (SDXL), and not the encoded empty text."""
         self.scaling_factor = float(self.pipeline.vae.config.scaling_factor)
         unet = load_unet_config(path, revision)
         self.resolution = unet["sample_size"] * self.pipeline.vae_scale_factor

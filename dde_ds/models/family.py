@@ -163,9 +163,9 @@ class Family:
     Otherwise it names them as diffusers does.
     """
     velocity_keys: bool = False
-    """Whether keys in a single file tell programs that the model predicts v."""
+    """True if a single file can tell programs by its keys that the model predicts v."""
     velocity_warning: str = ""
-    """What programs do with a single file of a model that predicts v, unless they are told."""
+    """Describe how programs read a single file of a v-prediction model without being told."""
     blocks: tuple[str, ...] = (
         "diffusers.models.attention.BasicTransformerBlock",
         "diffusers.models.resnet.ResnetBlock2D",

@@ -58,7 +58,7 @@ class Workload:
     part: cost.Adapters | cost.Selection | None = None
     """Adapters or parameters that are trained instead of the whole UNet; None if the whole UNet is trained."""
     float32_output: bool = True
-    """Whether the last layer is computed in float32, as ``model.float32_output``."""
+    """True if the last layer is computed in float32, as ``model.float32_output`` says."""
 
     @property
     def sizes(self) -> cost.Sizes:

@@ -28,7 +28,7 @@ def shards_are_there(run: RunConfig) -> bool:
 
 
 def trained_part(run: RunConfig) -> Adapters | Selection | None:
-    """Return what a run trains in the place of the whole UNet, or None."""
+    """Return the part of the UNet that a run trains, or None if it trains the whole UNet."""
     if run.lora:
         return Adapters(run.lora.rank, run.lora.targets)
     return None if run.model.trainable == "all" else Selection(run.model.trained_patterns)
