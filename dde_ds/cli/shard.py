@@ -98,7 +98,7 @@ def add_input(options: Any) -> None:
     options.add_argument("--pairs", metavar="WHICH", help="of a ranking: all (default), adjacent or best-worst")
     options.add_argument(
         "--root",
-        help="folder that the paths of a pairs.jsonl are relative to and stay below; default: its own. Of a table also a .zip, a .tar "
+        help="folder that the paths of a pairs.jsonl are relative to and stay below; default: its own. A table may also name a .zip, a .tar "
         "or a URL",
     )
     options.add_argument("--follow-links", action="store_true", help="take images behind links that lead out of the root")
